@@ -1,0 +1,269 @@
+//! Second stage: [`Peer`] → [`Workload`]: which pod is calling.
+//!
+//! The answer rests on what the kernel says of the connection, what the API server says of this node's pods, and what
+//! the node's own CNI records say of their addresses. The answer is the current owner or a refusal, never someone else.
+//! Knows no HTTP and no AWS; nothing after it knows how the answer came about.
+
+pub mod cni;
+pub mod directory;
+pub mod file;
+pub mod pod;
+pub mod watch;
+
+use std::{
+    fmt,
+    future::Future,
+    net::IpAddr,
+    pin::Pin,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch as signal},
+    time::{Instant, timeout_at},
+};
+
+pub use directory::{Change, Directory, Event};
+pub use pod::{PodUid, ServiceAccountName};
+
+use crate::{
+    intercept::Peer,
+    observe::Metrics,
+    refusal::{Reason, Refusal},
+};
+use directory::Owner;
+use pod::Pod;
+
+/// Many SDKs give up after 1 s, so a pod that is not known by now gets its answer before that.
+pub const PATIENCE: Duration = Duration::from_millis(800);
+/// When the watch seems to lag, one read of the API server; early enough to be back before [`PATIENCE`] ends.
+const LIVE_READ_AFTER: Duration = Duration::from_millis(400);
+
+/// A pod that is calling, or that was bound to this node and is going to. Only this stage makes one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload(Arc<Pod>);
+
+impl Workload {
+    pub fn uid(&self) -> &PodUid {
+        &self.0.uid
+    }
+
+    pub fn namespace(&self) -> &str {
+        &self.0.account.namespace
+    }
+
+    pub fn pod(&self) -> &str {
+        &self.0.name
+    }
+
+    pub fn service_account(&self) -> &ServiceAccountName {
+        &self.0.account
+    }
+
+    /// When the pod was created, in seconds since the epoch by the API server's clock.
+    pub fn created(&self) -> u64 {
+        self.0.created
+    }
+
+    /// For tests of later stages.
+    #[cfg(test)]
+    pub(crate) fn sample(pod: &str, uid: &str, service_account: &str) -> Self {
+        Self::sample_created(pod, uid, service_account, 0)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn sample_created(pod: &str, uid: &str, service_account: &str, created: u64) -> Self {
+        Self(Arc::new(Pod { created, ..Pod::sample(pod, uid, service_account, &[]) }))
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace(), self.pod())
+    }
+}
+
+/// Asks the API server once who has an address, and applies the answer to the directory.
+pub type LiveRead = Box<dyn Fn(IpAddr) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
+
+/// The directory, as all connections share it: events go in, whoever waits is woken, nobody polls.
+pub struct Attributor {
+    directory: RwLock<Directory>,
+    changed: signal::Sender<()>,
+    changes: mpsc::UnboundedSender<Change>,
+    live_read: RwLock<Option<LiveRead>>,
+    metrics: Metrics,
+}
+
+impl Attributor {
+    /// The second value tells of pods that came and went, for whoever fetches ahead and clears up behind.
+    pub fn new(metrics: Metrics) -> (Arc<Self>, mpsc::UnboundedReceiver<Change>) {
+        let (changes, changed) = mpsc::unbounded_channel();
+        let attributor = Self {
+            directory: RwLock::default(),
+            changed: signal::Sender::new(()),
+            changes,
+            live_read: RwLock::default(),
+            metrics,
+        };
+        (Arc::new(attributor), changed)
+    }
+
+    pub fn set_live_read(&self, read: LiveRead) {
+        *self.live_read.write().unwrap_or_else(PoisonError::into_inner) = Some(read);
+    }
+
+    pub fn apply(&self, event: Event) {
+        let changes = {
+            let mut directory = self.directory.write().unwrap_or_else(PoisonError::into_inner);
+            let changes = directory.apply(event);
+            self.metrics.directory_pods.set(i64::try_from(directory.live_pods()).unwrap_or(i64::MAX));
+            let (in_use, pending, stale) = directory.record_states();
+            self.metrics.cni_records(in_use, pending, stale);
+            changes
+        };
+        for change in changes {
+            // Nobody listens any more: the agent is ending.
+            let _ = self.changes.send(change);
+        }
+        self.changed.send_replace(());
+    }
+
+    /// Who is calling, as far as is known at this moment.
+    ///
+    /// # Errors
+    /// The address has no owner yet, or too many, or the directory was not read yet.
+    pub fn peek(&self, peer: &Peer) -> Result<Workload, Refusal> {
+        let address = peer.source().ip();
+        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
+        match directory.owner(address) {
+            Owner::Pod(pod) => Ok(Workload(pod)),
+            Owner::Nobody if !directory.synced() => Err(Reason::Starting.into()),
+            Owner::Nobody => Err(Refusal::new(Reason::UnknownPod, format!("nobody has {address}"))),
+            Owner::NotYet(uid) => Err(Refusal::new(
+                Reason::UnknownPod,
+                format!("{address} belongs to pod UID {uid} by its CNI record; the API server has not shown it yet"),
+            )),
+            Owner::Several(claimants) => {
+                Err(Refusal::new(Reason::AmbiguousAddress, format!("{address} is claimed by {claimants}")))
+            }
+        }
+    }
+
+    /// Who is calling; waits for the answer up to `until`.
+    ///
+    /// # Errors
+    /// The last refusal, when no answer came in time.
+    pub async fn attribute(&self, peer: &Peer, until: Instant) -> Result<Workload, Refusal> {
+        let mut changed = self.changed.subscribe();
+        let mut refusal = match self.peek(peer) {
+            Ok(workload) => return Ok(workload),
+            Err(refusal) => refusal,
+        };
+        let live_read = async {
+            tokio::time::sleep(LIVE_READ_AFTER).await;
+            let read = self
+                .live_read
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .as_ref()
+                .map(|read| read(peer.source().ip()));
+            if let Some(read) = read {
+                read.await;
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::pin!(live_read);
+        loop {
+            let woken = async {
+                tokio::select! {
+                    changed = changed.changed() => changed.is_ok(),
+                    () = &mut live_read => true,
+                }
+            };
+            match timeout_at(until, woken).await {
+                Ok(true) => match self.peek(peer) {
+                    Ok(workload) => return Ok(workload),
+                    Err(later) => refusal = later,
+                },
+                Ok(false) | Err(_) => {
+                    if refusal.reason == Reason::AmbiguousAddress {
+                        self.metrics.ambiguous.inc();
+                    }
+                    return Err(refusal);
+                }
+            }
+        }
+    }
+
+    /// Whether the pod is one of this node's live ones still.
+    pub fn is_live(&self, uid: &PodUid) -> bool {
+        self.directory.read().unwrap_or_else(PoisonError::into_inner).is_live(uid)
+    }
+}
+
+impl fmt::Debug for Attributor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attributor").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attributor() -> Arc<Attributor> {
+        let (attributor, _) = Attributor::new(Metrics::new("test").unwrap());
+        attributor.apply(Event::ListStarted);
+        attributor.apply(Event::ListDone);
+        attributor
+    }
+
+    fn peer(address: &str) -> Peer {
+        Peer::from_pod(address.parse().unwrap())
+    }
+
+    /// IMDS-25: the wait ends with the event, not with the time.
+    #[tokio::test(start_paused = true)]
+    async fn who_is_not_known_yet_is_waited_for() {
+        let attributor = attributor();
+        let began = Instant::now();
+        let told = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            attributor.apply(Event::Pod(Pod::sample("a", "uid-a", "sa", &["10.0.0.1"])));
+        };
+        let peer = peer("10.0.0.1");
+        let (answer, ()) = tokio::join!(attributor.attribute(&peer, began + PATIENCE), told);
+        assert_eq!(answer.unwrap().pod(), "a");
+        assert!(began.elapsed() < Duration::from_millis(310));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_stays_unknown_is_read_live_once_and_then_refused() {
+        let attributor = attributor();
+        let reads = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counted = reads.clone();
+        attributor.set_live_read(Box::new(move |_| {
+            counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            Box::pin(async {})
+        }));
+        let began = Instant::now();
+        let refusal = attributor.attribute(&peer("10.0.0.1"), began + PATIENCE).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::UnknownPod);
+        assert!(began.elapsed() >= PATIENCE && began.elapsed() < PATIENCE + Duration::from_millis(10));
+        assert_eq!(reads.load(std::sync::atomic::Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_claimants_get_nothing_and_are_counted() {
+        let attributor = attributor();
+        for uid in ["a", "b"] {
+            attributor.apply(Event::Pod(Pod::sample(uid, uid, "sa", &["10.0.0.1"])));
+        }
+        let refusal = attributor.attribute(&peer("10.0.0.1"), Instant::now() + PATIENCE).await.unwrap_err();
+        assert_eq!(refusal.reason, Reason::AmbiguousAddress);
+        assert!(refusal.detail.contains("default/a and default/b"), "{}", refusal.detail);
+        assert_eq!(attributor.metrics.ambiguous.get(), 1);
+    }
+}

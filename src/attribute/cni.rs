@@ -1,0 +1,251 @@
+//! The node's own CNI records: which pod has which address, known before the pod's first instruction.
+//!
+//! libcni, in containerd as in CRI-O, writes `/var/lib/cni/results/<network>-<sandbox id>-<ifname>` when CNI ADD
+//! returns and removes it at CNI DEL (`libcni/api.go`, "cniCacheV1"). Whatever else lies in that folder, half-written,
+//! unreadable, huge or foreign, is skipped and counted, never fatal.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    net::IpAddr,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::StreamExt;
+use inotify::{EventMask, Inotify, WatchMask};
+use serde::Deserialize;
+use tracing::{debug, info, warn};
+
+use super::{Attributor, Event, PodUid, directory::Record};
+use crate::observe::Metrics;
+
+/// Records carry the pod's annotations, of which Kubernetes allows 256 KiB; a real one is 1 to 2 KiB.
+const MAX_SIZE: u64 = 1 << 20;
+/// How soon a missing folder is looked for again: a node that never ran a pod has none.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The folder of records, read once before anything that could contradict it, then followed.
+#[derive(Debug)]
+pub struct Records {
+    folder: PathBuf,
+    attributor: Arc<Attributor>,
+    metrics: Metrics,
+}
+
+/// Why a file of the folder is not a record of a pod's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Skip {
+    Unreadable,
+    TooLarge,
+    NotJson,
+    Foreign,
+    Loopback,
+    BeforeBoot,
+}
+
+impl Skip {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Unreadable => "unreadable",
+            Self::TooLarge => "too_large",
+            Self::NotJson => "not_json",
+            Self::Foreign => "foreign",
+            Self::Loopback => "loopback",
+            Self::BeforeBoot => "before_boot",
+        }
+    }
+}
+
+impl Records {
+    pub fn new(folder: PathBuf, attributor: Arc<Attributor>, metrics: Metrics) -> Self {
+        Self { folder, attributor, metrics }
+    }
+
+    /// Reads what is there. To be done before the pods are listed: what lies here then and names none of them is
+    /// stale.
+    pub fn scan(&self) {
+        match self.read_all() {
+            Ok(count) => info!(folder = %self.folder.display(), files = count, "CNI records read"),
+            Err(error) => info!(
+                folder = %self.folder.display(), %error,
+                "no CNI records yet; until there are, pods are known when the API server shows their address"
+            ),
+        }
+    }
+
+    /// Follows the folder, through its removal and return, until dropped.
+    pub async fn follow(self) {
+        loop {
+            if let Err(error) = self.follow_once().await {
+                debug!(folder = %self.folder.display(), %error, "CNI records cannot be followed now");
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn follow_once(&self) -> io::Result<()> {
+        let inotify = Inotify::init()?;
+        inotify.watches().add(
+            &self.folder,
+            WatchMask::CLOSE_WRITE
+                | WatchMask::MOVED_TO
+                | WatchMask::DELETE
+                | WatchMask::MOVED_FROM
+                | WatchMask::DELETE_SELF
+                | WatchMask::MOVE_SELF,
+        )?;
+        // Only now, so that nothing falls between reading and following.
+        self.read_all()?;
+        let mut events = inotify.into_event_stream(vec![0; 16 << 10])?;
+        while let Some(event) = events.next().await {
+            let event = event?;
+            if event.mask.contains(EventMask::Q_OVERFLOW) {
+                warn!(folder = %self.folder.display(), "too many changes of CNI records at once: reading them all again");
+                return Ok(());
+            }
+            if event.mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED) {
+                return Ok(());
+            }
+            let Some(id) = event.name.as_deref().and_then(|name| name.to_str()) else { continue };
+            if event.mask.intersects(EventMask::DELETE | EventMask::MOVED_FROM) {
+                self.attributor.apply(Event::RecordGone(id.into()));
+            } else {
+                self.read_one(id, boot_time());
+            }
+        }
+        Ok(())
+    }
+
+    fn read_all(&self) -> io::Result<usize> {
+        let boot = boot_time();
+        let mut present = Vec::new();
+        for entry in std::fs::read_dir(&self.folder)? {
+            if let Ok(name) = entry?.file_name().into_string() {
+                self.read_one(&name, boot);
+                present.push(Arc::<str>::from(name));
+            }
+        }
+        let count = present.len();
+        self.attributor.apply(Event::RecordsAre(present));
+        Ok(count)
+    }
+
+    fn read_one(&self, id: &str, boot: i64) {
+        match read(&self.folder.join(id), id, boot) {
+            Ok(record) => self.attributor.apply(Event::Record(record)),
+            Err(skip) => {
+                self.metrics.cni_skipped(skip.label());
+                debug!(file = id, reason = skip.label(), "CNI record skipped");
+                // It may have been a record before it was overwritten.
+                self.attributor.apply(Event::RecordGone(id.into()));
+            }
+        }
+    }
+}
+
+fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
+    let file = File::open(path).map_err(|_| Skip::Unreadable)?;
+    let metadata = file.metadata().map_err(|_| Skip::Unreadable)?;
+    if !metadata.is_file() {
+        return Err(Skip::Foreign);
+    }
+    if metadata.len() > MAX_SIZE {
+        return Err(Skip::TooLarge);
+    }
+    // A reboot leaves records behind, and deals the addresses anew.
+    if metadata.mtime() < boot {
+        return Err(Skip::BeforeBoot);
+    }
+    let mut json = Vec::new();
+    file.take(MAX_SIZE).read_to_end(&mut json).map_err(|_| Skip::Unreadable)?;
+    parse(&json, id, (metadata.mtime(), metadata.mtime_nsec()))
+}
+
+/// What is needed of libcni's cache entry.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CacheEntry {
+    kind: String,
+    if_name: String,
+    #[serde(default)]
+    cni_args: Vec<(String, String)>,
+    result: CniResult,
+}
+
+#[derive(Deserialize)]
+struct CniResult {
+    #[serde(default)]
+    ips: Vec<CniIp>,
+}
+
+#[derive(Deserialize)]
+struct CniIp {
+    address: String,
+}
+
+fn parse(json: &[u8], id: &str, written: (i64, i64)) -> Result<Record, Skip> {
+    let value: serde_json::Value = serde_json::from_slice(json).map_err(|_| Skip::NotJson)?;
+    let entry = CacheEntry::deserialize(value).map_err(|_| Skip::Foreign)?;
+    if entry.kind != "cniCacheV1" {
+        return Err(Skip::Foreign);
+    }
+    let pod = entry.cni_args.iter().find(|(key, _)| key == "K8S_POD_UID").ok_or(Skip::Foreign)?;
+    let addresses: Vec<IpAddr> = entry
+        .result
+        .ips
+        .iter()
+        .map(|ip| ip.address.split('/').next().unwrap_or_default().parse())
+        .collect::<Result<_, _>>()
+        .map_err(|_| Skip::Foreign)?;
+    if addresses.is_empty() || addresses.iter().all(IpAddr::is_loopback) {
+        return Err(Skip::Loopback);
+    }
+    Ok(Record {
+        id: id.into(),
+        pod: PodUid(pod.1.as_str().into()),
+        interface: entry.if_name.into(),
+        addresses: addresses.into_iter().filter(|address| !address.is_loopback()).collect(),
+        written,
+    })
+}
+
+/// When this node booted, in seconds since the epoch; 0 (everything counts) where the kernel does not say.
+fn boot_time() -> i64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As containerd 2.4 leaves it, shortened.
+    const BRIDGE: &str = r#"{"kind":"cniCacheV1","containerId":"1198af","config":"eyJ9","ifName":"eth0",
+        "networkName":"kit","netns":"/var/run/netns/cni-68b0","cniArgs":[["K8S_POD_UID","794615a3"],
+        ["IgnoreUnknown","1"],["K8S_POD_NAMESPACE","default"],["K8S_POD_NAME","reader"]],
+        "capabilityArgs":{"cgroupPath":"/kubepods/pod794615a3"},"result":{"cniVersion":"1.0.0",
+        "ips":[{"address":"10.244.0.2/24","gateway":"10.244.0.1","interface":2},{"address":"fd00::2/64"}]}}"#;
+
+    #[test]
+    fn a_record_names_the_pod_and_its_addresses() {
+        let record = parse(BRIDGE.as_bytes(), "kit-1198af-eth0", (7, 0)).unwrap();
+        assert_eq!((&*record.pod.0, &*record.interface), ("794615a3", "eth0"));
+        assert_eq!(record.addresses, ["10.244.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    }
+
+    #[test]
+    fn what_is_no_record_is_skipped_and_says_why() {
+        let change = |from: &str, to: &str| parse(BRIDGE.replace(from, to).as_bytes(), "x", (0, 0)).unwrap_err();
+        assert_eq!(parse(&BRIDGE.as_bytes()[..100], "x", (0, 0)), Err(Skip::NotJson), "half-written");
+        assert_eq!(parse(b"", "x", (0, 0)), Err(Skip::NotJson));
+        assert_eq!(parse(b"[]", "x", (0, 0)), Err(Skip::Foreign));
+        assert_eq!(change("cniCacheV1", "cniCacheV9"), Skip::Foreign);
+        assert_eq!(change("K8S_POD_UID", "K8S_POD"), Skip::Foreign);
+        assert_eq!(change("10.244.0.2/24", "10.244.0.1.2/24"), Skip::Foreign);
+        let loopback = BRIDGE.replace("10.244.0.2/24", "127.0.0.1/8").replace("fd00::2/64", "::1/128");
+        assert_eq!(parse(loopback.as_bytes(), "x", (0, 0)), Err(Skip::Loopback));
+    }
+}

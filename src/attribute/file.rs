@@ -1,0 +1,200 @@
+//! Workloads from a YAML file: kirsa without Kubernetes, for a laptop, systemd-nspawn or Nomad. The same directory is
+//! fed, so everything after it is the same. A broken file changes nothing: the last good one holds.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, anyhow};
+use futures::StreamExt;
+use inotify::{Inotify, WatchMask};
+use serde::Deserialize;
+use serde_saphyr::Spanned;
+use tracing::{error, info};
+
+use super::{
+    Attributor, Event,
+    pod::{Pod, PodUid, ServiceAccountName},
+};
+
+/// One entry of the file: a pod, and what its service account would say.
+#[derive(Debug, Clone)]
+pub struct FileWorkload {
+    pub pod: Pod,
+    pub role: Option<String>,
+    pub token_file: Option<PathBuf>,
+    pub annotations: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    workloads: Vec<Spanned<Entry>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Entry {
+    pod: String,
+    #[serde(default = "default_name")]
+    namespace: String,
+    #[serde(default = "default_name")]
+    service_account: String,
+    addresses: Vec<IpAddr>,
+    #[serde(default)]
+    role: Option<String>,
+    #[serde(default)]
+    token_file: Option<PathBuf>,
+    #[serde(default)]
+    uid: Option<String>,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
+}
+
+fn default_name() -> String {
+    "default".into()
+}
+
+/// Reads the file's text.
+///
+/// # Errors
+/// Names the line and what would be right.
+pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
+    let document: Document = serde_saphyr::from_str(text).map_err(|error| anyhow!("{error}"))?;
+    let mut owners: HashMap<IpAddr, String> = HashMap::new();
+    let mut names: HashMap<String, u64> = HashMap::new();
+    let mut workloads = Vec::new();
+    for Spanned { value: entry, referenced, .. } in document.workloads {
+        let line = referenced.line();
+        let name = format!("{}/{}", entry.namespace, entry.pod);
+        if let Some(first) = names.insert(name.clone(), line) {
+            return Err(anyhow!("line {line}: workload {name} stands on line {first} already"));
+        }
+        if entry.addresses.is_empty() {
+            return Err(anyhow!("line {line}: workload {name} has no address; give the one that it connects from"));
+        }
+        for address in &entry.addresses {
+            if let Some(other) = owners.insert(address.to_canonical(), name.clone()) {
+                return Err(anyhow!("line {line}: address {address} of workload {name} belongs to {other} already"));
+            }
+        }
+        if entry.role.is_some() && entry.token_file.is_none() {
+            return Err(anyhow!(
+                "line {line}: workload {name} has a role but no tokenFile; give the file of its web identity token"
+            ));
+        }
+        workloads.push(FileWorkload {
+            pod: Pod {
+                uid: PodUid(entry.uid.unwrap_or(name).into()),
+                name: entry.pod.into(),
+                account: ServiceAccountName { namespace: entry.namespace.into(), name: entry.service_account.into() },
+                addresses: entry.addresses,
+                host_network: false,
+                ended: false,
+                created: 0,
+            },
+            role: entry.role,
+            token_file: entry.token_file,
+            annotations: entry.annotations,
+        });
+    }
+    Ok(workloads)
+}
+
+/// Tells the directory of the file's pods, and of no others.
+pub fn apply(workloads: &[FileWorkload], attributor: &Attributor) {
+    attributor.apply(Event::ListStarted);
+    for workload in workloads {
+        attributor.apply(Event::Pod(workload.pod.clone()));
+    }
+    attributor.apply(Event::ListDone);
+}
+
+/// # Errors
+/// Names the file, the line and what would be right.
+pub fn read(file: &Path) -> anyhow::Result<Vec<FileWorkload>> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("--workloads {}: cannot be read", file.display()))?;
+    parse(&text).with_context(|| format!("--workloads {}", file.display()))
+}
+
+/// Follows the file and hands over what it says now, until dropped.
+///
+/// # Errors
+/// The folder of the file cannot be followed.
+pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -> anyhow::Result<()> {
+    // The folder rather than the file: editors and ConfigMap volumes replace it by renaming.
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let inotify = Inotify::init()?;
+    let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::DELETE;
+    inotify.watches().add(folder, mask).with_context(|| format!("cannot follow {}", folder.display()))?;
+    let mut events = inotify.into_event_stream(vec![0; 4 << 10])?;
+    let mut last: Option<Arc<str>> = None;
+    loop {
+        match std::fs::read_to_string(&file) {
+            Ok(text) if last.as_deref() == Some(&*text) => {}
+            Ok(text) => {
+                match parse(&text) {
+                    Ok(workloads) => {
+                        info!(file = %file.display(), workloads = workloads.len(), "workloads read");
+                        changed(workloads);
+                    }
+                    Err(wrong) => error!(
+                        file = %file.display(), error = format!("{wrong:#}"),
+                        "workloads file is wrong: keeping what it said before"
+                    ),
+                }
+                last = Some(text.into());
+            }
+            Err(error) => {
+                error!(file = %file.display(), %error, "workloads file cannot be read: keeping what it said before")
+            }
+        }
+        if events.next().await.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "workloads:
+- pod: reader-0
+  serviceAccount: reader
+  addresses: [10.0.0.2, 'fd00::2']
+  role: arn:aws:iam::111122223333:role/reader
+  tokenFile: /run/tokens/reader
+- pod: idle
+  namespace: tools
+  addresses: [10.0.0.3]
+";
+
+    #[test]
+    fn entries_become_pods_of_service_accounts() {
+        let workloads = parse(GOOD).unwrap();
+        assert_eq!(workloads[0].pod.account.to_string(), "default/reader");
+        assert_eq!(workloads[0].pod.addresses.len(), 2);
+        assert_eq!((workloads[1].pod.account.to_string().as_str(), &workloads[1].role), ("tools/default", &None));
+    }
+
+    #[test]
+    fn a_wrong_file_names_the_line_and_the_remedy() {
+        for (from, to, named) in [
+            ("10.0.0.3]", "10.0.0.2]", "line 7: address 10.0.0.2"),
+            ("10.0.0.3]", "]", "line 7: workload tools/idle has no address"),
+            ("10.0.0.3]", "10.0.0.x]", "line 9"),
+            ("  tokenFile: /run/tokens/reader\n", "", "line 2: workload default/reader-0 has a role but no tokenFile"),
+            ("pod: idle\n  namespace: tools", "pod: reader-0", "line 7: workload default/reader-0 stands on line 2"),
+            ("serviceAccount:", "serviceAcount:", "serviceAcount"),
+            ("workloads:", "workloads: [", "line"),
+        ] {
+            let error = format!("{:#}", parse(&GOOD.replace(from, to)).unwrap_err());
+            assert!(error.contains(named), "{named}: {error}");
+        }
+    }
+}

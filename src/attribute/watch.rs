@@ -1,0 +1,103 @@
+//! The pods of this node, from the API server: a watch that keeps to `spec.nodeName`, in a slim type of our own.
+//!
+//! A dead connection must be noticed, since a watch that has stopped attributes a reused address to its former pod:
+//! the client's read timeout is a little longer than the API server's pause between bookmarks (one minute).
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use kube::{
+    Api, Client, ResourceExt,
+    api::ListParams,
+    runtime::watcher::{self, Error, watcher},
+};
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
+
+use super::{Attributor, Event, LiveRead, PodUid, pod::SlimPod};
+
+/// Small pages, so that a relist of full-size pods never needs much memory at once.
+const PAGE: u32 = 50;
+/// Ends a watch from the server's side; kube-apiserver's own default is 30 to 60 minutes.
+const WATCH_SECONDS: u32 = 240;
+/// Between tries, with jitter, so that a node's agents do not all come back at once.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// Follows this node's pods until dropped; calls `synced` each time that all have been told of.
+pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, synced: impl Fn()) {
+    let pods: Api<SlimPod> = Api::all(client);
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={node}")).timeout(WATCH_SECONDS);
+    // Streamed objects come one by one; API servers before 1.34 may not know how, and get paged lists.
+    let mut streaming = true;
+    let mut pause = BACKOFF.0;
+    loop {
+        let config =
+            if streaming { config.clone().streaming_lists() } else { config.clone().any_semantic().page_size(PAGE) };
+        let mut events = std::pin::pin!(watcher(pods.clone(), config));
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(event) => {
+                    pause = BACKOFF.0;
+                    if matches!(event, watcher::Event::InitDone) {
+                        info!(%node, "pods of this node read");
+                    }
+                    let done = matches!(event, watcher::Event::InitDone);
+                    translate(event).into_iter().for_each(|event| attributor.apply(event));
+                    if done {
+                        synced();
+                    }
+                }
+                Err(error) if streaming && not_understood(&error) => {
+                    info!("this API server streams no lists: reading pages");
+                    streaming = false;
+                    break;
+                }
+                Err(error) => {
+                    warn!(%node, error = %error, "watch of this node's pods failed; what is known stays in use");
+                    let jitter = pause.mul_f64(0.5 + fastrand::f64() / 2.0);
+                    tokio::time::sleep(jitter).await;
+                    pause = (pause * 2).min(BACKOFF.1);
+                }
+            }
+        }
+    }
+}
+
+/// The API server refused the form of the request, not its content.
+fn not_understood(error: &Error) -> bool {
+    let (Error::InitialListFailed(kube::Error::Api(status)) | Error::WatchStartFailed(kube::Error::Api(status))) =
+        error
+    else {
+        return false;
+    };
+    matches!(status.code, 400 | 422)
+}
+
+fn translate(event: watcher::Event<SlimPod>) -> Option<Event> {
+    Some(match event {
+        watcher::Event::Init => Event::ListStarted,
+        watcher::Event::InitDone => Event::ListDone,
+        watcher::Event::InitApply(pod) | watcher::Event::Apply(pod) => Event::Pod(pod.into_pod()?),
+        watcher::Event::Delete(pod) => Event::PodGone(PodUid(pod.uid()?.into())),
+    })
+}
+
+/// For an address that the watch has not shown: one read, of which one at a time is under way whoever asks.
+pub fn live_read(client: Client, node: String, attributor: Arc<Attributor>) -> LiveRead {
+    let turns = Arc::new(Semaphore::new(1));
+    let pods: Api<SlimPod> = Api::all(client);
+    Box::new(move |address: IpAddr| {
+        let (turns, pods, attributor, node) = (turns.clone(), pods.clone(), attributor.clone(), node.clone());
+        Box::pin(async move {
+            let Ok(_turn) = turns.try_acquire() else { return };
+            let query = ListParams::default().fields(&format!("spec.nodeName={node},status.podIP={address}"));
+            match pods.list(&query).await {
+                Ok(found) => {
+                    let pods = found.items.into_iter().filter_map(SlimPod::into_pod);
+                    pods.for_each(|pod| attributor.apply(Event::Pod(pod)));
+                }
+                Err(error) => warn!(%address, %error, "the API server could not be asked who has this address"),
+            }
+        })
+    })
+}

@@ -1,0 +1,216 @@
+//! Service accounts and their annotations: from one cluster-wide, metadata-only watch of which only the annotated ones
+//! are kept, or from a workloads file.
+//!
+//! Before a pod is told that it has no role, one live read decides: an annotation that was added a moment ago must not
+//! cost a pod its start, since SDKs do not ask twice after a 404.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Duration,
+};
+
+use futures::StreamExt;
+use k8s_openapi::{api::core::v1::ServiceAccount, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{
+    Api, Client,
+    api::PartialObjectMeta,
+    runtime::watcher::{self, watcher},
+};
+use tokio::{sync::OnceCell, time::Instant};
+use tracing::{info, warn};
+
+use crate::{
+    attribute::{ServiceAccountName, Workload, file::FileWorkload},
+    refusal::{Reason, Refusal},
+};
+
+/// How long a live read's answer holds, unless the watch tells of the account before.
+const LIVE_READ_HOLDS: Duration = Duration::from_secs(10);
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// A service account, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    pub(super) uid: Arc<str>,
+    annotations: BTreeMap<String, String>,
+    pub(super) token_file: Option<PathBuf>,
+}
+
+impl Account {
+    pub(super) fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.get(name).map(String::as_str)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_annotations<'a>(uid: &str, annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        let annotations = annotations.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        Self { uid: uid.into(), annotations, token_file: None }
+    }
+}
+
+/// What is known of service accounts.
+pub struct Accounts {
+    known: RwLock<Known>,
+    live: Option<Live>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    synced: bool,
+    /// Only those with a role.
+    annotated: HashMap<ServiceAccountName, Arc<Account>>,
+    listing: Option<HashSet<ServiceAccountName>>,
+}
+
+/// Answers of live reads, each of which is under way once whoever waits for it.
+struct Live {
+    client: Client,
+    answers: Mutex<HashMap<ServiceAccountName, (Instant, LiveAnswer)>>,
+}
+
+/// `None` inside: there is no such account.
+type LiveAnswer = Arc<OnceCell<Option<Arc<Account>>>>;
+
+impl Accounts {
+    pub fn of_kubernetes(client: Client) -> Self {
+        Self { known: RwLock::default(), live: Some(Live { client, answers: Mutex::default() }) }
+    }
+
+    pub fn of_file() -> Self {
+        Self { known: RwLock::default(), live: None }
+    }
+
+    /// Takes over what a workloads file says. `role_annotation` is where its `role` goes.
+    pub fn replace(&self, workloads: &[FileWorkload], role_annotation: &str) {
+        let annotated = workloads.iter().map(|workload| {
+            let mut annotations = workload.annotations.clone();
+            if let Some(role) = &workload.role {
+                annotations.insert(role_annotation.to_owned(), role.clone());
+            }
+            let account = Account { uid: "".into(), annotations, token_file: workload.token_file.clone() };
+            (workload.pod.account.clone(), Arc::new(account))
+        });
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) =
+            Known { synced: true, annotated: annotated.collect(), listing: None };
+    }
+
+    pub(super) fn annotated(&self, workload: &Workload) -> Option<Arc<Account>> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.annotated.get(workload.service_account()).cloned()
+    }
+
+    pub(super) async fn find(&self, workload: &Workload, role_annotation: &str) -> Result<Arc<Account>, Refusal> {
+        let name = workload.service_account();
+        if let Some(account) = self.annotated(workload) {
+            return Ok(account);
+        }
+        if !self.known.read().unwrap_or_else(PoisonError::into_inner).synced {
+            return Err(Refusal::new(Reason::Starting, "the service accounts were not read yet"));
+        }
+        let none =
+            || Refusal::new(Reason::NoRole, format!("service account {name} has no annotation {role_annotation}"));
+        match &self.live {
+            Some(live) => live.read(name).await?.ok_or_else(none),
+            None => Err(none()),
+        }
+    }
+
+    /// Follows all service accounts until dropped; calls `synced` each time that all have been told of.
+    pub async fn follow(&self, client: Client, role_annotation: &str, synced: impl Fn()) {
+        let accounts: Api<PartialObjectMeta<ServiceAccount>> = Api::all(client);
+        let config = watcher::Config::default().any_semantic().timeout(240).page_size(200);
+        let mut events = std::pin::pin!(watcher(accounts, config));
+        let mut pause = BACKOFF.0;
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(event) => {
+                    pause = BACKOFF.0;
+                    if self.apply(event, role_annotation) {
+                        info!("service accounts read");
+                        synced();
+                    }
+                }
+                Err(error) => {
+                    warn!(%error, "watch of service accounts failed; what is known stays in use");
+                    tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                    pause = (pause * 2).min(BACKOFF.1);
+                }
+            }
+        }
+    }
+
+    /// True when the event was the last of a list.
+    fn apply(&self, event: watcher::Event<PartialObjectMeta<ServiceAccount>>, role_annotation: &str) -> bool {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            watcher::Event::Init => known.listing = Some(HashSet::new()),
+            watcher::Event::InitApply(account) | watcher::Event::Apply(account) => {
+                let Some((name, account)) = slim(account.metadata, role_annotation) else { return false };
+                self.forget_live(&name);
+                if let Some(listing) = &mut known.listing {
+                    listing.insert(name.clone());
+                }
+                match account {
+                    Some(account) => known.annotated.insert(name, Arc::new(account)),
+                    None => known.annotated.remove(&name),
+                };
+            }
+            watcher::Event::Delete(account) => {
+                if let Some((name, _)) = slim(account.metadata, role_annotation) {
+                    self.forget_live(&name);
+                    known.annotated.remove(&name);
+                }
+            }
+            watcher::Event::InitDone => {
+                let listed = known.listing.take().unwrap_or_default();
+                known.annotated.retain(|name, _| listed.contains(name));
+                known.synced = true;
+                return true;
+            }
+        }
+        false
+    }
+
+    fn forget_live(&self, name: &ServiceAccountName) {
+        if let Some(live) = &self.live {
+            live.answers.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        }
+    }
+}
+
+impl Live {
+    async fn read(&self, name: &ServiceAccountName) -> Result<Option<Arc<Account>>, Refusal> {
+        let answer = {
+            let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+            answers.retain(|_, (asked, _)| asked.elapsed() < LIVE_READ_HOLDS);
+            answers.entry(name.clone()).or_insert_with(|| (Instant::now(), Arc::default())).1.clone()
+        };
+        let read = async {
+            let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &name.namespace);
+            let found = accounts.get_metadata_opt(&name.name).await.map_err(|error| {
+                Refusal::new(Reason::AccountUnavailable, format!("service account {name} could not be read: {error}"))
+            })?;
+            let whole = |found: PartialObjectMeta<_>| slim(found.metadata, "").and_then(|(_, account)| account);
+            Ok(found.and_then(whole).map(Arc::new))
+        };
+        answer.get_or_try_init(|| read).await.cloned()
+    }
+}
+
+/// An account's name, and the account itself if it has the annotation `required` (any account where that is empty).
+fn slim(metadata: ObjectMeta, required: &str) -> Option<(ServiceAccountName, Option<Account>)> {
+    let name = ServiceAccountName { namespace: metadata.namespace?.into(), name: metadata.name?.into() };
+    let annotations = metadata.annotations.unwrap_or_default();
+    if !required.is_empty() && !annotations.contains_key(required) {
+        return Some((name, None));
+    }
+    Some((name, Some(Account { uid: metadata.uid?.into(), annotations, token_file: None })))
+}
+
+impl std::fmt::Debug for Accounts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Accounts").finish_non_exhaustive()
+    }
+}

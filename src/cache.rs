@@ -1,0 +1,111 @@
+//! [`Grant`] → [`Credential`] in hand: one slot for each session, which fetches once whoever waits, refreshes ahead of
+//! expiry, and serves what it has while that is honest. Knows no HTTP, no Kubernetes and no AWS.
+
+mod slot;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use moka::sync::Cache as Map;
+use tokio::time::Instant;
+
+use crate::{
+    attribute::PodUid,
+    authorise::{Grant, Key},
+    exchange::{Credential, Issue},
+    observe::Metrics,
+    refusal::Refusal,
+};
+use slot::{Slot, Use};
+
+/// Slots at most, each of 8 KiB or less. A node runs some hundred pods; what is over this is evicted by use.
+const MAX_SLOTS: u64 = 4_096;
+
+/// How a session stands, without waiting for it.
+#[derive(Debug)]
+pub enum Standing {
+    Ready,
+    Failed(Refusal),
+    Pending,
+}
+
+/// The sessions of this node's pods.
+pub struct Cache {
+    slots: Map<Arc<Key>, Arc<Slot>>,
+    /// Which sessions a pod may use, so that the last one to go takes them along.
+    of_pod: Mutex<HashMap<PodUid, Vec<Arc<Key>>>>,
+    issuer: Arc<dyn Issue>,
+    metrics: Metrics,
+}
+
+impl Cache {
+    pub fn new(issuer: Arc<dyn Issue>, metrics: Metrics) -> Self {
+        Self { slots: Map::new(MAX_SLOTS), of_pod: Mutex::default(), issuer, metrics }
+    }
+
+    /// Fetches ahead of the first request.
+    pub fn prefetch(&self, grant: &Grant) {
+        self.slot(grant).want(Use::Ahead);
+    }
+
+    /// How the session stands, for whoever is about to ask for its credentials; waits up to `until` for it to be
+    /// decided.
+    pub async fn standing(&self, grant: &Grant, until: Instant) -> Standing {
+        let slot = self.slot(grant);
+        slot.want(Use::Waiting);
+        slot.standing(until).await
+    }
+
+    /// # Errors
+    /// A definite refusal at once, the last one when `until` has come.
+    pub async fn get(&self, grant: &Grant, until: Instant) -> Result<Arc<Credential>, Refusal> {
+        let slot = self.slot(grant);
+        if let Some(credential) = slot.in_hand() {
+            self.metrics.cache_hits.inc();
+            return Ok(credential);
+        }
+        self.metrics.cache_misses.inc();
+        slot.get(until).await
+    }
+
+    /// A pod is gone: the sessions that only it could use are dropped, and so zeroed.
+    pub fn forget(&self, pod: &PodUid) {
+        let keys = self.of_pod.lock().unwrap_or_else(PoisonError::into_inner).remove(pod).unwrap_or_default();
+        for key in keys {
+            if let Some(slot) = self.slots.get(&key)
+                && slot.leave(pod)
+            {
+                self.slots.invalidate(&key);
+            }
+        }
+        self.count();
+    }
+
+    fn slot(&self, grant: &Grant) -> Arc<Slot> {
+        let key = grant.key();
+        let slot = self
+            .slots
+            .get(key)
+            .unwrap_or_else(|| self.slots.get_with(key.clone(), || Slot::start(self.issuer.clone())));
+        if slot.join(grant) {
+            let mut of_pod = self.of_pod.lock().unwrap_or_else(PoisonError::into_inner);
+            of_pod.entry(grant.workload().uid().clone()).or_default().push(key.clone());
+            drop(of_pod);
+            self.count();
+        }
+        slot
+    }
+
+    fn count(&self) {
+        self.slots.run_pending_tasks();
+        self.metrics.cache_entries.set(i64::try_from(self.slots.entry_count()).unwrap_or(i64::MAX));
+    }
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cache").field("slots", &self.slots.entry_count()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,309 @@
+//! One session: a keeper task that fetches and refreshes, and readers that never do. Since only the keeper fetches,
+//! there is one exchange under way whoever asks, and a caller that hangs up cancels nothing.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, sleep_until, timeout_at},
+};
+
+use super::Standing;
+use crate::{
+    attribute::PodUid,
+    authorise::Grant,
+    exchange::{Credential, Issue},
+    refusal::{Memory, Reason, Refusal},
+};
+
+/// Refreshed when this much of the lifetime has passed, so that half of it is left whenever all is well: botocore
+/// stretches what has less than 15 to 25 minutes left, and then signs with dead keys (boto/botocore#2670).
+const REFRESH: (f64, f64) = (0.40, 0.48);
+/// In normal operation nothing with less left is served.
+const MIN_LEFT: Duration = Duration::from_secs(30 * 60);
+/// In an outage, what has more left than this: SDKs may use credentials to their last second.
+const LAST_RESORT: Duration = Duration::from_secs(60);
+/// Full jitter over this range, doubled with each failure up to the end.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// Why a session is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    /// A pod asks, or is about to.
+    Waiting,
+    /// A pod was bound to the node.
+    Ahead,
+}
+
+#[derive(Debug)]
+pub(super) struct Slot {
+    shared: Arc<Shared>,
+    keeper: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: watch::Sender<State>,
+    wanted: AtomicBool,
+    wake: Notify,
+    last_used: Mutex<Option<Instant>>,
+    /// The pods that share this session: any one of them can stand for it at the API server.
+    grants: Mutex<HashMap<PodUid, Grant>>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct State {
+    held: Option<Held>,
+    /// Of the last attempt, if that failed; and until when no other is made.
+    failure: Option<(Refusal, Instant)>,
+}
+
+#[derive(Debug, Clone)]
+struct Held {
+    credential: Arc<Credential>,
+    refresh_at: Instant,
+}
+
+impl Held {
+    fn lifetime(&self) -> Duration {
+        self.credential.expires_at().duration_since(self.credential.issued_at())
+    }
+
+    fn left(&self) -> Duration {
+        self.credential.expires_at().saturating_duration_since(Instant::now())
+    }
+
+    /// Enough is left for any SDK.
+    fn fresh(&self) -> bool {
+        self.left() >= MIN_LEFT.min(self.lifetime() / 2)
+    }
+}
+
+impl State {
+    fn fresh(&self) -> Option<&Arc<Credential>> {
+        self.held.as_ref().filter(|held| held.fresh()).map(|held| &held.credential)
+    }
+
+    fn last_resort(&self) -> Option<&Arc<Credential>> {
+        self.held.as_ref().filter(|held| held.left() > LAST_RESORT).map(|held| &held.credential)
+    }
+
+    /// What can be served without waiting: what is fresh, or what there is while refreshing fails.
+    fn in_hand(&self) -> Option<&Arc<Credential>> {
+        self.fresh().or_else(|| self.failure.as_ref().and(self.last_resort()))
+    }
+
+    /// A failure that waiting does not mend.
+    fn definite(&self) -> Option<&Refusal> {
+        let (refusal, until) = self.failure.as_ref()?;
+        (matches!(refusal.reason.spec().memory, Memory::Fixed(_)) && *until > Instant::now()).then_some(refusal)
+    }
+
+    fn last_failure(&self) -> Option<&Refusal> {
+        let (refusal, until) = self.failure.as_ref()?;
+        let still_trying = refusal.reason.spec().memory == Memory::Backoff;
+        (still_trying || *until > Instant::now()).then_some(refusal)
+    }
+}
+
+impl Slot {
+    pub(super) fn start(issuer: Arc<dyn Issue>) -> Arc<Self> {
+        let shared = Arc::new(Shared::default());
+        let keeper = tokio::spawn(shared.clone().keep(issuer));
+        Arc::new(Self { shared, keeper })
+    }
+
+    /// True when the pod is new to the session.
+    pub(super) fn join(&self, grant: &Grant) -> bool {
+        let mut grants = self.shared.grants();
+        let uid = grant.workload().uid();
+        !grants.contains_key(uid) && grants.insert(uid.clone(), grant.clone()).is_none()
+    }
+
+    /// True when that was the last pod of the session.
+    pub(super) fn leave(&self, pod: &PodUid) -> bool {
+        let mut grants = self.shared.grants();
+        grants.remove(pod);
+        grants.is_empty()
+    }
+
+    /// Sees to it that there are going to be credentials, without waiting.
+    pub(super) fn want(&self, wanted: Use) {
+        if wanted == Use::Waiting {
+            self.shared.used();
+        }
+        self.shared.want();
+    }
+
+    pub(super) fn in_hand(&self) -> Option<Arc<Credential>> {
+        let credential = self.shared.state.borrow().in_hand().cloned()?;
+        self.shared.used();
+        self.shared.want();
+        Some(credential)
+    }
+
+    pub(super) async fn get(&self, until: Instant) -> Result<Arc<Credential>, Refusal> {
+        self.want(Use::Waiting);
+        let mut state = self.shared.state.subscribe();
+        loop {
+            {
+                let state = state.borrow_and_update();
+                if let Some(credential) = state.in_hand() {
+                    return Ok(credential.clone());
+                }
+                if let Some(refusal) = state.definite() {
+                    return Err(refusal.clone());
+                }
+            }
+            if !matches!(timeout_at(until, state.changed()).await, Ok(Ok(()))) {
+                let state = state.borrow();
+                return state.last_resort().cloned().ok_or_else(|| {
+                    state.last_failure().cloned().unwrap_or_else(|| {
+                        Refusal::new(
+                            Reason::ExchangeTimeout,
+                            "the exchange has not ended yet; the next request may find it done",
+                        )
+                    })
+                });
+            }
+        }
+    }
+
+    pub(super) async fn standing(&self, until: Instant) -> Standing {
+        let mut state = self.shared.state.subscribe();
+        loop {
+            {
+                let state = state.borrow_and_update();
+                if state.in_hand().is_some() {
+                    return Standing::Ready;
+                }
+                if let Some(refusal) = state.last_failure() {
+                    return Standing::Failed(refusal.clone());
+                }
+            }
+            if !matches!(timeout_at(until, state.changed()).await, Ok(Ok(()))) {
+                return Standing::Pending;
+            }
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+impl Shared {
+    async fn keep(self: Arc<Self>, issuer: Arc<dyn Issue>) {
+        let mut failures = 0;
+        loop {
+            self.due().await;
+            let Some((pod, grant)) = self.grants().iter().next().map(|(pod, grant)| (pod.clone(), grant.clone()))
+            else {
+                // Its last pod has gone; a new one wakes it.
+                self.wanted.store(false, Ordering::SeqCst);
+                continue;
+            };
+            match issuer.issue(&grant).await {
+                Ok(credential) => {
+                    failures = 0;
+                    self.wanted.store(false, Ordering::SeqCst);
+                    self.state.send_replace(State { held: Some(hold(credential)), failure: None });
+                }
+                Err(refusal) => {
+                    // One pod that is gone says nothing about the others of its service account.
+                    if refusal.reason == Reason::PodGone && self.leave_one(&pod) {
+                        continue;
+                    }
+                    let pause = match refusal.reason.spec().memory {
+                        Memory::Fixed(pause) => {
+                            // Whoever asks after that makes it be tried again.
+                            self.wanted.store(false, Ordering::SeqCst);
+                            pause
+                        }
+                        Memory::Backoff | Memory::None => backoff(failures),
+                    };
+                    failures += 1;
+                    let until = Instant::now() + pause;
+                    self.state.send_modify(|state| state.failure = Some((refusal, until)));
+                    sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// Returns when the next exchange should begin.
+    async fn due(&self) {
+        loop {
+            let woken = self.wake.notified();
+            let refresh_at = self.state.borrow().held.as_ref().map(|held| (held.refresh_at, held.lifetime()));
+            let wanted = self.wanted.load(Ordering::SeqCst);
+            match refresh_at {
+                Some((at, _)) if Instant::now() < at => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = woken => {}
+                },
+                Some((_, lifetime)) if wanted || self.used_within(lifetime) => return,
+                None if wanted => return,
+                _ => woken.await,
+            }
+        }
+    }
+
+    fn want(&self) {
+        let settled = {
+            let state = self.state.borrow();
+            state.definite().is_some() || state.held.as_ref().is_some_and(|held| Instant::now() < held.refresh_at)
+        };
+        if !settled && !self.wanted.swap(true, Ordering::SeqCst) {
+            self.wake.notify_one();
+        }
+    }
+
+    fn used(&self) {
+        *self.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    fn used_within(&self, lifetime: Duration) -> bool {
+        self.last_used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|used| used.elapsed() < lifetime)
+    }
+
+    /// True when others remain.
+    fn leave_one(&self, pod: &PodUid) -> bool {
+        let mut grants = self.grants();
+        let others = grants.len() > 1;
+        if others {
+            grants.remove(pod);
+        }
+        others
+    }
+
+    fn grants(&self) -> MutexGuard<'_, HashMap<PodUid, Grant>> {
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn hold(credential: Credential) -> Held {
+    let lifetime = credential.expires_at().duration_since(credential.issued_at());
+    let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * fastrand::f64();
+    let refresh_at = credential.issued_at() + lifetime.mul_f64(share);
+    Held { credential: Arc::new(credential), refresh_at }
+}
+
+fn backoff(failures: u32) -> Duration {
+    let ceiling = BACKOFF.0.saturating_mul(1 << failures.min(16)).min(BACKOFF.1);
+    ceiling.mul_f64(fastrand::f64()).max(BACKOFF.0 / 10)
+}
+
+#[cfg(test)]
+#[path = "slot_tests.rs"]
+mod tests;

@@ -1,0 +1,228 @@
+//! The life of one session, on a paused clock.
+
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use tokio::time::{advance, pause, timeout};
+
+use super::*;
+use crate::attribute::Workload;
+
+const HOUR: Duration = Duration::from_secs(3_600);
+const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
+
+/// Answers in the given order, each after its delay; then always with fresh credentials.
+#[derive(Default)]
+struct Script {
+    answers: Mutex<VecDeque<(Duration, Option<Reason>)>>,
+    calls: AtomicUsize,
+    pods: Mutex<Vec<String>>,
+}
+
+impl Script {
+    fn new(answers: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Arc<Self> {
+        let answers = answers.into_iter().map(|(millis, answer)| (Duration::from_millis(millis), answer)).collect();
+        Arc::new(Self { answers: Mutex::new(answers), ..Self::default() })
+    }
+
+    fn then(&self, millis: u64, answer: Option<Reason>) {
+        self.answers.lock().unwrap().push_back((Duration::from_millis(millis), answer));
+    }
+
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+}
+
+impl Issue for Script {
+    fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        self.pods.lock().unwrap().push(grant.workload().pod().to_owned());
+        let (delay, answer) = self.answers.lock().unwrap().pop_front().unwrap_or((Duration::ZERO, None));
+        Box::pin(async move {
+            sleep(delay).await;
+            answer.map_or_else(|| Ok(Credential::sample(&format!("ASIA{call}"), HOUR)), |reason| Err(reason.into()))
+        })
+    }
+}
+
+fn grant(pod: &str) -> Grant {
+    Grant::sample(Workload::sample(pod, &format!("uid-{pod}"), "reader"), ROLE)
+}
+
+fn slot(script: &Arc<Script>) -> Arc<Slot> {
+    pause();
+    let slot = Slot::start(script.clone());
+    slot.join(&grant("a"));
+    slot
+}
+
+fn in_4s() -> Instant {
+    Instant::now() + Duration::from_secs(4)
+}
+
+async fn id(slot: &Slot) -> Result<String, Reason> {
+    slot.get(in_4s()).await.map(|credential| credential.access_key_id().to_owned()).map_err(|refusal| refusal.reason)
+}
+
+/// The clock's timers fire on whole milliseconds.
+fn took(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap() / 10 * 10
+}
+
+/// Lets the keeper do what is due, in steps that are short beside every interval here.
+async fn pass(duration: Duration) {
+    let end = Instant::now() + duration;
+    while Instant::now() < end {
+        advance(Duration::from_secs(1).min(end - Instant::now())).await;
+        for _ in 0..4 {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// IMDS-19
+#[tokio::test]
+async fn fifty_callers_are_one_exchange_also_when_all_of_them_hang_up() {
+    let script = Script::new([(1_000, None)]);
+    let slot = slot(&script);
+    let callers: Vec<_> = (0..50)
+        .map(|_| {
+            let slot = slot.clone();
+            tokio::spawn(async move { timeout(Duration::from_millis(100), slot.get(in_4s())).await })
+        })
+        .collect();
+    for caller in callers {
+        assert!(caller.await.unwrap().is_err(), "each of them hangs up after 100 ms");
+    }
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()), "the next one finds it done");
+    assert_eq!(script.calls(), 1);
+}
+
+#[tokio::test]
+async fn a_definite_refusal_is_for_everyone_at_once_and_is_remembered() {
+    let script = Script::new([(50, Some(Reason::AccessDenied))]);
+    let slot = slot(&script);
+    let waiting = (0..10).map(|_| id(&slot));
+    for answer in futures::future::join_all(waiting).await {
+        assert_eq!(answer, Err(Reason::AccessDenied));
+    }
+    assert_eq!(id(&slot).await, Err(Reason::AccessDenied));
+    assert_eq!(script.calls(), 1, "remembered");
+    pass(Duration::from_secs(11)).await;
+    assert_eq!(script.calls(), 1, "not tried again until somebody asks");
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+}
+
+/// IMDS-27
+#[tokio::test]
+async fn what_may_pass_is_tried_again_within_the_hold() {
+    let script = Script::new([(10, Some(Reason::StsThrottled)), (10, Some(Reason::StsUnavailable))]);
+    let slot = slot(&script);
+    assert_eq!(id(&slot).await, Ok("ASIA3".into()));
+}
+
+#[tokio::test]
+async fn an_outage_ends_the_hold_with_the_last_failure_and_the_tries_become_rare() {
+    let script = Script::new((0..1_000).map(|_| (10, Some(Reason::StsUnavailable))));
+    let slot = slot(&script);
+    let began = Instant::now();
+    assert_eq!(id(&slot).await, Err(Reason::StsUnavailable));
+    assert_eq!(took(began), 4_000);
+    pass(Duration::from_secs(60)).await;
+    let before = script.calls();
+    pass(Duration::from_secs(600)).await;
+    // Full jitter over 30 s is 15 s on average.
+    assert!((20..80).contains(&(script.calls() - before)), "{} tries in 10 minutes", script.calls() - before);
+}
+
+/// IMDS-20
+#[tokio::test]
+async fn a_used_session_is_refreshed_so_that_half_of_it_is_always_left() {
+    let script = Script::new([]);
+    let slot = slot(&script);
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+    for _ in 0..6 * 60 {
+        pass(Duration::from_secs(60)).await;
+        let credential = slot.in_hand().unwrap();
+        assert!(credential.expires_at() - Instant::now() >= HOUR / 2);
+    }
+    let calls = script.calls();
+    assert!((12..=16).contains(&calls), "{calls} exchanges in 6 hours, at 40 to 48 % of each");
+}
+
+#[tokio::test]
+async fn readers_do_not_wait_for_a_refresh() {
+    let script = Script::new([(0, None), (3_000, None)]);
+    let slot = slot(&script);
+    id(&slot).await.unwrap();
+    while script.calls() < 2 {
+        pass(Duration::from_secs(1)).await;
+    }
+    let began = Instant::now();
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+    assert_eq!(took(began), 0);
+    pass(Duration::from_secs(4)).await;
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+}
+
+#[tokio::test]
+async fn an_unused_session_is_not_refreshed_and_fetched_when_it_is_asked_for_again() {
+    let script = Script::new([]);
+    let slot = slot(&script);
+    slot.want(Use::Ahead);
+    pass(2 * HOUR).await;
+    assert_eq!(script.calls(), 1);
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()), "never what has expired");
+}
+
+/// IMDS-22
+#[tokio::test]
+async fn in_an_outage_the_last_credentials_are_served_until_a_minute_before_they_expire() {
+    let script = Script::new([(0, None)]);
+    let slot = slot(&script);
+    id(&slot).await.unwrap();
+    (0..100_000).for_each(|_| script.then(10, Some(Reason::StsUnavailable)));
+    pass(HOUR - Duration::from_secs(62)).await;
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+    pass(Duration::from_secs(2)).await;
+    assert_eq!(id(&slot).await, Err(Reason::StsUnavailable));
+    assert!(matches!(slot.standing(in_4s()).await, Standing::Failed(_)));
+}
+
+#[tokio::test]
+async fn an_idle_session_with_little_left_is_fetched_anew_and_its_rest_is_the_last_resort() {
+    let script = Script::new([(0, None), (10_000, None)]);
+    let slot = slot(&script);
+    slot.want(Use::Ahead);
+    pass(HOUR.mul_f64(0.7)).await;
+    let began = Instant::now();
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()), "STS did not answer in time");
+    assert_eq!(took(began), 4_000);
+    pass(Duration::from_secs(7)).await;
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+}
+
+#[tokio::test]
+async fn a_pod_that_is_gone_does_not_fail_the_others_of_its_service_account() {
+    let script = Script::new([(10, Some(Reason::PodGone))]);
+    let slot = slot(&script);
+    slot.join(&grant("b"));
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+    let pods = script.pods.lock().unwrap().clone();
+    assert_ne!(pods[0], pods[1]);
+}
+
+#[tokio::test]
+async fn the_list_knows_what_is_definite_and_waits_no_longer_than_it_may() {
+    let script = Script::new([(1_000, Some(Reason::AccessDenied))]);
+    let slot = slot(&script);
+    slot.want(Use::Waiting);
+    let began = Instant::now();
+    let standing = slot.standing(Instant::now() + Duration::from_millis(350)).await;
+    assert!(matches!(standing, Standing::Pending) && took(began) == 350);
+    assert!(matches!(slot.standing(in_4s()).await, Standing::Failed(_)));
+}

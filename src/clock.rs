@@ -1,0 +1,64 @@
+//! The one place where wall-clock time enters. Everything else counts in [`tokio::time::Instant`], so that a clock
+//! step can neither serve an expired credential nor drop a good one, and a paused clock drives every test.
+//!
+//! Knows nothing of kirsa.
+
+#![allow(clippy::disallowed_types)]
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Seconds since 1970-01-01T00:00:00Z.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnixTime(pub u64);
+
+impl UnixTime {
+    pub fn now() -> Self {
+        // A clock before 1970 reads as 1970: everything dated by it has then expired, which is the safe side.
+        Self(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
+    }
+
+    /// How far `self` lies after `other`; zero if it does not.
+    pub fn since(self, other: Self) -> Duration {
+        Duration::from_secs(self.0.saturating_sub(other.0))
+    }
+
+    /// Exactly `YYYY-MM-DDTHH:MM:SSZ`: fractions and numeric offsets break boto2, minio-py and the Rust SDK.
+    pub fn iso8601(self) -> String {
+        let (days, second) = (self.0 / 86_400, self.0 % 86_400);
+        let (year, month, day) = civil_from_days(days);
+        let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
+        format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    }
+}
+
+/// Days since the epoch to a date of the proleptic Gregorian calendar, counting in 400-year eras that begin on
+/// 1 March, so that the leap day is the last of its year.
+fn civil_from_days(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_written_as_every_sdk_reads_them() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_164_800, "2024-02-29T00:00:00Z"),
+            (4_107_542_399, "2100-02-28T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(UnixTime(seconds).iso8601(), text);
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! Command line and environment → [`Config`]: read first, given meaning once. Pure: nothing here touches the node.
+//!
+//! A wrong value is refused in one sentence that names the flag, the value and what would be right.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, error::ErrorKind};
+
+use crate::{
+    authorise::Scope,
+    intercept::{Backend, HostAddresses, Limits},
+    kubernetes::Mint,
+    observe::LogFormat,
+};
+
+/// Below this, SDKs such as botocore refetch on every call, or stretch what is left and sign with dead keys.
+pub const MIN_SESSION: u32 = 1_800;
+/// The longest session that STS grants for a role.
+pub const MAX_SESSION: u32 = 43_200;
+
+#[derive(Debug, Parser)]
+#[command(name = "kirsa", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: CliCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum CliCommand {
+    /// Answer the instance metadata service for the pods of this node.
+    Run(Box<RunArgs>),
+    /// Remove the redirect that `run` leaves in place on purpose when it ends.
+    Uninstall(UninstallArgs),
+}
+
+#[derive(Debug, ClapArgs)]
+struct UninstallArgs {
+    /// Which rules to look for: auto removes both kinds.
+    #[arg(long, env = "KIRSA_INTERCEPT", default_value = "auto", value_name = "KIND")]
+    intercept: Backend,
+}
+
+/// Values as they were given; [`Config`] is what they mean.
+#[derive(Debug, ClapArgs)]
+struct RunArgs {
+    /// This node's name, as Kubernetes knows it (downward API: spec.nodeName).
+    #[arg(long, env = "NODE_NAME", default_value = "", value_name = "NAME", help_heading = "Node")]
+    node_name: String,
+    /// This node's addresses, at most one of each family (downward API: status.hostIPs). kirsa listens on them, and
+    /// the redirect leads to them.
+    #[arg(
+        long,
+        env = "HOST_IP",
+        value_delimiter = ',',
+        required = true,
+        value_name = "IP[,IP]",
+        help_heading = "Node"
+    )]
+    host_ip: Vec<IpAddr>,
+    /// Where the key of IMDSv2 session tokens survives a restart.
+    #[arg(long, env = "KIRSA_STATE_DIR", default_value = "/var/lib/kirsa", value_name = "DIR", help_heading = "Node")]
+    state_dir: PathBuf,
+
+    /// How connections to the metadata address are brought here: nftables, iptables, whichever works, or by a
+    /// redirect of your own.
+    #[arg(long, env = "KIRSA_INTERCEPT", default_value = "auto", value_name = "KIND", help_heading = "Interception")]
+    intercept: Backend,
+    /// The port of the node that the redirect leads to.
+    #[arg(long, env = "KIRSA_PORT", default_value_t = 8181, value_name = "PORT", help_heading = "Interception")]
+    port: u16,
+    /// Connections that are open at once, from all pods together; more wait in the kernel's queue.
+    #[arg(
+        long,
+        env = "KIRSA_MAX_CONNECTIONS",
+        default_value_t = 4_096,
+        value_name = "N",
+        help_heading = "Interception"
+    )]
+    max_connections: usize,
+    /// Connections that are open at once from one address; more are answered 503.
+    #[arg(
+        long,
+        env = "KIRSA_MAX_CONNECTIONS_PER_SOURCE",
+        default_value_t = 64,
+        value_name = "N",
+        help_heading = "Interception"
+    )]
+    max_connections_per_source: usize,
+
+    /// Where the container runtime records the addresses of pods before they start; "none" waits for the API server
+    /// to show them.
+    #[arg(
+        long,
+        env = "KIRSA_CNI_RESULTS",
+        default_value = "/var/lib/cni/results",
+        value_name = "DIR",
+        help_heading = "Attribution"
+    )]
+    cni_results: PathBuf,
+    /// Workloads from a YAML file instead of Kubernetes; read again whenever it changes.
+    #[arg(long, env = "KIRSA_WORKLOADS", value_name = "FILE", help_heading = "Attribution")]
+    workloads: Option<PathBuf>,
+
+    /// Credentials for the API server; without it, those of the pod that kirsa runs in.
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE", help_heading = "Kubernetes")]
+    kubeconfig: Option<PathBuf>,
+    /// How tokens of other pods' service accounts are minted: impersonating this node (Kubernetes >= 1.36), directly
+    /// (fenced by an admission policy), or whichever the agent was granted.
+    #[arg(long, env = "KIRSA_MINT", default_value = "auto", value_name = "WAY", help_heading = "Kubernetes")]
+    mint: Mint,
+    /// The audience of those tokens, unless the service account's annotation names another.
+    #[arg(
+        long,
+        env = "KIRSA_AUDIENCE",
+        default_value = "sts.amazonaws.com",
+        value_name = "AUDIENCE",
+        help_heading = "Kubernetes"
+    )]
+    audience: String,
+    /// What the annotations that IRSA defines begin with, on service accounts.
+    #[arg(
+        long,
+        env = "KIRSA_ANNOTATION_PREFIX",
+        default_value = "eks.amazonaws.com",
+        value_name = "PREFIX",
+        help_heading = "Kubernetes"
+    )]
+    annotation_prefix: String,
+
+    /// The AWS region whose STS is asked.
+    #[arg(long, env = "AWS_REGION", value_name = "REGION", help_heading = "AWS")]
+    region: Option<String>,
+    /// Another STS: an S3-compatible store's (MinIO, Ceph), or a VPC endpoint.
+    #[arg(long, env = "KIRSA_STS_ENDPOINT_URL", value_name = "URL", help_heading = "AWS")]
+    sts_endpoint_url: Option<String>,
+
+    /// How long a session lasts, in seconds, unless the service account's annotation says otherwise.
+    #[arg(
+        long,
+        env = "KIRSA_SESSION_DURATION",
+        default_value_t = 3_600,
+        value_name = "SECONDS",
+        help_heading = "Credentials"
+    )]
+    session_duration: u32,
+    /// Who shares a session: the pods of one service account on this node, or nobody.
+    #[arg(
+        long,
+        env = "KIRSA_SESSION_SCOPE",
+        default_value = "service-account",
+        value_name = "SCOPE",
+        help_heading = "Credentials"
+    )]
+    session_scope: Scope,
+    /// Refuse IMDSv1 (requests without a session token). Breaks boto2, botocore before 1.13, the JavaScript SDK
+    /// before 2.575, the Go SDK before 1.25 and s3fs.
+    #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]
+    require_imdsv2: bool,
+
+    /// Where metrics and health are served. Pods must not reach it.
+    #[arg(
+        long,
+        env = "KIRSA_ADMIN_ADDRESS",
+        default_value = "127.0.0.1:8182",
+        value_name = "ADDRESS",
+        help_heading = "Operation"
+    )]
+    admin_address: SocketAddr,
+    /// How long open requests may take to end after SIGTERM, in seconds.
+    #[arg(long, env = "KIRSA_DRAIN", default_value_t = 5, value_name = "SECONDS", help_heading = "Operation")]
+    drain: u64,
+    /// One JSON object a line, or text for a person.
+    #[arg(long, env = "KIRSA_LOG_FORMAT", default_value = "json", value_name = "FORMAT", help_heading = "Operation")]
+    log_format: LogFormat,
+    /// What is logged, as `info` or `warn,kirsa=debug`.
+    #[arg(long, env = "KIRSA_LOG_LEVEL", default_value = "info", value_name = "FILTER", help_heading = "Operation")]
+    log_level: String,
+}
+
+/// What kirsa was asked to do.
+#[derive(Debug)]
+pub enum Command {
+    Run(Box<Config>),
+    Uninstall(Backend),
+}
+
+/// A valid configuration of `kirsa run`.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub host: HostAddresses,
+    pub port: u16,
+    pub state_dir: PathBuf,
+    pub intercept: Backend,
+    pub limits: Limits,
+    pub source: Source,
+    pub sts: Sts,
+    pub annotation_prefix: String,
+    pub audience: String,
+    pub session_duration: u32,
+    pub session_scope: Scope,
+    pub require_imdsv2: bool,
+    pub admin_address: SocketAddr,
+    pub drain: Duration,
+    pub log_format: LogFormat,
+    pub log_level: String,
+}
+
+/// Where pods and their service accounts are learnt from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    File(PathBuf),
+    Kubernetes { node_name: String, kubeconfig: Option<PathBuf>, mint: Mint, cni_results: Option<PathBuf> },
+}
+
+/// Which STS is asked.
+#[derive(Debug, Clone)]
+pub struct Sts {
+    pub region: String,
+    pub endpoint: Option<String>,
+}
+
+/// Reads the process's own command line and environment.
+///
+/// # Errors
+/// The exit code: 0 after `--help` and `--version`, 2 after saying what is wrong.
+pub fn parse() -> Result<Command, ExitCode> {
+    parse_from(std::env::args_os()).map_err(|error| {
+        // Nothing is left to be done about a closed stderr.
+        let _ = error.print();
+        ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+    })
+}
+
+fn parse_from(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Command, clap::Error> {
+    match Cli::try_parse_from(args)?.command {
+        CliCommand::Uninstall(args) => Ok(Command::Uninstall(args.intercept)),
+        CliCommand::Run(args) => Config::try_from(*args)
+            .map(|config| Command::Run(Box::new(config)))
+            .map_err(|wrong| Cli::command().error(ErrorKind::ValueValidation, wrong)),
+    }
+}
+
+/// The sentence that names the flag, the value and what would be right.
+fn wrong<T>(flag: &str, value: impl std::fmt::Display, right: &str) -> Result<T, String> {
+    Err(format!("--{flag} {value}: {right}"))
+}
+
+impl TryFrom<RunArgs> for Config {
+    type Error = String;
+
+    fn try_from(args: RunArgs) -> Result<Self, String> {
+        let host = host_addresses(&args.host_ip)?;
+        if args.port == 0 {
+            return wrong("port", 0, "the redirect needs a fixed port, from 1 to 65535");
+        }
+        if args.max_connections == 0 || args.max_connections_per_source == 0 {
+            return wrong("max-connections", 0, "at least 1 connection must be allowed, in total and per source");
+        }
+        if !(MIN_SESSION..=MAX_SESSION).contains(&args.session_duration) {
+            return wrong(
+                "session-duration",
+                args.session_duration,
+                "must be from 1800 to 43200 seconds: with less, SDKs such as botocore and the Java SDK fetch again \
+                 on every call, or stretch what is left and sign with expired keys",
+            );
+        }
+        if args.audience.is_empty() || args.audience.chars().any(char::is_whitespace) {
+            return wrong(
+                "audience",
+                format_args!("{:?}", args.audience),
+                "must be one word, such as sts.amazonaws.com",
+            );
+        }
+        let prefix_ok = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
+        if args.annotation_prefix.is_empty() || !args.annotation_prefix.chars().all(prefix_ok) {
+            return wrong(
+                "annotation-prefix",
+                format_args!("{:?}", args.annotation_prefix),
+                "must be a DNS name without a slash, such as eks.amazonaws.com",
+            );
+        }
+        Ok(Self {
+            host,
+            port: args.port,
+            state_dir: args.state_dir,
+            intercept: args.intercept,
+            limits: Limits { total: args.max_connections, per_source: args.max_connections_per_source },
+            sts: sts(args.region, args.sts_endpoint_url)?,
+            source: match args.workloads {
+                Some(file) => Source::File(file),
+                None if args.node_name.is_empty() => {
+                    return wrong(
+                        "node-name",
+                        "''",
+                        "must be this node's name (downward API: spec.nodeName), or give --workloads to run without \
+                         Kubernetes",
+                    );
+                }
+                None => Source::Kubernetes {
+                    node_name: args.node_name,
+                    kubeconfig: args.kubeconfig,
+                    mint: args.mint,
+                    cni_results: (args.cni_results.as_os_str() != "none").then_some(args.cni_results),
+                },
+            },
+            annotation_prefix: args.annotation_prefix,
+            audience: args.audience,
+            session_duration: args.session_duration,
+            session_scope: args.session_scope,
+            require_imdsv2: args.require_imdsv2,
+            admin_address: args.admin_address,
+            drain: Duration::from_secs(args.drain),
+            log_format: args.log_format,
+            log_level: args.log_level,
+        })
+    }
+}
+
+fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
+    let mut host = HostAddresses { v4: None::<Ipv4Addr>, v6: None::<Ipv6Addr> };
+    for address in given {
+        if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
+            return wrong(
+                "host-ip",
+                address,
+                "must be an address of this node that pods can reach; redirecting to loopback would need \
+                 route_localnet (CVE-2020-8558)",
+            );
+        }
+        let taken = match address {
+            IpAddr::V4(v4) => host.v4.replace(*v4).is_some(),
+            IpAddr::V6(v6) => host.v6.replace(*v6).is_some(),
+        };
+        if taken {
+            return wrong(
+                "host-ip",
+                address,
+                "is the second of its family; give at most one IPv4 and one IPv6 address",
+            );
+        }
+    }
+    Ok(host)
+}
+
+fn sts(region: Option<String>, endpoint: Option<String>) -> Result<Sts, String> {
+    if let Some(url) = &endpoint {
+        let scheme = url.parse::<http::Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
+        if !matches!(scheme.as_deref(), Some("http" | "https")) {
+            return wrong("sts-endpoint-url", url, "must be an http:// or https:// URL");
+        }
+    }
+    let grammar = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    match region.filter(|region| !region.is_empty()) {
+        Some(region) if region.chars().all(grammar) => Ok(Sts { region, endpoint }),
+        Some(region) => wrong("region", region, "must be an AWS region, such as eu-central-1"),
+        // An S3-compatible store has no regions; the SDK wants a name all the same.
+        None if endpoint.is_some() => Ok(Sts { region: "us-east-1".into(), endpoint }),
+        None => {
+            wrong("region", "''", "must be the AWS region whose STS is asked (or AWS_REGION), such as eu-central-1")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(extra: &[&str]) -> Result<Config, String> {
+        let base = ["kirsa", "run", "--node-name=n1", "--host-ip=10.0.0.1", "--region=eu-central-1"];
+        match parse_from(base.iter().chain(extra).map(Into::into)) {
+            Ok(Command::Run(config)) => Ok(*config),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => {
+                assert_eq!(error.exit_code(), 2);
+                Err(error.to_string())
+            }
+        }
+    }
+
+    #[test]
+    fn a_plain_start_has_the_documented_defaults() {
+        let config = run(&[]).unwrap();
+        assert_eq!((config.port, config.session_duration, config.audience.as_str()), (8181, 3600, "sts.amazonaws.com"));
+        assert!(matches!(config.source, Source::Kubernetes { cni_results: Some(_), .. }));
+        assert!(matches!(run(&["--cni-results=none"]).unwrap().source, Source::Kubernetes { cni_results: None, .. }));
+    }
+
+    /// IMDS-20: the refusal says why.
+    #[test]
+    fn short_sessions_are_refused_with_the_reason() {
+        let message = run(&["--session-duration=900"]).unwrap_err();
+        assert!(message.contains("--session-duration 900") && message.contains("expired keys"), "{message}");
+    }
+
+    #[test]
+    fn wrong_values_name_the_flag_the_value_and_the_right_form() {
+        for (flag, named) in [
+            ("--host-ip=10.0.0.2", "10.0.0.2: is the second of its family"),
+            ("--host-ip=127.0.0.1", "--host-ip 127.0.0.1"),
+            ("--host-ip=node1", "node1"),
+            ("--port=0", "--port 0"),
+            ("--region=EU", "--region EU"),
+            ("--audience=a b", "--audience"),
+            ("--annotation-prefix=a/b", "--annotation-prefix"),
+            ("--intercept=ebpf", "'ebpf'"),
+            ("--mint=magic", "'magic'"),
+        ] {
+            let message = parse_from(
+                ["kirsa", "run", "--node-name=n", "--sts-endpoint-url=http://sts", "--host-ip=10.0.0.1", flag]
+                    .iter()
+                    .map(Into::into),
+            )
+            .unwrap_err()
+            .to_string();
+            assert!(message.contains(named), "{flag}: {message}");
+        }
+    }
+
+    #[test]
+    fn an_endpoint_must_be_a_url_and_without_one_the_region_must_be_known() {
+        let message = run(&["--sts-endpoint-url=minio:9000"]).unwrap_err();
+        assert!(message.contains("--sts-endpoint-url minio:9000: must be"), "{message}");
+        assert!(sts(None, None).unwrap_err().contains("--region"));
+    }
+
+    #[test]
+    fn without_kubernetes_no_node_name_is_needed() {
+        let args = ["kirsa", "run", "--host-ip=10.0.0.1", "--sts-endpoint-url=http://minio:9000", "--workloads=w.yaml"];
+        let Ok(Command::Run(config)) = parse_from(args.iter().map(Into::into)) else { panic!() };
+        assert!(matches!(config.source, Source::File(_)));
+    }
+}

@@ -1,0 +1,207 @@
+//! Credentials of a role session, and the document that SDKs get. Secrets are redacted wherever they might be printed,
+//! and zeroed when the last holder drops them.
+
+use std::fmt;
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::time::Instant;
+use zeroize::Zeroizing;
+
+/// A string that no log shows.
+#[derive(Clone)]
+pub struct Secret(Zeroizing<String>);
+
+impl Secret {
+    pub fn new(secret: String) -> Self {
+        Self(Zeroizing::new(secret))
+    }
+
+    /// For the one place that sends it on.
+    pub(super) fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+/// What STS said, before it is a [`Credential`].
+#[derive(Debug)]
+pub(super) struct Issued<'a> {
+    pub access_key_id: String,
+    pub secret_access_key: Secret,
+    pub session_token: Secret,
+    pub account_id: Option<&'a str>,
+    /// As SDKs read it.
+    pub last_updated: String,
+    pub expiration: String,
+    pub issued_at: Instant,
+    pub expires_at: Instant,
+}
+
+/// Temporary credentials of a role. Only this stage makes them.
+pub struct Credential {
+    access_key_id: String,
+    expiration: String,
+    issued_at: Instant,
+    expires_at: Instant,
+    document: Bytes,
+    extended: Bytes,
+}
+
+/// What EC2 answers on `iam/security-credentials/<role>` (EC2 User Guide, "Retrieve security credentials from instance
+/// metadata"). All strings; SDKs fail without any one of them.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Document<'a> {
+    code: &'a str,
+    last_updated: &'a str,
+    #[serde(rename = "Type")]
+    kind: &'a str,
+    access_key_id: &'a str,
+    secret_access_key: &'a str,
+    token: &'a str,
+    expiration: &'a str,
+    /// Only on `security-credentials-extended`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    account_id: Option<&'a str>,
+}
+
+impl Credential {
+    /// Renders both documents once: a warm answer costs no more than handing out a reference.
+    pub(super) fn new(issued: &Issued<'_>) -> Result<Self, serde_json::Error> {
+        let plain = Document {
+            code: "Success",
+            last_updated: &issued.last_updated,
+            kind: "AWS-HMAC",
+            access_key_id: &issued.access_key_id,
+            secret_access_key: issued.secret_access_key.expose(),
+            token: issued.session_token.expose(),
+            expiration: &issued.expiration,
+            account_id: None,
+        };
+        Ok(Self {
+            access_key_id: issued.access_key_id.clone(),
+            expiration: issued.expiration.clone(),
+            issued_at: issued.issued_at,
+            expires_at: issued.expires_at,
+            document: render(&plain)?,
+            extended: render(&Document { account_id: issued.account_id, ..plain })?,
+        })
+    }
+
+    pub fn access_key_id(&self) -> &str {
+        &self.access_key_id
+    }
+
+    /// As SDKs read it.
+    pub fn expiration(&self) -> &str {
+        &self.expiration
+    }
+
+    pub fn issued_at(&self) -> Instant {
+        self.issued_at
+    }
+
+    pub fn expires_at(&self) -> Instant {
+        self.expires_at
+    }
+
+    /// What `security-credentials/<role>` answers.
+    pub fn document(&self) -> Bytes {
+        self.document.clone()
+    }
+
+    /// The same with `AccountId`, for `security-credentials-extended/<role>`.
+    pub fn extended(&self) -> Bytes {
+        self.extended.clone()
+    }
+
+    /// For tests of the stages after this one: valid from now on, for as long as given.
+    #[cfg(test)]
+    pub(crate) fn sample(access_key_id: &str, lifetime: std::time::Duration) -> Self {
+        Self::new(&Issued {
+            access_key_id: access_key_id.into(),
+            secret_access_key: Secret::new("secret".into()),
+            session_token: Secret::new("token".into()),
+            account_id: Some("111122223333"),
+            last_updated: "2026-01-01T00:00:00Z".into(),
+            expiration: "2026-01-01T01:00:00Z".into(),
+            issued_at: Instant::now(),
+            expires_at: Instant::now() + lifetime,
+        })
+        .unwrap()
+    }
+}
+
+/// In memory that is zeroed when the last reader is done. Written into a buffer of the right size at once, since one
+/// that grows leaves copies behind.
+fn render(document: &Document<'_>) -> Result<Bytes, serde_json::Error> {
+    let mut counter = Counter(0);
+    serde_json::to_writer(&mut counter, document)?;
+    let mut json = Zeroizing::new(Vec::with_capacity(counter.0));
+    serde_json::to_writer(&mut *json, document)?;
+    Ok(Bytes::from_owner(json))
+}
+
+struct Counter(usize);
+
+impl std::io::Write for Counter {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credential")
+            .field("access_key_id", &self.access_key_id)
+            .field("expiration", &self.expiration)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn credential(account_id: Option<&str>) -> Credential {
+        Credential::new(&Issued {
+            access_key_id: "ASIAEXAMPLE".into(),
+            secret_access_key: Secret::new("wJalrXUtnFEMI".into()),
+            session_token: Secret::new("IQoJb3Jp\"Z2lu".into()),
+            account_id,
+            last_updated: "2026-01-01T00:00:00Z".into(),
+            expiration: "2026-01-01T01:00:00Z".into(),
+            issued_at: Instant::now(),
+            expires_at: Instant::now(),
+        })
+        .unwrap()
+    }
+
+    /// IMDS-11, and IMDS-14 for the extended document.
+    #[test]
+    fn the_document_has_every_member_that_sdks_need() {
+        assert_eq!(
+            &credential(Some("111122223333")).document()[..],
+            br#"{"Code":"Success","LastUpdated":"2026-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"wJalrXUtnFEMI","Token":"IQoJb3Jp\"Z2lu","Expiration":"2026-01-01T01:00:00Z"}"#
+        );
+        assert!(credential(Some("111122223333")).extended().ends_with(br#","AccountId":"111122223333"}"#));
+        assert_eq!(credential(None).extended(), credential(None).document(), "a store without accounts");
+    }
+
+    #[test]
+    fn debug_shows_no_secret() {
+        let text = format!("{:?}", credential(None));
+        assert!(text.contains("ASIAEXAMPLE") && !text.contains("wJalr") && !text.contains("IQoJ"), "{text}");
+    }
+}

@@ -1,0 +1,189 @@
+//! `AssumeRoleWithWebIdentity`, and what its failures mean. The call is unsigned: kirsa has no AWS credentials of its
+//! own, and no provider that could find any.
+//!
+//! S3-compatible stores answer less: nothing here depends on `AssumedRoleUser`, and a code that is not known is
+//! classed by its status.
+
+use std::time::Duration;
+
+use aws_sdk_sts::{
+    Client, Config,
+    config::{BehaviorVersion, Region, StalledStreamProtectionConfig, retry::RetryConfig, timeout::TimeoutConfig},
+    error::{ProvideErrorMetadata, SdkError},
+    operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError,
+    types::PolicyDescriptorType,
+};
+use tokio::time::Instant;
+use tracing::{debug, warn};
+
+use super::{
+    Credential, DEADLINE,
+    credential::{Issued, Secret},
+    token::describe,
+};
+use crate::{
+    authorise::Grant,
+    clock::UnixTime,
+    observe::Metrics,
+    refusal::{Reason, Refusal},
+};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
+const SKEW: u64 = 300;
+
+/// One STS endpoint.
+#[derive(Debug, Clone)]
+pub struct Sts {
+    client: Client,
+    metrics: Metrics,
+}
+
+impl Sts {
+    /// The region's own endpoint, or the one that is given.
+    pub fn new(region: String, endpoint: Option<String>, metrics: Metrics) -> Self {
+        let timeouts = TimeoutConfig::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .operation_attempt_timeout(DEADLINE)
+            .operation_timeout(DEADLINE)
+            .build();
+        let mut config = Config::builder()
+            .behavior_version(BehaviorVersion::v2026_01_12())
+            .region(Region::new(region))
+            // The slot that asks retries, and knows for whom.
+            .retry_config(RetryConfig::disabled())
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .timeout_config(timeouts)
+            .allow_no_auth();
+        if let Some(endpoint) = endpoint {
+            config = config.endpoint_url(endpoint);
+        }
+        Self { client: Client::from_conf(config.build()), metrics }
+    }
+
+    pub(super) async fn assume(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
+        let key = grant.key();
+        let arns = key.policy_arns.iter().map(|arn| PolicyDescriptorType::builder().arn(arn).build());
+        let call = self
+            .client
+            .assume_role_with_web_identity()
+            .role_arn(key.role.as_str())
+            .role_session_name(&key.session_name)
+            .web_identity_token(token.expose())
+            .duration_seconds(i32::try_from(key.duration).unwrap_or(i32::MAX))
+            .set_policy(key.policy.clone())
+            .set_policy_arns((!key.policy_arns.is_empty()).then(|| arns.collect()));
+        let asked_at = Instant::now();
+        let answer = call.send().await.map_err(|error| refused(grant, &error))?;
+        let Some(credentials) = answer.credentials else {
+            return Err(Refusal::new(Reason::BadStsAnswer, format!("no credentials in the answer for {grant}")));
+        };
+        let expiration = u64::try_from(credentials.expiration.secs()).unwrap_or(0);
+        // The credentials take over the strings; nothing is left to zero but what they hold.
+        let issued = Issued {
+            access_key_id: credentials.access_key_id,
+            secret_access_key: Secret::new(credentials.secret_access_key),
+            session_token: Secret::new(credentials.session_token),
+            account_id: key.role.account(),
+            last_updated: UnixTime::now().iso8601(),
+            expiration: UnixTime(expiration).iso8601(),
+            issued_at: asked_at,
+            expires_at: asked_at + self.lifetime(grant, UnixTime(expiration)),
+        };
+        Credential::new(&issued)
+            .map_err(|error| Refusal::new(Reason::BadStsAnswer, format!("credentials of {grant}: {error}")))
+    }
+
+    /// How long the session lasts from now, by a clock that cannot be set: never longer than was asked for, whatever
+    /// this node's wall clock makes of the expiration.
+    fn lifetime(&self, grant: &Grant, expiration: UnixTime) -> Duration {
+        let (now, asked) = (UnixTime::now(), grant.key().duration);
+        let left = expiration.since(now);
+        let by_sts = expiration.0.saturating_sub(u64::from(asked));
+        let skew = i64::try_from(now.0).unwrap_or(0) - i64::try_from(by_sts).unwrap_or(0);
+        if left.as_secs() > u64::from(asked) + SKEW {
+            warn!(role_arn = %grant.role(), skew_seconds = skew, "this node's clock is behind that of STS: set it");
+        } else if left.as_secs() + SKEW < u64::from(asked) {
+            warn!(
+                role_arn = %grant.role(), asked_seconds = asked, left_seconds = left.as_secs(),
+                "STS issued a shorter session than was asked for, or this node's clock is ahead of it"
+            );
+        }
+        self.metrics.clock_skew.set(skew);
+        left.min(Duration::from_secs(asked.into()))
+    }
+}
+
+fn refused(grant: &Grant, error: &SdkError<AssumeRoleWithWebIdentityError>) -> Refusal {
+    let (status, code) = match error {
+        SdkError::ServiceError(answer) => (Some(answer.raw().status().as_u16()), answer.err().code()),
+        SdkError::ResponseError(answer) => (Some(answer.raw().status().as_u16()), None),
+        _ => (None, None),
+    };
+    debug!(?status, code, role_arn = %grant.role(), "STS refused");
+    let reason = match error {
+        SdkError::ServiceError(_) => classify(code, status.unwrap_or(0)),
+        SdkError::ResponseError(_) if status.is_some_and(|status| status >= 500) => Reason::StsUnavailable,
+        SdkError::ResponseError(_) => Reason::BadStsAnswer,
+        SdkError::TimeoutError(_) => Reason::ExchangeTimeout,
+        _ => Reason::StsUnavailable,
+    };
+    let said = match error {
+        SdkError::ServiceError(answer) => format!(
+            "{} {}: {}",
+            status.unwrap_or(0),
+            code.unwrap_or("without a code"),
+            answer.err().message().unwrap_or("no message")
+        ),
+        other => describe(other),
+    };
+    Refusal::new(reason, format!("AssumeRoleWithWebIdentity of {}: {said}", grant))
+}
+
+/// STS API Reference, AssumeRoleWithWebIdentity, "Errors", and "Common Errors".
+fn classify(code: Option<&str>, status: u16) -> Reason {
+    match code.unwrap_or_default() {
+        "AccessDenied" | "AccessDeniedException" => Reason::AccessDenied,
+        "InvalidIdentityToken" | "ExpiredTokenException" | "ExpiredToken" | "IDPRejectedClaim" => {
+            Reason::WebIdentityRefused
+        }
+        "MalformedPolicyDocument" | "PackedPolicyTooLarge" => Reason::BadSessionPolicy,
+        "RegionDisabledException" => Reason::RegionDisabled,
+        "ValidationError" | "InvalidParameterValue" | "MissingParameter" => Reason::BadStsRequest,
+        "IDPCommunicationError" => Reason::IdentityProviderUnreachable,
+        "Throttling" | "ThrottlingException" | "RequestLimitExceeded" | "TooManyRequestsException" | "SlowDown" => {
+            Reason::StsThrottled
+        }
+        "RequestTimeout" | "RequestTimeoutException" | "InternalFailure" | "InternalError" | "ServiceUnavailable" => {
+            Reason::StsUnavailable
+        }
+        _ => match status {
+            429 => Reason::StsThrottled,
+            403 => Reason::AccessDenied,
+            400..500 => Reason::BadStsRequest,
+            _ => Reason::StsUnavailable,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_decide_and_an_unknown_one_falls_back_on_the_status() {
+        for (code, status, reason) in [
+            (Some("AccessDenied"), 403, Reason::AccessDenied),
+            (Some("ExpiredTokenException"), 400, Reason::WebIdentityRefused),
+            (Some("IDPCommunicationError"), 400, Reason::IdentityProviderUnreachable),
+            (Some("Throttling"), 400, Reason::StsThrottled),
+            (Some("InvalidParameterValue"), 400, Reason::BadStsRequest),
+            (Some("XYZ"), 403, Reason::AccessDenied),
+            (Some("XYZ"), 500, Reason::StsUnavailable),
+            (None, 429, Reason::StsThrottled),
+            (None, 404, Reason::BadStsRequest),
+        ] {
+            assert_eq!(classify(code, status), reason, "{code:?} {status}");
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! First stage: TCP connection → [`Peer`].
+//!
+//! Brings pods' connections to the metadata address here ([`rule`]), accepts them within limits, and learns from the
+//! kernel who they come from and where they were meant to go. Knows no Kubernetes and no HTTP.
+
+pub mod rule;
+mod probe;
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, socket, sockopt,
+    },
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tracing::{debug, warn};
+
+use crate::observe::Metrics;
+
+pub use probe::Probe;
+pub use rule::{Backend, HostAddresses};
+
+/// Where SDKs send their requests (EC2 User Guide, "Instance metadata and user data").
+pub const METADATA_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+pub const METADATA_PORT: u16 = 80;
+
+/// Both ends of a connection as the kernel sees them: the only evidence of who is calling. Nothing that a client sends
+/// is in here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    source: SocketAddr,
+    destination: SocketAddr,
+}
+
+impl Peer {
+    /// The caller's address.
+    pub fn source(&self) -> SocketAddr {
+        self.source
+    }
+
+    /// The address that the caller connected to, before the redirect.
+    pub fn destination(&self) -> SocketAddr {
+        self.destination
+    }
+
+    /// For tests of later stages.
+    #[cfg(test)]
+    pub(crate) fn from_pod(source: IpAddr) -> Self {
+        Self { source: (source, 40_000).into(), destination: (METADATA_V4, METADATA_PORT).into() }
+    }
+}
+
+/// How many connections are open at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub total: usize,
+    pub per_source: usize,
+}
+
+/// What to do with a connection that did not come from the metadata address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direct {
+    /// Not attributed: it came around the redirect.
+    Refuse,
+    /// Somebody else's redirect (`--intercept none`) need not leave the original destination behind.
+    Accept,
+}
+
+/// A connection that was accepted, and its share of the limits.
+#[derive(Debug)]
+pub struct Accepted {
+    pub stream: TcpStream,
+    /// `None`: it did not come through the redirect.
+    pub peer: Option<Peer>,
+    _slot: (OwnedSemaphorePermit, SourceSlot),
+}
+
+impl Accepted {
+    /// The connection, and what must be kept for as long as it is open.
+    pub fn into_parts(self) -> (TcpStream, impl Send) {
+        (self.stream, self._slot)
+    }
+}
+
+/// Listens on the node's addresses.
+///
+/// # Errors
+/// Names the address and what to change.
+pub fn listen(host: HostAddresses, port: u16) -> anyhow::Result<Vec<std::net::TcpListener>> {
+    host.iter().map(|address| bind((address, port).into())).collect()
+}
+
+fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let listening = || {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let listener = socket(family, SockType::Stream, flags, None)?;
+        setsockopt(&listener, sockopt::ReuseAddr, &true)?;
+        // The next version of this agent may start to listen before this one ends.
+        setsockopt(&listener, sockopt::ReusePort, &true)?;
+        if address.is_ipv6() {
+            setsockopt(&listener, sockopt::Ipv6V6Only, &true)?;
+        }
+        nix::sys::socket::bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
+        nix::sys::socket::listen(&listener, Backlog::new(1_024)?)?;
+        Ok(std::net::TcpListener::from(listener))
+    };
+    listening().map_err(|error: Errno| match error {
+        Errno::EADDRNOTAVAIL => anyhow::anyhow!(
+            "--host-ip {}: is no address of this node ({error}); give one, and run the agent in the node's network \
+             namespace (hostNetwork)",
+            address.ip()
+        ),
+        Errno::EADDRINUSE => {
+            anyhow::anyhow!("--port {}: another process listens on {address}; choose a free port", address.port())
+        }
+        _ => anyhow::anyhow!("cannot listen on {address}: {error}"),
+    })
+}
+
+/// Accepts connections and hands each to `serve` as a task of its own, until it is dropped.
+pub async fn accept<F>(listener: TcpListener, doors: Arc<Doors>, serve: impl Fn(Accepted) -> F + Send + Sync + 'static)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut pause = Duration::ZERO;
+    loop {
+        // A permit before a connection: what is over the limit waits in the kernel's queue.
+        let Ok(permit) = doors.total.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, source)) => {
+                pause = Duration::ZERO;
+                if let Some(accepted) = doors.admit(stream, source, permit) {
+                    tokio::spawn(serve(accepted));
+                }
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: without a pause this loop would spin until some come back.
+                doors.metrics.connection_refused("accept_error");
+                pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
+                warn!(%error, ?pause, "cannot accept a connection");
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+}
+
+/// The limits on connections, shared by all listeners.
+#[derive(Debug)]
+pub struct Doors {
+    total: Arc<Semaphore>,
+    per_source: usize,
+    open: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    direct: Direct,
+    probe: Arc<Probe>,
+    metrics: Metrics,
+}
+
+impl Doors {
+    pub fn new(limits: Limits, direct: Direct, probe: Arc<Probe>, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            total: Arc::new(Semaphore::new(limits.total)),
+            per_source: limits.per_source,
+            open: Arc::default(),
+            direct,
+            probe,
+            metrics,
+        })
+    }
+
+    fn admit(&self, stream: TcpStream, source: SocketAddr, permit: OwnedSemaphorePermit) -> Option<Accepted> {
+        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+        let destination = original_destination(&stream);
+        if self.probe.arrived(source, destination) {
+            return None;
+        }
+        let Some(slot) = self.source_slot(source.ip()) else {
+            self.metrics.connection_refused("per_source");
+            debug!(source = %source.ip(), "too many connections from one source");
+            tokio::spawn(turn_away(stream));
+            return None;
+        };
+        let peer = match destination {
+            Some(destination) if is_metadata(destination) => Some(Peer { source, destination }),
+            _ if self.direct == Direct::Accept => {
+                Some(Peer { source, destination: (METADATA_V4, METADATA_PORT).into() })
+            }
+            _ => None,
+        };
+        Some(Accepted { stream, peer, _slot: (permit, slot) })
+    }
+
+    fn source_slot(&self, source: IpAddr) -> Option<SourceSlot> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(source).or_default();
+        if *count >= self.per_source {
+            return None;
+        }
+        *count += 1;
+        self.metrics.connections.inc();
+        Some(SourceSlot { source, open: self.open.clone(), metrics: self.metrics.clone() })
+    }
+}
+
+/// One connection's share of its source's limit.
+#[derive(Debug)]
+struct SourceSlot {
+    source: IpAddr,
+    open: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    metrics: Metrics,
+}
+
+impl Drop for SourceSlot {
+    fn drop(&mut self) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.source);
+            }
+        }
+        self.metrics.connections.dec();
+    }
+}
+
+/// A 503 rather than a reset: SDKs retry the one and give up on the other. The answer is fixed, so that turning a
+/// connection away costs less than serving it.
+async fn turn_away(mut stream: TcpStream) {
+    const BUSY: &[u8] =
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nContent-Length: 21\r\nConnection: close\r\n\r\n\
+          too many connections\n";
+    let say = async {
+        stream.write_all(BUSY).await?;
+        stream.shutdown().await
+    };
+    // The caller may be gone already, or never read: neither matters.
+    let _ = tokio::time::timeout(Duration::from_secs(1), say).await;
+}
+
+fn is_metadata(destination: SocketAddr) -> bool {
+    destination.port() == METADATA_PORT
+        && match destination.ip() {
+            IpAddr::V4(v4) => v4 == METADATA_V4,
+            IpAddr::V6(v6) => v6 == METADATA_V6,
+        }
+}
+
+/// What conntrack remembers of the connection before DNAT. `None` when there was no DNAT.
+fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
+    if let Ok(v4) = getsockopt(stream, sockopt::OriginalDst) {
+        let address = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
+        return Some((address, u16::from_be(v4.sin_port)).into());
+    }
+    let v6 = getsockopt(stream, sockopt::Ip6tOriginalDst).ok()?;
+    Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
+}

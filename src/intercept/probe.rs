@@ -1,0 +1,66 @@
+//! Proof that the redirect works: a connection of our own through it. Rules are never read back to decide.
+//!
+//! Packets of this node's own processes do not pass prerouting, so the rule set has a twin for the output hook that
+//! takes only packets with [`MARK`], which takes CAP_NET_ADMIN or CAP_NET_RAW to set. Both lead to the same address
+//! from the same table, so whoever flushes or replaces rule sets removes both.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::{net::TcpSocket, sync::oneshot, time::timeout};
+
+use super::{METADATA_PORT, METADATA_V4, METADATA_V6, is_metadata};
+
+/// Marks the probe's packets. Only bits that kube-proxy (0xc000), Calico (0xffff0000 by default) and Cilium (0x0f00
+/// and above 0xffff) leave alone.
+pub(super) const MARK: u32 = 0x6b;
+
+/// A connection within this node takes microseconds; what takes longer did not arrive.
+const WAIT: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Default)]
+pub struct Probe {
+    expected: Mutex<HashMap<SocketAddr, oneshot::Sender<()>>>,
+}
+
+impl Probe {
+    /// Connects from one of this node's addresses to the metadata address of the same family, and waits until our own
+    /// listener sees that connection.
+    ///
+    /// # Errors
+    /// What happened instead.
+    pub async fn run(&self, from: IpAddr) -> io::Result<()> {
+        let (socket, to): (_, IpAddr) = match from {
+            IpAddr::V4(_) => (TcpSocket::new_v4()?, METADATA_V4.into()),
+            IpAddr::V6(_) => (TcpSocket::new_v6()?, METADATA_V6.into()),
+        };
+        setsockopt(&socket, sockopt::Mark, &MARK)?;
+        socket.bind((from, 0).into())?;
+        let source = socket.local_addr()?;
+        let (arrived, arrival) = oneshot::channel();
+        self.expected().insert(source, arrived);
+        let outcome = timeout(WAIT, async {
+            let _stream = socket.connect((to, METADATA_PORT).into()).await?;
+            arrival.await.map_err(io::Error::other)
+        })
+        .await;
+        self.expected().remove(&source);
+        outcome.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Asked about every connection: true if it is one of the probe's own. No pod has this node's address.
+    pub(super) fn arrived(&self, source: SocketAddr, destination: Option<SocketAddr>) -> bool {
+        destination.is_some_and(is_metadata)
+            && self.expected().remove(&source).is_some_and(|arrived| arrived.send(()).is_ok())
+    }
+
+    fn expected(&self) -> MutexGuard<'_, HashMap<SocketAddr, oneshot::Sender<()>>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,176 @@
+//! The redirect as data, and its two renderings.
+//!
+//! What must hold, whichever rendering: a pod's connection to the metadata address reaches this agent or nobody. So it
+//! is DNATed to the node's address (the host end of a pod's veth may have no address that `REDIRECT` could use, and
+//! DNAT to loopback would need `route_localnet`, CVE-2020-8558), and what is forwarded to the metadata address all the
+//! same is dropped. The rules stay when the agent ends: then a connection is refused, and never reaches the node's own
+//! role.
+//!
+//! There is no interface to configure: `fib saddr type != local` in prerouting is pod traffic on every veth CNI, and
+//! the node's own packets never pass prerouting.
+
+mod apply;
+
+use std::{
+    fmt::Write,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use clap::ValueEnum;
+
+use super::{METADATA_PORT, METADATA_V4, METADATA_V6, probe::MARK};
+
+pub use apply::{Installed, drop_privileges, install, uninstall};
+
+/// How connections are brought here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// nft where it works, iptables otherwise.
+    Auto,
+    /// One nftables table of our own.
+    Nft,
+    /// Chains of our own in the iptables nat and filter tables.
+    Iptables,
+    /// A redirect that somebody else maintains.
+    None,
+}
+
+/// This node's addresses: where the agent listens and the redirect leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostAddresses {
+    pub v4: Option<Ipv4Addr>,
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl HostAddresses {
+    pub fn iter(self) -> impl Iterator<Item = IpAddr> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
+    }
+}
+
+/// What the rules say.
+#[derive(Debug, Clone, Copy)]
+pub struct RuleSet {
+    pub host: HostAddresses,
+    pub port: u16,
+}
+
+/// The name of our nftables table, family inet.
+pub const TABLE: &str = "kirsa";
+/// Our iptables chains: table, built-in chain that jumps, own chain.
+const CHAINS: [(&str, &str, &str); 3] = [
+    ("nat", "PREROUTING", "KIRSA-PREROUTING"),
+    ("nat", "OUTPUT", "KIRSA-OUTPUT"),
+    ("filter", "FORWARD", "KIRSA-FORWARD"),
+];
+
+impl RuleSet {
+    /// A script for `nft -f -`, which applies it as one transaction: there is no moment without the rules.
+    fn nft(&self) -> String {
+        let mut redirect = String::new();
+        let mut probe = String::new();
+        for address in self.host.iter() {
+            let (family, metadata, target): (_, IpAddr, _) = match address {
+                IpAddr::V4(v4) => ("ip", METADATA_V4.into(), v4.to_string()),
+                IpAddr::V6(v6) => ("ip6", METADATA_V6.into(), format!("[{v6}]")),
+            };
+            let to =
+                format!("{family} daddr {metadata} tcp dport {METADATA_PORT} dnat {family} to {target}:{}", self.port);
+            let _ = writeln!(redirect, "    fib saddr type != local {to}");
+            let _ = writeln!(probe, "    meta mark {MARK:#x} {to}");
+        }
+        // 10 before the place of kube-proxy and of iptables' nat table, which a redirect of theirs must not overtake.
+        format!(
+            "table inet {TABLE}
+delete table inet {TABLE}
+table inet {TABLE} {{
+  comment \"kirsa: pods' way to the instance metadata service\"
+  chain prerouting {{
+    type nat hook prerouting priority -110; policy accept;
+{redirect}  }}
+  chain output {{
+    type nat hook output priority -110; policy accept;
+{probe}  }}
+  chain forward {{
+    type filter hook forward priority -10; policy accept;
+    ip daddr {METADATA_V4} drop
+    ip6 daddr {METADATA_V6} drop
+  }}
+}}
+"
+        )
+    }
+
+    /// Input for `iptables-restore --noflush` (or `ip6tables-restore`). `jumps` tells which of [`CHAINS`] are jumped
+    /// to already: those jumps move to the top in the same transaction.
+    fn iptables(&self, v6: bool, jumps: [bool; CHAINS.len()]) -> String {
+        let (metadata, target) = if v6 {
+            (format!("{METADATA_V6}/128"), self.host.v6.map(|v6| format!("[{v6}]:{}", self.port)))
+        } else {
+            (format!("{METADATA_V4}/32"), self.host.v4.map(|v4| format!("{v4}:{}", self.port)))
+        };
+        let mut script = String::new();
+        for table in ["nat", "filter"] {
+            let ours = || CHAINS.iter().zip(jumps).filter(|((of, ..), _)| *of == table);
+            let _ = writeln!(script, "*{table}");
+            for ((_, _, chain), _) in ours() {
+                let _ = writeln!(script, ":{chain} - [0:0]");
+            }
+            for ((_, builtin, chain), jumps) in ours() {
+                if jumps {
+                    let _ = writeln!(script, "-D {builtin} -j {chain}");
+                }
+                let _ = writeln!(script, "-I {builtin} 1 -j {chain}");
+            }
+            match (table, &target) {
+                ("filter", _) => {
+                    let _ = writeln!(script, "-A KIRSA-FORWARD -d {metadata} -j DROP");
+                }
+                (_, Some(target)) => {
+                    let to = format!(
+                        "-d {metadata} -p tcp -m tcp --dport {METADATA_PORT} -j DNAT --to-destination {target}"
+                    );
+                    let _ = writeln!(script, "-A KIRSA-PREROUTING -m addrtype ! --src-type LOCAL {to}");
+                    let _ = writeln!(script, "-A KIRSA-OUTPUT -m mark --mark {MARK:#x} {to}");
+                }
+                (_, None) => {}
+            }
+            script.push_str("COMMIT\n");
+        }
+        script
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: RuleSet =
+        RuleSet { host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None }, port: 8181 };
+
+    #[test]
+    fn nft_replaces_the_whole_table_at_once() {
+        let script = RULES.nft();
+        assert!(script.starts_with("table inet kirsa\ndelete table inet kirsa\ntable inet kirsa {"), "{script}");
+        assert!(
+            script.contains("fib saddr type != local ip daddr 169.254.169.254 tcp dport 80 dnat ip to 10.0.0.1:8181")
+        );
+        assert!(script.contains("meta mark 0x6b ip daddr 169.254.169.254"));
+    }
+
+    /// A node without an IPv6 address of its own must not leave the IPv6 metadata address open.
+    #[test]
+    fn the_family_that_is_not_redirected_is_dropped() {
+        assert!(RULES.nft().contains("ip6 daddr fd00:ec2::254 drop"));
+        let v6 = RULES.iptables(true, [false; 3]);
+        assert!(v6.contains("-A KIRSA-FORWARD -d fd00:ec2::254/128 -j DROP") && !v6.contains("DNAT"), "{v6}");
+    }
+
+    #[test]
+    fn iptables_jumps_move_to_the_top_and_never_double() {
+        let first = RULES.iptables(false, [false; 3]);
+        assert!(first.contains("-I PREROUTING 1 -j KIRSA-PREROUTING") && !first.contains("-D "), "{first}");
+        let again = RULES.iptables(false, [true; 3]);
+        assert!(again.contains("-D PREROUTING -j KIRSA-PREROUTING\n-I PREROUTING 1 -j KIRSA-PREROUTING"), "{again}");
+    }
+}

@@ -1,0 +1,178 @@
+//! Applying and removing the rules, through the node's own `nft` and `iptables`: they know the kernel's ABI, and what
+//! they say about a failure is what an operator will find on the web.
+
+use std::{
+    io::{ErrorKind, Write},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, bail, ensure};
+use caps::{CapSet, Capability, CapsHashSet};
+use tracing::{info, warn};
+
+use super::{Backend, CHAINS, RuleSet, TABLE};
+
+const IPTABLES: [(&str, &str); 2] = [("iptables", "iptables-restore"), ("ip6tables", "ip6tables-restore")];
+
+/// The rules as they were applied, to apply them again.
+#[derive(Debug, Clone, Copy)]
+pub struct Installed {
+    rules: RuleSet,
+    backend: Backend,
+}
+
+impl Installed {
+    /// # Errors
+    /// What the tool said.
+    pub fn apply_again(&self) -> anyhow::Result<()> {
+        match self.backend {
+            Backend::Nft => nft(&self.rules),
+            Backend::Iptables => iptables(&self.rules),
+            Backend::Auto | Backend::None => Ok(()),
+        }
+    }
+}
+
+/// Applies the rules; `None` where somebody else maintains them.
+///
+/// # Errors
+/// What is missing, and what would help.
+pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Installed>> {
+    if backend == Backend::None {
+        info!("no redirect of our own (--intercept none): one must lead from the metadata address to this agent");
+        return Ok(None);
+    }
+    let capable = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
+    ensure!(capable, "--intercept {backend:?}: needs CAP_NET_ADMIN in the node's network namespace");
+    let backend = match backend {
+        Backend::Auto => match nft(&rules) {
+            Ok(()) => Backend::Nft,
+            Err(error) => {
+                warn!(error = format!("{error:#}"), "nft does not work here: trying iptables");
+                iptables(&rules).context("neither nft nor iptables can apply the redirect")?;
+                Backend::Iptables
+            }
+        },
+        Backend::Nft => nft(&rules).map(|()| Backend::Nft)?,
+        Backend::Iptables | Backend::None => iptables(&rules).map(|()| Backend::Iptables)?,
+    };
+    info!(backend = ?backend, host = ?rules.host, port = rules.port, "redirect applied");
+    Ok(Some(Installed { rules, backend }))
+}
+
+/// Removes what [`install`] left, and says what that was.
+///
+/// # Errors
+/// What could not be removed, and what the tool said.
+pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
+    let mut removed = Vec::new();
+    if matches!(backend, Backend::Auto | Backend::Nft) && available("nft", backend)? {
+        let tables = run("nft", &["list", "tables", "inet"], "")?;
+        let table = format!("table inet {TABLE}");
+        if tables.lines().any(|line| line.trim() == table) {
+            run("nft", &["delete", "table", "inet", TABLE], "")?;
+            removed.push(format!("nftables {table}"));
+        }
+    }
+    if matches!(backend, Backend::Auto | Backend::Iptables) {
+        for (iptables, _) in IPTABLES {
+            if available(iptables, backend)? {
+                removed.extend(remove_chains(iptables)?);
+            }
+        }
+    }
+    Ok(removed)
+}
+
+fn remove_chains(iptables: &str) -> anyhow::Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for (table, builtin, chain) in CHAINS {
+        while run(iptables, &["-w", "-t", table, "-D", builtin, "-j", chain], "").is_ok() {}
+        // Emptying a chain fails only where there is none.
+        if run(iptables, &["-w", "-t", table, "-F", chain], "").is_ok() {
+            run(iptables, &["-w", "-t", table, "-X", chain], "")?;
+            removed.push(format!("{iptables} chain {chain} of table {table}"));
+        }
+    }
+    Ok(removed)
+}
+
+fn nft(rules: &RuleSet) -> anyhow::Result<()> {
+    run("nft", &["-f", "-"], &rules.nft()).map(drop)
+}
+
+fn iptables(rules: &RuleSet) -> anyhow::Result<()> {
+    for ((iptables, restore), v6) in IPTABLES.into_iter().zip([false, true]) {
+        let jumps = CHAINS
+            .map(|(table, builtin, chain)| run(iptables, &["-w", "-t", table, "-C", builtin, "-j", chain], "").is_ok());
+        match run(restore, &["--noflush", "-w"], &rules.iptables(v6, jumps)) {
+            Ok(_) => {}
+            // A kernel without IPv6 has no IPv6 path to the node's role either.
+            Err(error) if v6 && rules.host.v6.is_none() => {
+                warn!(error = format!("{error:#}"), "no ip6tables rules: going on with IPv4");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn available(tool: &str, asked: Backend) -> anyhow::Result<bool> {
+    match run(tool, &["--version"], "") {
+        Ok(_) => Ok(true),
+        Err(_) if asked == Backend::Auto => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Runs a tool to its end.
+fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
+    let child =
+        Command::new(tool).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = match child {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            bail!("{tool}: not found; install it, or choose another --intercept")
+        }
+        child => child.with_context(|| format!("cannot run {tool}"))?,
+    };
+    if let Some(mut stdin) = child.stdin.take() {
+        // A tool that ends before it has read everything says why on stderr.
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output().with_context(|| format!("cannot run {tool}"))?;
+    ensure!(
+        output.status.success(),
+        "{tool} {}: {}: {}",
+        args.join(" "),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Keeps what applying the rules again and marking the probe need, and drops every other capability, for this thread
+/// and all that it starts. Called before there are other threads.
+///
+/// # Errors
+/// The kernel's.
+pub fn drop_privileges(installed: Option<&Installed>) -> anyhow::Result<()> {
+    let mut keep = CapsHashSet::new();
+    match installed.map(|installed| installed.backend) {
+        None => {}
+        // The legacy iptables tools talk to the kernel through a raw socket.
+        Some(Backend::Iptables) => keep.extend([Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW]),
+        Some(_) => keep.extend([Capability::CAP_NET_ADMIN]),
+    }
+    let held = caps::read(None, CapSet::Permitted)?;
+    let keep: CapsHashSet = held.intersection(&keep).copied().collect();
+    // A tool that root starts gets what the bounding set allows, so that goes first, while it still may.
+    for capability in caps::read(None, CapSet::Bounding)?.difference(&keep) {
+        if held.contains(&Capability::CAP_SETPCAP) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
+        }
+    }
+    caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;
+    caps::set(None, CapSet::Effective, &keep)?;
+    caps::set(None, CapSet::Permitted, &keep)?;
+    Ok(())
+}

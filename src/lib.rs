@@ -1,0 +1,30 @@
+//! IRSA for programs that only know the instance metadata service.
+//!
+//! ```text
+//! TCP connection ─intercept→ Peer ─attribute→ Workload ─authorise→ Grant ─cache→ Credential ─serve→ HTTP response
+//!                                                                    └─exchange (token → STS)
+//! ```
+//!
+//! Each arrow is a type that only the stage to its left can construct: only [`intercept`] makes a `Peer`, only
+//! [`attribute`] a `Workload`, only [`authorise`] a `Grant`, only [`exchange`] a `Credential`. Code that would serve a
+//! credential without having passed every stage does not compile. A stage names the types of the stages before it and
+//! of [`refusal`], [`observe`] and [`clock`], never those after it; `tests/stages.rs` holds that.
+
+#![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
+#![deny(clippy::unwrap_used, clippy::expect_used)]
+
+pub mod clock;
+pub mod config;
+pub mod kubernetes;
+pub mod node;
+pub mod observe;
+pub mod refusal;
+
+// The pipeline, in the order in which a request passes it.
+pub mod intercept;
+pub mod attribute;
+pub mod authorise;
+pub mod exchange;
+pub mod cache;
+pub mod serve;

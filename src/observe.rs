@@ -1,0 +1,162 @@
+//! What an operator sees: logs, metrics, readiness. Named by every stage; knows none of them.
+
+mod admin;
+mod metrics;
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use clap::ValueEnum;
+use tokio::time::{Duration, Instant};
+use tracing::{Level, debug, error, info, warn};
+use tracing_subscriber::EnvFilter;
+
+pub use admin::serve_admin;
+pub use metrics::{Heard, Metrics, Outcome, Step};
+
+use crate::refusal::{Reason, Refusal};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Starts logging to stderr.
+///
+/// # Errors
+/// The filter cannot be read.
+pub fn start_logging(format: LogFormat, filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(silence_wire(filter))
+        .map_err(|error| anyhow::anyhow!("--log-level {filter}: {error}; must be like info or warn,kirsa=debug"))?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logs.try_init(),
+        LogFormat::Json => logs.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
+    }
+    .map_err(|error| anyhow::anyhow!("cannot start logging: {error}"))
+}
+
+/// The HTTP clients below log requests and answers whole at debug and trace, tokens and keys included. No filter may
+/// turn that on: an operator who asks for `trace` wants to see kirsa, and secrets must never reach a log.
+fn silence_wire(filter: &str) -> String {
+    // Prefixes of targets.
+    const WIRE: &[&str] = &["aws_", "h2", "hyper", "kube_client", "rustls", "tower"];
+    let kept = |directive: &&str| !WIRE.iter().any(|name| directive.trim().trim_start_matches('[').starts_with(name));
+    let silenced = WIRE.iter().map(|name| format!("{name}=warn"));
+    filter.split(',').filter(kept).map(str::to_owned).chain(silenced).collect::<Vec<_>>().join(",")
+}
+
+/// How often the same refusal to the same source is logged: a client in a tight loop must not fill the log.
+const REPEAT: Duration = Duration::from_secs(10);
+/// Sources and reasons that are remembered for that.
+const REMEMBERED: usize = 1_024;
+
+/// Logs refusals, each kind to each source once in a while; the metrics count every one.
+#[derive(Debug, Default)]
+pub struct RefusalLog(Mutex<HashMap<(Reason, Option<IpAddr>), Instant>>);
+
+impl RefusalLog {
+    /// `describe` is called with what takes namespace, pod and service account, if this one is to be logged.
+    pub fn refused(&self, refusal: &Refusal, source: Option<IpAddr>, describe: impl FnOnce(&dyn Fn(&str, &str, &str))) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (refusal.reason, source);
+        if last.get(&key).is_some_and(|at| at.elapsed() < REPEAT) {
+            return;
+        }
+        if last.len() >= REMEMBERED {
+            last.retain(|_, at| at.elapsed() < REPEAT);
+        }
+        if last.len() < REMEMBERED {
+            last.insert(key, Instant::now());
+        }
+        drop(last);
+        describe(&|namespace, pod, account| log_refusal(refusal, namespace, pod, account));
+    }
+}
+
+/// One line for a refusal, at the level that its row in the table gives.
+pub fn log_refusal(refusal: &Refusal, namespace: &str, pod: &str, service_account: &str) {
+    let spec = refusal.reason.spec();
+    macro_rules! line {
+        ($level:ident) => {
+            $level!(
+                reason = spec.label,
+                namespace,
+                pod,
+                service_account,
+                detail = &*refusal.detail,
+                advice = spec.advice,
+                "refused"
+            )
+        };
+    }
+    match spec.level {
+        Level::ERROR => line!(error),
+        Level::WARN => line!(warn),
+        Level::INFO => line!(info),
+        _ => line!(debug),
+    }
+}
+
+/// What must be true before this node's pods can be served, by name, so that `/readyz` can say what is pending.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<Mutex<Vec<(&'static str, bool)>>>);
+
+impl Readiness {
+    /// A condition that does not hold yet.
+    pub fn condition(&self, name: &'static str) -> Condition {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((name, false));
+        Condition { all: self.clone(), name }
+    }
+
+    pub fn pending(&self) -> Vec<&'static str> {
+        let conditions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        conditions.iter().filter(|(_, met)| !met).map(|(name, _)| *name).collect()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Condition {
+    all: Readiness,
+    name: &'static str,
+}
+
+impl Condition {
+    /// Says whether it holds now; logs when that was news.
+    pub fn set(&self, met: bool) {
+        let mut conditions = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((_, was)) = conditions.iter_mut().find(|(name, _)| *name == self.name) else { return };
+        if std::mem::replace(was, met) != met {
+            info!(condition = self.name, met, "readiness");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_filter_turns_on_the_logs_of_the_wire() {
+        for asked in ["trace", "aws_smithy_runtime=trace,hyper::proto=trace", "kirsa=debug, hyper=trace"] {
+            let filter = EnvFilter::try_new(silence_wire(asked)).unwrap().to_string();
+            assert!(filter.contains("hyper=warn") && filter.contains("aws_=warn"), "{filter}");
+            assert!(!filter.contains("hyper=trace") && !filter.contains("hyper::proto"), "{filter}");
+        }
+    }
+
+    #[test]
+    fn readiness_names_what_is_pending() {
+        let readiness = Readiness::default();
+        let (rule, directory) = (readiness.condition("redirect"), readiness.condition("directory"));
+        rule.set(true);
+        assert_eq!(readiness.pending(), ["directory"]);
+        directory.set(true);
+        rule.set(false);
+        assert_eq!(readiness.pending(), ["redirect"]);
+    }
+}

@@ -1,0 +1,197 @@
+//! The metrics. Labels are bounded by enums and `&'static str`: no address, path or object name becomes one.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus::{
+    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+use tokio::time::{Duration, Instant};
+
+use crate::refusal::Reason;
+
+/// The two calls of an exchange.
+#[derive(Debug, Clone, Copy)]
+pub enum Step {
+    Token,
+    Sts,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Ok,
+    Refused(Reason),
+}
+
+impl Outcome {
+    pub fn of<T>(result: &Result<T, crate::refusal::Refusal>) -> Self {
+        result.as_ref().map_or_else(|refusal| Self::Refused(refusal.reason), |_| Self::Ok)
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Refused(reason) => reason.spec().label,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    refusals: IntCounterVec,
+    exchange: HistogramVec,
+    pub cache_hits: IntCounter,
+    pub cache_misses: IntCounter,
+    pub cache_entries: IntGauge,
+    silence: GaugeVec,
+    heard: Arc<Mutex<Vec<(&'static str, Heard)>>>,
+    pub rule_applied: IntCounter,
+    pub rule_repaired: IntCounter,
+    pub rule_verified: IntGauge,
+    pub connections: IntGauge,
+    connections_refused: IntCounterVec,
+    cni_records: IntGaugeVec,
+    cni_skipped: IntCounterVec,
+    pub directory_pods: IntGauge,
+    pub ambiguous: IntCounter,
+    pub clock_skew: IntGauge,
+}
+
+impl Metrics {
+    /// # Errors
+    /// Two metrics have one name: a mistake in this file.
+    pub fn new(version: &str) -> anyhow::Result<Self> {
+        let registry = Registry::new();
+        macro_rules! register {
+            ($metric:expr) => {{
+                let metric = $metric?;
+                registry.register(Box::new(metric.clone()))?;
+                metric
+            }};
+        }
+        let build =
+            register!(IntGaugeVec::new(Opts::new("kirsa_build_info", "1, labelled with the version"), &["version"]));
+        build.with_label_values(&[version]).set(1);
+        Ok(Self {
+            requests: register!(IntCounterVec::new(
+                Opts::new("kirsa_requests_total", "Requests of pods, by route and outcome"),
+                &["route", "outcome"]
+            )),
+            refusals: register!(IntCounterVec::new(
+                Opts::new("kirsa_refusals_total", "Refused requests, by reason"),
+                &["reason"]
+            )),
+            exchange: register!(HistogramVec::new(
+                HistogramOpts::new("kirsa_exchange_seconds", "Calls to the API server (token) and to STS, in seconds")
+                    .buckets(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 2.0, 4.0]),
+                &["step", "outcome"]
+            )),
+            cache_hits: register!(IntCounter::new("kirsa_cache_hits_total", "Credentials that were in hand")),
+            cache_misses: register!(IntCounter::new(
+                "kirsa_cache_misses_total",
+                "Credentials that had to be waited for"
+            )),
+            cache_entries: register!(IntGauge::new("kirsa_cache_entries", "Sessions that are held")),
+            silence: register!(GaugeVec::new(
+                Opts::new("kirsa_watch_silence_seconds", "Seconds since the API server was last heard on a watch"),
+                &["watch"]
+            )),
+            heard: Arc::default(),
+            rule_applied: register!(IntCounter::new("kirsa_rule_applied_total", "Times that the redirect was applied")),
+            rule_repaired: register!(IntCounter::new(
+                "kirsa_rule_repaired_total",
+                "Times that the redirect was found broken and applied again"
+            )),
+            rule_verified: register!(IntGauge::new(
+                "kirsa_rule_verified",
+                "1 if the last connection through the redirect reached this agent"
+            )),
+            connections: register!(IntGauge::new("kirsa_connections", "Open connections of pods")),
+            connections_refused: register!(IntCounterVec::new(
+                Opts::new("kirsa_connections_refused_total", "Connections that were turned away, by reason"),
+                &["reason"]
+            )),
+            cni_records: register!(IntGaugeVec::new(
+                Opts::new("kirsa_cni_records", "CNI records, by what they are good for"),
+                &["state"]
+            )),
+            cni_skipped: register!(IntCounterVec::new(
+                Opts::new("kirsa_cni_records_skipped_total", "CNI records that were not understood, by reason"),
+                &["reason"]
+            )),
+            directory_pods: register!(IntGauge::new("kirsa_directory_pods", "Live pods of this node")),
+            ambiguous: register!(IntCounter::new(
+                "kirsa_ambiguous_addresses_total",
+                "Look-ups of an address that more than one live pod claims"
+            )),
+            clock_skew: register!(IntGauge::new(
+                "kirsa_sts_clock_skew_seconds",
+                "How far this node's clock is ahead of STS, in seconds, as of the last exchange"
+            )),
+            registry,
+        })
+    }
+
+    pub fn request(&self, route: &'static str, outcome: Outcome) {
+        self.requests.with_label_values(&[route, outcome.label()]).inc();
+        if let Outcome::Refused(reason) = outcome {
+            self.refusals.with_label_values(&[reason.spec().label]).inc();
+        }
+    }
+
+    pub fn exchange(&self, step: Step, outcome: Outcome, took: Duration) {
+        let step = match step {
+            Step::Token => "token",
+            Step::Sts => "sts",
+        };
+        self.exchange.with_label_values(&[step, outcome.label()]).observe(took.as_secs_f64());
+    }
+
+    pub fn connection_refused(&self, reason: &'static str) {
+        self.connections_refused.with_label_values(&[reason]).inc();
+    }
+
+    pub fn cni_skipped(&self, reason: &'static str) {
+        self.cni_skipped.with_label_values(&[reason]).inc();
+    }
+
+    pub fn cni_records(&self, in_use: usize, pending: usize, stale: usize) {
+        for (state, count) in [("in_use", in_use), ("pending", pending), ("stale", stale)] {
+            self.cni_records.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// A watch whose silence is measured from now on.
+    pub fn watch(&self, name: &'static str) -> Heard {
+        let heard = Heard(Arc::new(Mutex::new(Instant::now())));
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).push((name, heard.clone()));
+        heard
+    }
+
+    /// # Errors
+    /// The encoder's.
+    pub fn render(&self) -> anyhow::Result<Vec<u8>> {
+        for (name, heard) in &*self.heard.lock().unwrap_or_else(PoisonError::into_inner) {
+            self.silence.with_label_values(&[name]).set(heard.silence().as_secs_f64());
+        }
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}
+
+/// When something was last heard on a watch, bookmarks included.
+#[derive(Debug, Clone)]
+pub struct Heard(Arc<Mutex<Instant>>);
+
+impl Heard {
+    pub fn now(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    pub fn silence(&self) -> Duration {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+}

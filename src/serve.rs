@@ -1,0 +1,239 @@
+//! Last stage: [`Peer`] and HTTP request → response. The only file that knows what success looks like on the wire; what
+//! a no looks like stands in [`crate::refusal`].
+//!
+//! Nothing of a request is ever forwarded, and nothing in it decides who is calling: parse, normalise, match exactly,
+//! answer from our own.
+
+mod answer;
+pub mod route;
+pub mod session;
+
+use std::{convert::Infallible, sync::Arc, sync::OnceLock, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::Watcher,
+};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::debug;
+
+use crate::{
+    attribute::{Attributor, PATIENCE, PodUid, Workload},
+    authorise::{Authoriser, Grant},
+    cache::{Cache, Standing},
+    clock::UnixTime,
+    intercept::{Accepted, Peer},
+    observe::{Metrics, Outcome, RefusalLog},
+    refusal::{Reason, Refusal},
+};
+use route::Route;
+use session::Sessions;
+
+const TOKEN: &str = "x-aws-ec2-metadata-token";
+const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
+
+/// The role list waits this long for the exchange, since clients give each request its own second: what the list waits
+/// the credentials need not. Go's SDK v2 gives up after 500 ms.
+const LIST_HOLD: Duration = Duration::from_millis(350);
+/// The credentials are waited for this long; Go's SDKs give up after 5 s, and some clients never.
+const CREDENTIALS_HOLD: Duration = Duration::from_secs(4);
+/// SDKs keep a connection for a minute between requests. Also bounds how slowly a request's head may arrive.
+const IDLE: Duration = Duration::from_secs(75);
+const MAX_HEADERS: usize = 64;
+/// Request line and headers, in bytes; hyper allows no less than 8 KiB.
+const MAX_HEAD: usize = 16 << 10;
+/// SDKs send no bodies, or empty ones.
+const MAX_BODY: usize = 16 << 10;
+const BODY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Everything that an answer depends on.
+#[derive(Debug)]
+pub struct Server {
+    pub attributor: Arc<Attributor>,
+    pub authoriser: Arc<Authoriser>,
+    pub cache: Arc<Cache>,
+    pub sessions: Sessions,
+    pub require_imdsv2: bool,
+    pub metrics: Metrics,
+    pub refusals: RefusalLog,
+}
+
+/// Who is at the other end of one connection: fixed by the first request, whatever the directory says later.
+#[derive(Debug)]
+struct Caller {
+    peer: Option<Peer>,
+    pod: OnceLock<PodUid>,
+}
+
+impl Server {
+    /// Serves one connection to its end.
+    pub async fn connection(self: Arc<Self>, accepted: Accepted, drain: Watcher) {
+        let Accepted { stream, peer, .. } = &accepted;
+        let caller = Caller { peer: peer.clone(), pod: OnceLock::new() };
+        // Answers are small and whole: waiting to fill a segment only delays them.
+        let _ = stream.set_nodelay(true);
+        let (stream, _slot) = accepted.into_parts();
+        let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(&caller, request).await));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(IDLE)
+            .max_headers(MAX_HEADERS)
+            .max_buf_size(MAX_HEAD)
+            .serve_connection(TokioIo::new(stream), service);
+        if let Err(error) = drain.watch(connection).await {
+            debug!(source = ?caller.peer, %error, "connection");
+        }
+    }
+
+    async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let route = target(&request).map_or(Route::NotFound, Route::parse);
+        let result = self.respond(caller, &route, request).await;
+        self.metrics.request(route.label(), Outcome::of(&result));
+        result.unwrap_or_else(|refusal| {
+            self.log(caller, &refusal);
+            answer::refuse(refusal.reason)
+        })
+    }
+
+    async fn respond(
+        &self,
+        caller: &Caller,
+        route: &Route,
+        request: Request<Incoming>,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
+        let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
+        let (head, body) = request.into_parts();
+        match (&head.method, route) {
+            (&Method::PUT, Route::Token) => {
+                drain(body).await?;
+                self.token(peer, &head.headers)
+            }
+            (_, Route::Token) => Err(Reason::MethodNotAllowed.into()),
+            (&Method::GET | &Method::HEAD, route) => self.read(caller, peer, route, &head.headers).await,
+            _ => Err(Reason::MethodNotAllowed.into()),
+        }
+    }
+
+    /// Never waits: SDKs give it a second at most, and some never fall back to IMDSv1.
+    fn token(&self, peer: &Peer, headers: &HeaderMap) -> Result<Response<Full<Bytes>>, Refusal> {
+        // As EC2 does: a token must not be had through an open reverse proxy.
+        if headers.contains_key("x-forwarded-for") {
+            return Err(Reason::ForwardedToken.into());
+        }
+        let ttl = headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
+        let ttl: u32 = ttl.filter(|ttl| session::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
+        let workload = self.attributor.peek(peer).ok();
+        let token = self.sessions.issue(workload.as_ref(), peer.source().ip(), ttl, UnixTime::now());
+        Ok(answer::token(token, ttl))
+    }
+
+    async fn read(
+        &self,
+        caller: &Caller,
+        peer: &Peer,
+        route: &Route,
+        headers: &HeaderMap,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
+        let asked = Instant::now();
+        match route {
+            Route::Versions => self.anybody(peer, headers).map(|()| answer::text("latest")),
+            Route::Listing(entries) => self.anybody(peer, headers).map(|()| answer::text(*entries)),
+            Route::NotFound | Route::Token => self.anybody(peer, headers).and(Err(Reason::NotFound.into())),
+            Route::RoleList => {
+                let workload = self.caller(caller, peer, headers, asked).await?;
+                let grant = self.grant(&workload, asked + PATIENCE).await?;
+                match self.cache.standing(&grant, asked + LIST_HOLD).await {
+                    Standing::Failed(refusal) => Err(refusal),
+                    // The name follows from the service account: nobody need wait for STS to learn it.
+                    Standing::Ready | Standing::Pending => Ok(answer::text(grant.role().alias())),
+                }
+            }
+            Route::Credentials { role, extended } => {
+                let workload = self.caller(caller, peer, headers, asked).await?;
+                let until = asked + CREDENTIALS_HOLD;
+                let grant = self.grant(&workload, until).await?;
+                // The service account decides the role. Another name is not found, whether there is such a role or not.
+                if *role != grant.role().alias() && role != grant.role().name() {
+                    return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
+                }
+                let credential = self.cache.get(&grant, until).await?;
+                // A last look: the address may have changed hands while this request was held.
+                if self.attributor.peek(peer)? != workload {
+                    return Err(Refusal::new(Reason::UnknownPod, format!("{workload} lost its address meanwhile")));
+                }
+                Ok(answer::document(if *extended { credential.extended() } else { credential.document() }))
+            }
+        }
+    }
+
+    /// What is the same for every pod: only a session token that is wrong stands in the way.
+    fn anybody(&self, peer: &Peer, headers: &HeaderMap) -> Result<(), Refusal> {
+        self.session(peer, headers, self.attributor.peek(peer).ok().as_ref())
+    }
+
+    /// Who is calling, if it is still who it was on this connection's first request, with a right session token.
+    async fn caller(
+        &self,
+        caller: &Caller,
+        peer: &Peer,
+        headers: &HeaderMap,
+        asked: Instant,
+    ) -> Result<Workload, Refusal> {
+        // What is wrong whoever is calling need not wait for who that is.
+        self.session(peer, headers, None)?;
+        let workload = self.attributor.attribute(peer, asked + PATIENCE).await?;
+        if caller.pod.get_or_init(|| workload.uid().clone()) != workload.uid() {
+            return Err(Refusal::new(Reason::UnknownPod, "the address changed hands while this connection was open"));
+        }
+        self.session(peer, headers, Some(&workload))?;
+        Ok(workload)
+    }
+
+    fn session(&self, peer: &Peer, headers: &HeaderMap, workload: Option<&Workload>) -> Result<(), Refusal> {
+        let Some(token) = headers.get(TOKEN) else {
+            return if self.require_imdsv2 { Err(Reason::SessionRequired.into()) } else { Ok(()) };
+        };
+        let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
+        match workload {
+            Some(workload) if !self.sessions.belongs(&session, workload, peer.source().ip()) => {
+                Err(Reason::SessionInvalid.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn grant(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
+        timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
+            let account = workload.service_account();
+            Err(Refusal::new(
+                Reason::AccountUnavailable,
+                format!("service account {account} could not be read in time"),
+            ))
+        })
+    }
+
+    fn log(&self, caller: &Caller, refusal: &Refusal) {
+        let workload = caller.peer.as_ref().and_then(|peer| self.attributor.peek(peer).ok());
+        let source = caller.peer.as_ref().map(|peer| peer.source().ip());
+        self.refusals.refused(refusal, source, |log| match &workload {
+            Some(workload) => log(workload.namespace(), workload.pod(), &workload.service_account().name),
+            None => log("", "", ""),
+        });
+    }
+}
+
+/// The request target without its query; `None` for the forms that are for proxies.
+fn target(request: &Request<Incoming>) -> Option<&str> {
+    let uri = request.uri();
+    (uri.scheme().is_none() && uri.authority().is_none()).then(|| uri.path())
+}
+
+/// Reads a body to its end, so that the connection stays usable; a client that awaits `100 Continue` gets it by that.
+async fn drain(body: Incoming) -> Result<(), Refusal> {
+    let whole = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
+    matches!(whole, Ok(Ok(_))).then_some(()).ok_or_else(|| Reason::BadRequest.into())
+}

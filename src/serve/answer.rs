@@ -1,0 +1,46 @@
+//! The responses, byte for byte as SDKs want them.
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::Full;
+
+use super::TOKEN_TTL;
+use crate::refusal::Reason;
+
+/// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
+pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    response(StatusCode::OK, "text/plain", text.into())
+}
+
+pub(super) fn document(json: Bytes) -> Response<Full<Bytes>> {
+    response(StatusCode::OK, "application/json", json)
+}
+
+/// The Rust SDK fails without the header, and Go's falls back to IMDSv1 (IMDS-1).
+pub(super) fn token(token: String, ttl: u32) -> Response<Full<Bytes>> {
+    let mut response = text(token);
+    response.headers_mut().insert(TOKEN_TTL, HeaderValue::from(ttl));
+    response
+}
+
+/// Short and fixed, with a `<` and a newline, so that SDKs that ignore the status cannot take it for a role's name, and
+/// without a word of what is behind it (IMDS-12).
+pub(super) fn refuse(reason: Reason) -> Response<Full<Bytes>> {
+    let status = StatusCode::from_u16(reason.spec().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let body = match status {
+        StatusCode::BAD_REQUEST => "<html>\n<title>400 - Bad Request</title>\n</html>\n",
+        StatusCode::UNAUTHORIZED => "<html>\n<title>401 - Unauthorized</title>\n</html>\n",
+        StatusCode::FORBIDDEN => "<html>\n<title>403 - Forbidden</title>\n</html>\n",
+        StatusCode::NOT_FOUND => "<html>\n<title>404 - Not Found</title>\n</html>\n",
+        StatusCode::METHOD_NOT_ALLOWED => "<html>\n<title>405 - Method Not Allowed</title>\n</html>\n",
+        _ => "<html>\n<title>503 - Service Unavailable</title>\n</html>\n",
+    };
+    response(status, "text/html", Bytes::from_static(body.as_bytes()))
+}
+
+fn response(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

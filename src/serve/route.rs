@@ -1,0 +1,152 @@
+//! Path → [`Route`]: parse, normalise, match exactly. What does not match is not found; nothing is matched by prefix,
+//! and nothing of the path ever goes anywhere.
+
+/// What can be asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    Versions,
+    Listing(&'static str),
+    Token,
+    RoleList,
+    /// The role name as asked for, percent-decoded.
+    Credentials {
+        role: String,
+        extended: bool,
+    },
+    NotFound,
+}
+
+impl Route {
+    /// The metric label.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Versions | Self::Listing(_) => "listing",
+            Self::Token => "token",
+            Self::RoleList => "role_list",
+            Self::Credentials { .. } => "credentials",
+            Self::NotFound => "not_found",
+        }
+    }
+
+    /// `target` is the request target without its query, as sent.
+    pub fn parse(target: &str) -> Self {
+        let Some(segments) = segments(target) else { return Self::NotFound };
+        let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
+        let Some((version, rest)) = segments.split_first() else { return Self::Versions };
+        if !is_version(version) {
+            return Self::NotFound;
+        }
+        match rest {
+            [] => Self::Listing("dynamic\nmeta-data"),
+            ["api", "token"] => Self::Token,
+            ["meta-data"] => Self::Listing("iam/"),
+            ["meta-data", "iam"] => Self::Listing("security-credentials/"),
+            ["meta-data", "iam", "security-credentials" | "security-credentials-extended"] => Self::RoleList,
+            ["meta-data", "iam", "security-credentials", role] => {
+                Self::Credentials { role: (*role).to_owned(), extended: false }
+            }
+            ["meta-data", "iam", "security-credentials-extended", role] => {
+                Self::Credentials { role: (*role).to_owned(), extended: true }
+            }
+            _ => Self::NotFound,
+        }
+    }
+}
+
+/// `latest`, or a date such as `2009-04-04`, or `1.0`.
+fn is_version(segment: &str) -> bool {
+    let dated = segment.starts_with(|c: char| c.is_ascii_digit())
+        && segment.len() <= 16
+        && segment.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-' || byte == b'.');
+    segment == "latest" || dated
+}
+
+/// Splits at slashes, of which several count as one and a last one as none, then decodes each segment once. `None` for
+/// what no client sends: other than printable ASCII, a slash or a percent sign that was hidden by encoding, dots.
+fn segments(target: &str) -> Option<Vec<String>> {
+    let path = target.strip_prefix('/')?;
+    path.split('/').filter(|segment| !segment.is_empty()).map(decode).collect()
+}
+
+fn decode(segment: &str) -> Option<String> {
+    let mut bytes = segment.bytes();
+    let mut decoded = String::with_capacity(segment.len());
+    while let Some(byte) = bytes.next() {
+        let byte = if byte == b'%' {
+            let digit = |byte: Option<u8>| char::from(byte?).to_digit(16);
+            let (high, low) = (digit(bytes.next())?, digit(bytes.next())?);
+            u8::try_from(high << 4 | low).ok()?
+        } else {
+            byte
+        };
+        if !byte.is_ascii_graphic() || matches!(byte, b'/' | b'%' | b'\\' | b';') {
+            return None;
+        }
+        decoded.push(char::from(byte));
+    }
+    (decoded != "." && decoded != "..").then_some(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn credentials(role: &str, extended: bool) -> Route {
+        Route::Credentials { role: role.into(), extended }
+    }
+
+    /// IMDS-8: what real clients send, each answered directly.
+    #[test]
+    fn every_form_that_clients_use_is_understood() {
+        for (target, route) in [
+            ("/", Route::Versions),
+            ("/latest", Route::Listing("dynamic\nmeta-data")),
+            ("/latest/meta-data/iam/", Route::Listing("security-credentials/")),
+            ("/latest/api/token", Route::Token),
+            ("/2009-04-04/meta-data/iam/security-credentials", Route::RoleList),
+            ("/1.0/meta-data/iam/security-credentials/", Route::RoleList),
+            ("//latest//meta-data/iam/security-credentials//reader", credentials("reader", false)),
+            ("/latest/meta-data/iam/security-credentials/reader/", credentials("reader", false)),
+            ("/latest/meta-data/iam/security-credentials/a%2Bb%3Dc%2Cd%40e", credentials("a+b=c,d@e", false)),
+            ("/latest/meta-data/iam/security-credentials-extended/", Route::RoleList),
+            ("/latest/meta-data/iam/security-credentials-extended/reader", credentials("reader", true)),
+        ] {
+            assert_eq!(Route::parse(target), route, "{target}");
+        }
+    }
+
+    /// IMDS-33: everything else does not exist.
+    #[test]
+    fn nothing_else_is_found() {
+        for target in [
+            "",
+            "*",
+            "latest/api/token",
+            "/Latest/api/token",
+            "/latest/API/token",
+            "/latest/api/token/x",
+            "/latest/api",
+            "/x/meta-data/iam/security-credentials",
+            "/latest/meta-data/iam/security-credentialsx",
+            "/latest/meta-data/iam/security-credentials/a/b",
+            "/latest/meta-data/iam/security-credentials/a%2fb",
+            "/latest/meta-data/iam/security-credentials/%252f",
+            "/latest/meta-data/iam/security-credentials/a%00",
+            "/latest/meta-data/iam/security-credentials/a%0a",
+            "/latest/meta-data/iam/security-credentials/a;b",
+            "/latest/meta-data/iam/security-credentials/a%",
+            "/latest/meta-data/iam/security-credentials/a%+1",
+            "/latest/meta-data/iam/security-credentials/\\a",
+            "/latest/meta-data/./iam/security-credentials/a",
+            "/latest/meta-data/x/../iam/security-credentials/a",
+            "/latest/meta-data/%2e%2e/iam/security-credentials/a",
+            "/latest/meta-data/iam/info",
+            "/latest/user-data",
+            "/latest/dynamic/instance-identity/document",
+            "/latest/meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
+            "/999999999999999999999/meta-data/iam/security-credentials",
+        ] {
+            assert_eq!(Route::parse(target), Route::NotFound, "{target}");
+        }
+    }
+}
