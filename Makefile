@@ -1,0 +1,48 @@
+# Every target has a sentence; `make` prints them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench e2e e2e-first-act image setup fmt
+
+# The lab's child processes get the agent's binary by this name.
+CARGO ?= cargo
+TOOLS := target/tools/bin
+DENY_VERSION := 0.20.2
+
+help: ## Print these sentences.
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## Show the main job on this machine: three pods, a redirect, an STS; no cluster, no AWS. KEEP=1 leaves it running.
+	@tests/setup.sh packages
+	@$(CARGO) build --quiet --package kirsa --package lab --bins
+	@target/debug/demo $(if $(KEEP),--keep)
+
+test: setup ## Install what the tests need, then run all of them, on real parts.
+	$(CARGO) test --workspace
+
+lint: $(TOOLS)/cargo-deny ## Format, clippy, and what may be in the dependency tree.
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(TOOLS)/cargo-deny --log-level error check bans licenses sources
+
+bench: ## Measure against a bare hyper server in the same run; ratios in target/bench/summary.json.
+	@tests/setup.sh
+	$(CARGO) bench --bench ratios
+
+e2e: ## Deploy the image on a one-node cluster of real parts (needs root). KEEP=1 leaves the cluster running.
+	@tests/setup.sh packages
+	tests/e2e.sh $(if $(KEEP),--keep)
+
+e2e-first-act: ## 1,000 pods whose first act is a credentials request, on that cluster (needs root).
+	@tests/setup.sh packages
+	tests/e2e.sh --only first-act --pods 1000
+
+image: ## Build the container image with buildah or docker, and print its size.
+	daemonset/image.sh
+
+setup: ## Install what the tests need: Debian packages, and kube-apiserver and etcd built with Go.
+	tests/setup.sh
+
+fmt: ## Format the code.
+	$(CARGO) fmt --all
+
+$(TOOLS)/cargo-deny:
+	$(CARGO) install cargo-deny --quiet --locked --version $(DENY_VERSION) --root target/tools

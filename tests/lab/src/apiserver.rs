@@ -1,0 +1,168 @@
+//! A real kube-apiserver with its etcd, one for the whole program, in the base namespace: every node and
+//! pod of the lab reaches it. Knows nothing about kirsa but what any client of the API server needs.
+
+use std::fs::{self, DirBuilder};
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use serde_json::{Value, json};
+
+use crate::namespace::{BASE, STATE};
+use crate::poll::poll;
+use crate::process::Process;
+
+mod binaries;
+mod manifests;
+mod objects;
+mod pki;
+
+pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+const PORT: u16 = 6443;
+const ETCD: &str = "http://127.0.0.1:2379";
+/// A cold start takes 3 s on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[derive(Debug)]
+pub struct ApiServer {
+    folder: PathBuf,
+    admin: PathBuf,
+    process: Process,
+    etcd: Process,
+}
+
+impl ApiServer {
+    /// The program's API server; the first caller waits for its start.
+    pub fn get() -> Result<&'static Self> {
+        static SERVER: OnceLock<Result<ApiServer>> = OnceLock::new();
+        SERVER.get_or_init(Self::start).as_ref().map_err(|error| anyhow!("the API server: {error:#}"))
+    }
+
+    fn start() -> Result<Self> {
+        let binaries = binaries::locate()?;
+        let folder = Path::new(STATE).join("apiserver");
+        DirBuilder::new().mode(0o700).create(&folder)?;
+        pki::create(&folder, IpAddr::V4(BASE))?;
+
+        let mut etcd = Command::new(binaries.join("etcd"));
+        etcd.arg("--data-dir").arg(folder.join("etcd")).args([
+            format!("--listen-client-urls={ETCD}"),
+            format!("--advertise-client-urls={ETCD}"),
+            "--listen-peer-urls=http://127.0.0.1:2380".into(),
+            "--unsafe-no-fsync".into(),
+        ]);
+        let etcd = Process::spawn(None, "etcd", etcd)?;
+        let mut apiserver = Command::new(binaries.join("kube-apiserver"));
+        apiserver.current_dir(&folder).args([
+            format!("--bind-address={BASE}"),
+            format!("--advertise-address={BASE}"),
+            format!("--secure-port={PORT}"),
+            format!("--etcd-servers={ETCD}"),
+            format!("--service-account-issuer={ISSUER}"),
+            "--service-cluster-ip-range=10.96.0.0/16".into(),
+            "--tls-cert-file=server.crt".into(),
+            "--tls-private-key-file=server.key".into(),
+            "--client-ca-file=ca.crt".into(),
+            "--service-account-key-file=sa.pub".into(),
+            "--service-account-signing-key-file=sa.key".into(),
+            "--authorization-mode=Node,RBAC".into(),
+            "--enable-admission-plugins=NodeRestriction".into(),
+            "--allow-privileged=true".into(),
+        ]);
+        let process = Process::spawn(None, "kube-apiserver", apiserver)?;
+
+        let admin = json!({"client-certificate": folder.join("admin.crt"), "client-key": folder.join("admin.key")});
+        let admin = write_kubeconfig(&folder, "admin", admin)?;
+        let server = Self { folder, admin, process, etcd };
+        server.wait_ready()?;
+        Ok(server)
+    }
+
+    /// On a thread of its own, since the caller may be inside a runtime already.
+    fn wait_ready(&self) -> Result<()> {
+        thread::scope(|scope| scope.spawn(|| self.wait_ready_blocking()).join().expect("no panic in there"))
+    }
+
+    fn wait_ready_blocking(&self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let client = runtime.block_on(self.client())?;
+        let ready = poll("kube-apiserver ready", PATIENCE, || {
+            let request = http::Request::get("/readyz").body(Vec::new()).expect("a constant request");
+            if runtime.block_on(client.request_text(request)).is_ok() {
+                return Some(Ok(()));
+            }
+            let dead = [&self.process, &self.etcd].into_iter().find(|process| process.ended())?;
+            let lines = dead.lines();
+            Some(Err(anyhow!("it ended:\n  {}", lines[lines.len().saturating_sub(20)..].join("\n  "))))
+        });
+        ready.and_then(|outcome| outcome)?;
+        runtime.block_on(self.publish_jwks(client))
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        (BASE, PORT).into()
+    }
+
+    pub fn url(&self) -> String {
+        format!("https://{}", self.address())
+    }
+
+    /// The certificate, as a PEM file, that its clients have to trust.
+    pub fn ca(&self) -> PathBuf {
+        self.folder.join("ca.crt")
+    }
+
+    /// The kubeconfig of an administrator: for the lab's own calls, or for `kubectl`.
+    pub fn admin_kubeconfig(&self) -> &Path {
+        &self.admin
+    }
+
+    /// An administrator's client. It belongs to the runtime that it was made in: one per test, not one for all.
+    pub async fn client(&self) -> Result<Client> {
+        client_of(&self.admin).await
+    }
+
+    /// The keys that tokens of this cluster's service accounts are signed with. Everybody may read them, as on EKS.
+    pub async fn jwks(&self) -> Result<Value> {
+        let request = http::Request::get("/openid/v1/jwks").body(Vec::new())?;
+        let text = self.client().await?.request_text(request).await?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// A kubeconfig for the holder of `token`.
+    pub fn token_kubeconfig(&self, name: &str, token: &str) -> Result<PathBuf> {
+        write_kubeconfig(&self.folder, name, json!({ "token": token }))
+    }
+}
+
+/// A client as a kubeconfig describes it.
+pub async fn client_of(kubeconfig: &Path) -> Result<Client> {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+fn write_kubeconfig(folder: &Path, name: &str, user: Value) -> Result<PathBuf> {
+    let ca = folder.join("ca.crt");
+    let kubeconfig = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{
+            "name": "lab",
+            "cluster": {"server": format!("https://{BASE}:{PORT}"), "certificate-authority": ca},
+        }],
+        "users": [{"name": name, "user": user}],
+        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": name}}],
+        "current-context": "lab",
+    });
+    let path = folder.join(format!("{name}.kubeconfig"));
+    fs::write(&path, kubeconfig.to_string()).with_context(|| path.display().to_string())?;
+    Ok(path)
+}

