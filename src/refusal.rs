@@ -44,6 +44,7 @@ pub enum Reason {
     StsUnavailable,
     IdentityProviderUnreachable,
     BadStsAnswer,
+    ClockSkew,
     ExchangeTimeout,
 }
 
@@ -272,6 +273,13 @@ impl Reason {
                 Backoff,
                 Level::ERROR,
                 "the endpoint's answer is no STS answer: check --sts-endpoint-url and what stands between",
+            ),
+            Self::ClockSkew => row(
+                "clock_skew",
+                503,
+                Backoff,
+                Level::ERROR,
+                "by this node's clock the new session has expired already, and SDKs would say so too: set the clock",
             ),
             Self::ExchangeTimeout => row(
                 "exchange_timeout",

@@ -4,6 +4,8 @@
 //! S3-compatible stores answer less: nothing here depends on `AssumedRoleUser`, and a code that is not known is
 //! classed by its status.
 
+mod whole;
+
 use std::time::Duration;
 
 use aws_sdk_sts::{
@@ -30,7 +32,9 @@ use crate::{
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
-const SKEW: u64 = 300;
+const SKEW: i64 = 300;
+/// What SDKs would take for expired, or nearly so.
+const SHORTEST: Duration = Duration::from_secs(120);
 
 /// One STS endpoint.
 #[derive(Debug, Clone)]
@@ -54,6 +58,7 @@ impl Sts {
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .timeout_config(timeouts)
+            .interceptor(whole::WholeAnswer)
             .allow_no_auth();
         if let Some(endpoint) = endpoint {
             config = config.endpoint_url(endpoint);
@@ -75,42 +80,57 @@ impl Sts {
             .set_policy_arns((!key.policy_arns.is_empty()).then(|| arns.collect()));
         let asked_at = Instant::now();
         let answer = call.send().await.map_err(|error| refused(grant, &error))?;
-        let Some(credentials) = answer.credentials else {
-            return Err(Refusal::new(Reason::BadStsAnswer, format!("no credentials in the answer for {grant}")));
-        };
-        let expiration = u64::try_from(credentials.expiration.secs()).unwrap_or(0);
-        // The credentials take over the strings; nothing is left to zero but what they hold.
+        let bad = |what: &str| Refusal::new(Reason::BadStsAnswer, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
+        let credentials = answer.credentials.ok_or_else(|| bad("no credentials in the answer"))?;
+        let present = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic());
+        let (id, secret, token) =
+            (&credentials.access_key_id, &credentials.secret_access_key, &credentials.session_token);
+        if !(present(id) && present(secret) && present(token)) {
+            return Err(bad("the answer lacks a part of the credentials"));
+        }
+        let expiration = UnixTime(u64::try_from(credentials.expiration.secs()).unwrap_or(0));
+        let lifetime = self.lifetime(grant, expiration)?;
+        // The credentials take over the strings: nothing is left to zero but what they hold.
         let issued = Issued {
             access_key_id: credentials.access_key_id,
             secret_access_key: Secret::new(credentials.secret_access_key),
             session_token: Secret::new(credentials.session_token),
             account_id: key.role.account(),
             last_updated: UnixTime::now().iso8601(),
-            expiration: UnixTime(expiration).iso8601(),
+            expiration: expiration.iso8601(),
             issued_at: asked_at,
-            expires_at: asked_at + self.lifetime(grant, UnixTime(expiration)),
+            expires_at: asked_at + lifetime,
         };
-        Credential::new(&issued)
-            .map_err(|error| Refusal::new(Reason::BadStsAnswer, format!("credentials of {grant}: {error}")))
+        Credential::new(&issued).map_err(|error| bad(&error.to_string()))
     }
 
-    /// How long the session lasts from now, by a clock that cannot be set: never longer than was asked for, whatever
-    /// this node's wall clock makes of the expiration.
-    fn lifetime(&self, grant: &Grant, expiration: UnixTime) -> Duration {
-        let (now, asked) = (UnixTime::now(), grant.key().duration);
+    /// How long the session lasts, from now on by a clock that cannot be set: never longer than was asked for,
+    /// whatever this node's wall clock makes of the expiration.
+    fn lifetime(&self, grant: &Grant, expiration: UnixTime) -> Result<Duration, Refusal> {
+        let (now, asked) = (UnixTime::now(), u64::from(grant.key().duration));
+        let ahead = i64::try_from((now.0 + asked).abs_diff(expiration.0)).unwrap_or(i64::MAX);
+        let behind = expiration.0 > now.0 + asked;
+        self.metrics.clock_skew.set(if behind { -ahead } else { ahead });
         let left = expiration.since(now);
-        let by_sts = expiration.0.saturating_sub(u64::from(asked));
-        let skew = i64::try_from(now.0).unwrap_or(0) - i64::try_from(by_sts).unwrap_or(0);
-        if left.as_secs() > u64::from(asked) + SKEW {
-            warn!(role_arn = %grant.role(), skew_seconds = skew, "this node's clock is behind that of STS: set it");
-        } else if left.as_secs() + SKEW < u64::from(asked) {
+        if left < SHORTEST {
+            return Err(Refusal::new(
+                Reason::ClockSkew,
+                format!(
+                    "STS issued a session of {grant} that expires {}, and this node's clock says {}",
+                    expiration.iso8601(),
+                    now.iso8601()
+                ),
+            ));
+        }
+        if behind && ahead > SKEW {
+            warn!(role_arn = %grant.role(), seconds = ahead, "this node's clock is behind that of STS: set it");
+        } else if ahead > SKEW {
             warn!(
                 role_arn = %grant.role(), asked_seconds = asked, left_seconds = left.as_secs(),
                 "STS issued a shorter session than was asked for, or this node's clock is ahead of it"
             );
         }
-        self.metrics.clock_skew.set(skew);
-        left.min(Duration::from_secs(asked.into()))
+        Ok(left.min(Duration::from_secs(asked)))
     }
 }
 
