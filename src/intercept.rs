@@ -4,6 +4,7 @@
 //! kernel who they come from and where they were meant to go. Knows no Kubernetes and no HTTP.
 
 pub mod rule;
+mod monitor;
 mod probe;
 
 use std::{
@@ -30,6 +31,7 @@ use tracing::{debug, warn};
 
 use crate::observe::Metrics;
 
+pub use monitor::RuleChanges;
 pub use probe::Probe;
 pub use rule::{Backend, HostAddresses};
 

@@ -26,7 +26,7 @@ use crate::{
     config::{Command, Config, MAX_SESSION, MIN_SESSION, Source},
     exchange::{Exchange, sts::Sts, token::TokenSource},
     intercept::{
-        self, Direct, Doors, Probe,
+        self, Direct, Doors, Probe, RuleChanges,
         rule::{self, Installed, RuleSet},
     },
     kubernetes::{Identity, Kubernetes, Mint},
@@ -37,7 +37,8 @@ use crate::{
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Two, so that reading a long list of pods delays no pod's request.
 const WORKERS: usize = 2;
-/// How often the redirect is tried.
+/// How often the redirect is tried, whether the kernel says that rules changed or not: iptables-legacy's are not
+/// announced.
 const VERIFY: Duration = Duration::from_secs(2);
 
 /// Does what was asked for, from the first line of the log to the exit code.
@@ -309,6 +310,7 @@ async fn keep_redirect(
 ) {
     metrics.rule_applied.inc();
     let mut warned = false;
+    let changes = RuleChanges::subscribe();
     loop {
         let mut broken = None;
         for address in &addresses {
@@ -332,7 +334,7 @@ async fn keep_redirect(
                 }
             }
         }
-        tokio::time::sleep(VERIFY).await;
+        let _ = tokio::time::timeout(VERIFY, changes.next()).await;
     }
 }
 

@@ -18,7 +18,6 @@ pub enum Reason {
     ForwardedToken,
     SessionRequired,
     SessionInvalid,
-    TooManyConnections,
     // Who is calling.
     NotRedirected,
     Starting,
@@ -118,13 +117,6 @@ impl Reason {
                 None,
                 Level::INFO,
                 "the IMDSv2 session token is malformed, has expired or was issued to another pod; SDKs fetch a new one",
-            ),
-            Self::TooManyConnections => row(
-                "too_many_connections",
-                503,
-                None,
-                Level::WARN,
-                "one source holds too many connections: look at what it runs, or raise --max-connections-per-source",
             ),
             Self::NotRedirected => row(
                 "not_redirected",
@@ -320,3 +312,62 @@ impl fmt::Display for Refusal {
 }
 
 impl std::error::Error for Refusal {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Reason; 30] = {
+        use Reason::*;
+        [
+            NotFound,
+            MethodNotAllowed,
+            BadRequest,
+            BadTtl,
+            ForwardedToken,
+            SessionRequired,
+            SessionInvalid,
+            NotRedirected,
+            Starting,
+            UnknownPod,
+            AmbiguousAddress,
+            NoRole,
+            BadAnnotation,
+            AccountUnavailable,
+            TokenForbidden,
+            TokenRefused,
+            PodGone,
+            TokenUnavailable,
+            TokenFile,
+            AccessDenied,
+            WebIdentityRefused,
+            BadSessionPolicy,
+            BadStsRequest,
+            RegionDisabled,
+            StsThrottled,
+            StsUnavailable,
+            IdentityProviderUnreachable,
+            BadStsAnswer,
+            ClockSkew,
+            ExchangeTimeout,
+        ]
+    };
+
+    #[test]
+    fn the_page_on_failures_has_every_row_of_the_table() {
+        let page = include_str!("../docs/failures.md");
+        for reason in ALL {
+            let spec = reason.spec();
+            let row = page.lines().find(|line| line.starts_with(&format!("| `{}` | {} |", spec.label, spec.status)));
+            assert!(row.is_some_and(|row| row.contains(spec.advice)), "{}: {}", spec.label, spec.advice);
+        }
+    }
+
+    /// IMDS-27: what may pass by itself is never 400, 401, 429 or 500.
+    #[test]
+    fn what_is_tried_again_is_503() {
+        for spec in ALL.map(Reason::spec) {
+            assert!(spec.memory != Memory::Backoff || spec.status == 503, "{}", spec.label);
+        }
+    }
+}

@@ -80,7 +80,8 @@ impl Sts {
             .set_policy_arns((!key.policy_arns.is_empty()).then(|| arns.collect()));
         let asked_at = Instant::now();
         let answer = call.send().await.map_err(|error| refused(grant, &error))?;
-        let bad = |what: &str| Refusal::new(Reason::BadStsAnswer, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
+        let bad =
+            |what: &str| Refusal::new(Reason::BadStsAnswer, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
         let credentials = answer.credentials.ok_or_else(|| bad("no credentials in the answer"))?;
         let present = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic());
         let (id, secret, token) =

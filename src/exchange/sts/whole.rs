@@ -2,8 +2,7 @@
 //! the middle, or an expiration in 1970.
 
 use aws_sdk_sts::config::{
-    ConfigBag, Intercept, RuntimeComponents,
-    interceptors::AfterDeserializationInterceptorContextRef,
+    ConfigBag, Intercept, RuntimeComponents, interceptors::AfterDeserializationInterceptorContextRef,
 };
 use aws_smithy_runtime_api::box_error::BoxError;
 
