@@ -132,6 +132,18 @@ struct RunArgs {
     )]
     annotation_prefix: String,
 
+    /// A taint of this node to take off once the agent is ready, such as kirsa.dev/not-ready: nodes that join with it
+    /// get no other pods before.
+    #[arg(
+        long,
+        env = "KIRSA_STARTUP_TAINT",
+        default_value = "",
+        hide_default_value = true,
+        value_name = "KEY",
+        help_heading = "Kubernetes"
+    )]
+    startup_taint: String,
+
     /// The AWS region whose STS is asked.
     #[arg(long, env = "AWS_REGION", value_name = "REGION", help_heading = "AWS")]
     region: Option<String>,
@@ -214,7 +226,13 @@ pub struct Config {
 #[derive(Debug, Clone)]
 pub enum Source {
     File(PathBuf),
-    Kubernetes { node_name: String, kubeconfig: Option<PathBuf>, mint: Mint, cni_results: Option<PathBuf> },
+    Kubernetes {
+        node_name: String,
+        kubeconfig: Option<PathBuf>,
+        mint: Mint,
+        cni_results: Option<PathBuf>,
+        startup_taint: Option<String>,
+    },
 }
 
 /// Which STS is asked.
@@ -306,6 +324,7 @@ impl TryFrom<RunArgs> for Config {
                     kubeconfig: args.kubeconfig,
                     mint: args.mint,
                     cni_results: (args.cni_results.as_os_str() != "none").then_some(args.cni_results),
+                    startup_taint: (!args.startup_taint.is_empty()).then_some(args.startup_taint),
                 },
             },
             annotation_prefix: args.annotation_prefix,

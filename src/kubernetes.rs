@@ -1,6 +1,8 @@
 //! The way to the API server: one configuration, the identity that each use of it takes, and how long its silence
 //! is borne. Knows no stage.
 
+pub mod taint;
+
 use std::{
     future::Future,
     path::Path,

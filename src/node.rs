@@ -29,7 +29,7 @@ use crate::{
         self, Direct, Doors, Probe, RuleChanges,
         rule::{self, Installed, RuleSet},
     },
-    kubernetes::{Identity, Kubernetes, Mint},
+    kubernetes::{self, Identity, Kubernetes, Mint},
     observe::{self, Condition, Metrics, Readiness},
     serve::{Server, session::Sessions},
 };
@@ -135,7 +135,7 @@ pub async fn run(
             known.send_replace(true);
             (authoriser, TokenSource::File)
         }
-        Source::Kubernetes { node_name, kubeconfig, mint, cni_results } => {
+        Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
             let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
             let accounts = Accounts::of_kubernetes(kubernetes.calls(Identity::Agent)?);
             let authoriser = Arc::new(Authoriser::new(accounts, defaults));
@@ -144,6 +144,14 @@ pub async fn run(
                 // Before the pods are listed: what then names none of them is a leftover.
                 records.scan();
                 tasks.spawn(always(records.follow()));
+            }
+            if let Some(taint) = startup_taint {
+                let (client, node) = (kubernetes.calls(Identity::Agent)?, node_name.clone());
+                let readiness = readiness.clone();
+                tasks.spawn(always(async move {
+                    readiness.ready().await;
+                    kubernetes::taint::remove(client, &node, &taint).await;
+                }));
             }
             let minting = Arc::new(OnceLock::new());
             let tokens = TokenSource::Kubernetes(minting.clone());

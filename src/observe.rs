@@ -6,10 +6,11 @@ mod metrics;
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 
 use clap::ValueEnum;
+use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 use tracing::{Level, debug, error, info, warn};
 use tracing_subscriber::EnvFilter;
@@ -104,18 +105,23 @@ pub fn log_refusal(refusal: &Refusal, namespace: &str, pod: &str, service_accoun
 
 /// What must be true before this node's pods can be served, by name, so that `/readyz` can say what is pending.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<Mutex<Vec<(&'static str, bool)>>>);
+pub struct Readiness(watch::Sender<Vec<(&'static str, bool)>>);
 
 impl Readiness {
     /// A condition that does not hold yet.
     pub fn condition(&self, name: &'static str) -> Condition {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((name, false));
+        self.0.send_modify(|conditions| conditions.push((name, false)));
         Condition { all: self.clone(), name }
     }
 
     pub fn pending(&self) -> Vec<&'static str> {
-        let conditions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        conditions.iter().filter(|(_, met)| !met).map(|(name, _)| *name).collect()
+        self.0.borrow().iter().filter(|(_, met)| !met).map(|(name, _)| *name).collect()
+    }
+
+    /// Returns once nothing is pending.
+    pub async fn ready(&self) {
+        // The sender is held here: waiting cannot fail.
+        let _ = self.0.subscribe().wait_for(|conditions| conditions.iter().all(|(_, met)| *met)).await;
     }
 }
 
@@ -128,9 +134,11 @@ pub struct Condition {
 impl Condition {
     /// Says whether it holds now; logs when that was news.
     pub fn set(&self, met: bool) {
-        let mut conditions = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((_, was)) = conditions.iter_mut().find(|(name, _)| *name == self.name) else { return };
-        if std::mem::replace(was, met) != met {
+        let changed = self.all.0.send_if_modified(|conditions| {
+            let condition = conditions.iter_mut().find(|(name, _)| *name == self.name);
+            condition.is_some_and(|(_, was)| std::mem::replace(was, met) != met)
+        });
+        if changed {
             info!(condition = self.name, met, "readiness");
         }
     }

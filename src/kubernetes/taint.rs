@@ -1,0 +1,48 @@
+//! The startup taint: a node joins with it, so that no pod starts there before the agent is ready.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, Taint};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+use tracing::{info, warn};
+
+/// Takes the taint off the node, however often that must be tried.
+pub async fn remove(client: Client, node: &str, key: &str) {
+    let nodes: Api<Node> = Api::all(client);
+    let mut pause = Duration::from_millis(200);
+    loop {
+        match remove_once(&nodes, node, key).await {
+            Ok(true) => return info!(node, key, "startup taint taken off: pods may start on this node"),
+            Ok(false) => return,
+            Err(error) => {
+                warn!(
+                    node, key, %error,
+                    "the startup taint cannot be taken off yet; the agent needs daemonset/components/startup-taint"
+                );
+                tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                pause = (pause * 2).min(Duration::from_secs(10));
+            }
+        }
+    }
+}
+
+/// False when there was none.
+async fn remove_once(nodes: &Api<Node>, node: &str, key: &str) -> kube::Result<bool> {
+    let found = nodes.get(node).await?;
+    let taints = found.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    let (ours, others): (Vec<Taint>, Vec<Taint>) = taints.into_iter().partition(|taint| taint.key == key);
+    if ours.is_empty() {
+        return Ok(false);
+    }
+    // With the version that was read: somebody else's change of the taints in between must not be undone.
+    let patch = json!({
+        "metadata": { "resourceVersion": found.metadata.resource_version },
+        "spec": { "taints": others },
+    });
+    nodes.patch(node, &PatchParams::default(), &Patch::Merge(patch)).await?;
+    Ok(true)
+}
