@@ -1,6 +1,7 @@
 //! [`Grant`] → [`Credential`] in hand: one slot for each session, which fetches once whoever waits, refreshes ahead of
 //! expiry, and serves what it has while that is honest. Knows no HTTP, no Kubernetes and no AWS.
 
+mod budget;
 mod slot;
 
 use std::{
@@ -15,10 +16,11 @@ use crate::{
     attribute::PodUid,
     authorise::{Grant, Key},
     exchange::{Credential, Issue},
-    observe::Metrics,
+    observe::{Metrics, Urgency},
     refusal::Refusal,
 };
-use slot::{Slot, Use};
+pub use budget::Budget;
+use slot::Slot;
 
 /// Slots at most, each of 8 KiB or less. A node runs some hundred pods; what is over this is evicted by use.
 const MAX_SLOTS: u64 = 4_096;
@@ -37,24 +39,25 @@ pub struct Cache {
     /// Which sessions a pod may use, so that the last one to go takes them along.
     of_pod: Mutex<HashMap<PodUid, Vec<Arc<Key>>>>,
     issuer: Arc<dyn Issue>,
+    budget: Arc<Budget>,
     metrics: Metrics,
 }
 
 impl Cache {
-    pub fn new(issuer: Arc<dyn Issue>, metrics: Metrics) -> Self {
-        Self { slots: Map::new(MAX_SLOTS), of_pod: Mutex::default(), issuer, metrics }
+    pub fn new(issuer: Arc<dyn Issue>, budget: Arc<Budget>, metrics: Metrics) -> Self {
+        Self { slots: Map::new(MAX_SLOTS), of_pod: Mutex::default(), issuer, budget, metrics }
     }
 
     /// Fetches ahead of the first request.
     pub fn prefetch(&self, grant: &Grant) {
-        self.slot(grant).want(Use::Ahead);
+        self.slot(grant).want(Urgency::Ahead);
     }
 
     /// How the session stands, for whoever is about to ask for its credentials; waits up to `until` for it to be
     /// decided.
     pub async fn standing(&self, grant: &Grant, until: Instant) -> Standing {
         let slot = self.slot(grant);
-        slot.want(Use::Waiting);
+        slot.want(Urgency::Waiting);
         slot.standing(until).await
     }
 
@@ -85,10 +88,9 @@ impl Cache {
 
     fn slot(&self, grant: &Grant) -> Arc<Slot> {
         let key = grant.key();
-        let slot = self
-            .slots
-            .get(key)
-            .unwrap_or_else(|| self.slots.get_with(key.clone(), || Slot::start(self.issuer.clone())));
+        let slot = self.slots.get(key).unwrap_or_else(|| {
+            self.slots.get_with(key.clone(), || Slot::start(self.issuer.clone(), self.budget.clone()))
+        });
         if slot.join(grant) {
             let mut of_pod = self.of_pod.lock().unwrap_or_else(PoisonError::into_inner);
             of_pod.entry(grant.workload().uid().clone()).or_default().push(key.clone());

@@ -169,6 +169,13 @@ struct RunArgs {
         help_heading = "Credentials"
     )]
     session_scope: Scope,
+    /// Exchanges per second that this node makes at most, each of them one TokenRequest and one call of STS. Pods that
+    /// wait come before those that are going to, and these before refreshes.
+    #[arg(long, env = "KIRSA_EXCHANGE_RATE", default_value_t = 20, value_name = "N", help_heading = "Credentials")]
+    exchange_rate: u32,
+    /// Exchanges that may come at once, after a while without any.
+    #[arg(long, env = "KIRSA_EXCHANGE_BURST", default_value_t = 50, value_name = "N", help_heading = "Credentials")]
+    exchange_burst: u32,
     /// Refuse IMDSv1 (requests without a session token). Breaks boto2, botocore before 1.13, the JavaScript SDK
     /// before 2.575, the Go SDK before 1.25 and s3fs.
     #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]
@@ -215,6 +222,8 @@ pub struct Config {
     pub audience: String,
     pub session_duration: u32,
     pub session_scope: Scope,
+    pub exchange_rate: u32,
+    pub exchange_burst: u32,
     pub require_imdsv2: bool,
     pub admin_address: SocketAddr,
     pub drain: Duration,
@@ -279,6 +288,9 @@ impl TryFrom<RunArgs> for Config {
         if args.max_connections == 0 || args.max_connections_per_source == 0 {
             return wrong("max-connections", 0, "at least 1 connection must be allowed, in total and per source");
         }
+        if args.exchange_rate == 0 || args.exchange_burst == 0 {
+            return wrong("exchange-rate", 0, "at least 1 exchange a second, and 1 at once, must be allowed");
+        }
         if !(MIN_SESSION..=MAX_SESSION).contains(&args.session_duration) {
             return wrong(
                 "session-duration",
@@ -331,6 +343,8 @@ impl TryFrom<RunArgs> for Config {
             audience: args.audience,
             session_duration: args.session_duration,
             session_scope: args.session_scope,
+            exchange_rate: args.exchange_rate,
+            exchange_burst: args.exchange_burst,
             require_imdsv2: args.require_imdsv2,
             admin_address: args.admin_address,
             drain: Duration::from_secs(args.drain),

@@ -14,15 +14,15 @@ use hyper_util::server::graceful::GracefulShutdown;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::mpsc,
     task::JoinSet,
 };
 use tracing::{error, info, warn};
 
 use crate::{
-    attribute::{self, Attributor, Change, cni, file},
+    attribute::{self, Attributor, Change, Workload, cni, file},
     authorise::{Accounts, Authoriser, Defaults},
-    cache::Cache,
+    cache::{Budget, Cache},
     config::{Command, Config, MAX_SESSION, MIN_SESSION, Source},
     exchange::{Exchange, sts::Sts, token::TokenSource},
     intercept::{
@@ -37,6 +37,8 @@ use crate::{
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Two, so that reading a long list of pods delays no pod's request.
 const WORKERS: usize = 2;
+/// Over how long the first prefetches are spread.
+const START_WINDOW: Duration = Duration::from_secs(10);
 /// How often the redirect is tried, whether the kernel says that rules changed or not: iptables-legacy's are not
 /// announced.
 const VERIFY: Duration = Duration::from_secs(2);
@@ -126,13 +128,11 @@ pub async fn run(
         foreign_arns: config.sts.endpoint.is_some(),
     };
     let role_annotation = format!("{}/role-arn", config.annotation_prefix);
-    let (known, accounts_known) = watch::channel(false);
     let conditions = (readiness.condition("pods"), readiness.condition("service accounts"));
     let (authoriser, tokens) = match config.source.clone() {
         Source::File(path) => {
             let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
             follow_file(&path, &attributor, &authoriser, role_annotation, &conditions, &mut tasks)?;
-            known.send_replace(true);
             (authoriser, TokenSource::File)
         }
         Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
@@ -157,15 +157,17 @@ pub async fn run(
             let tokens = TokenSource::Kubernetes(minting.clone());
             let follow =
                 Follow { kubernetes, node_name, mint, metrics: metrics.clone(), attributor: attributor.clone() };
-            tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, conditions, known));
+            tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, conditions.clone()));
             (authoriser, tokens)
         }
     };
 
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
-    let cache = Arc::new(Cache::new(Arc::new(exchange), metrics.clone()));
-    tasks.spawn(always(fetch_ahead(changes, authoriser.clone(), cache.clone(), accounts_known)));
+    let budget = Budget::new(config.exchange_rate, config.exchange_burst, metrics.clone());
+    let cache = Arc::new(Cache::new(Arc::new(exchange), budget, metrics.clone()));
+    let ahead = FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
+    tasks.spawn(always(ahead.run(changes, conditions)));
     let server = Arc::new(Server {
         attributor,
         authoriser,
@@ -241,16 +243,11 @@ impl Follow {
         authoriser: Arc<Authoriser>,
         role_annotation: String,
         minting: Arc<OnceLock<kube::Client>>,
-        (pods_known, accounts_condition): (Condition, Condition),
-        known: watch::Sender<bool>,
+        (pods_known, accounts_known): (Condition, Condition),
     ) -> anyhow::Result<()> {
         let accounts_client = self.kubernetes.watch(Identity::Agent, self.metrics.watch("serviceaccounts"))?;
         let accounts = async {
-            let synced = || {
-                accounts_condition.set(true);
-                known.send_replace(true);
-            };
-            authoriser.accounts().follow(accounts_client, &role_annotation, synced).await;
+            authoriser.accounts().follow(accounts_client, &role_annotation, || accounts_known.set(true)).await;
             anyhow::Ok(())
         };
         let pods = async {
@@ -289,21 +286,46 @@ fn follow_file(
 }
 
 /// Credentials before the first request, and none after the last pod.
-async fn fetch_ahead(
-    mut changes: mpsc::UnboundedReceiver<Change>,
+#[derive(Clone)]
+struct FetchAhead {
+    attributor: Arc<Attributor>,
     authoriser: Arc<Authoriser>,
     cache: Arc<Cache>,
-    mut accounts_known: watch::Receiver<bool>,
-) {
-    let _ = accounts_known.wait_for(|known| *known).await;
-    while let Some(change) = changes.recv().await {
+}
+
+impl FetchAhead {
+    async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>, known: (Condition, Condition)) {
+        known.0.met().await;
+        known.1.met().await;
+        // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
+        // ask STS in the same second.
+        while let Ok(change) = changes.try_recv() {
+            self.take(change, START_WINDOW);
+        }
+        while let Some(change) = changes.recv().await {
+            self.take(change, Duration::ZERO);
+        }
+    }
+
+    fn take(&self, change: Change, within: Duration) {
         match change {
+            Change::Gone(pod) => self.cache.forget(&pod),
+            Change::Bound(workload) if within.is_zero() => self.fetch(&workload),
             Change::Bound(workload) => {
-                if let Some(grant) = authoriser.foresee(&workload) {
-                    cache.prefetch(&grant);
-                }
+                let this = self.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(within.mul_f64(fastrand::f64())).await;
+                    if this.attributor.is_live(workload.uid()) {
+                        this.fetch(&workload);
+                    }
+                });
             }
-            Change::Gone(pod) => cache.forget(&pod),
+        }
+    }
+
+    fn fetch(&self, workload: &Workload) {
+        if let Some(grant) = self.authoriser.foresee(workload) {
+            self.cache.prefetch(&grant);
         }
     }
 }

@@ -16,7 +16,7 @@ use tracing::{Level, debug, error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 pub use admin::serve_admin;
-pub use metrics::{Heard, Metrics, Outcome, Step};
+pub use metrics::{Heard, Metrics, Outcome, Step, Urgency};
 
 use crate::refusal::{Reason, Refusal};
 
@@ -132,6 +132,13 @@ pub struct Condition {
 }
 
 impl Condition {
+    /// Returns once it holds.
+    pub async fn met(&self) {
+        // The sender is held here: waiting cannot fail.
+        let holds = |conditions: &Vec<(&str, bool)>| conditions.contains(&(self.name, true));
+        let _ = self.all.0.subscribe().wait_for(holds).await;
+    }
+
     /// Says whether it holds now; logs when that was news.
     pub fn set(&self, met: bool) {
         let changed = self.all.0.send_if_modified(|conditions| {

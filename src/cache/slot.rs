@@ -16,11 +16,15 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout_at},
 };
 
-use super::Standing;
+use super::{
+    Standing,
+    budget::{Budget, Turn},
+};
 use crate::{
     attribute::PodUid,
     authorise::Grant,
     exchange::{Credential, Issue},
+    observe::{Urgency, log_refusal},
     refusal::{Memory, Reason, Refusal},
 };
 
@@ -34,15 +38,6 @@ const LAST_RESORT: Duration = Duration::from_secs(60);
 /// Full jitter over this range, doubled with each failure up to the end.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
-/// Why a session is wanted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Use {
-    /// A pod asks, or is about to.
-    Waiting,
-    /// A pod was bound to the node.
-    Ahead,
-}
-
 #[derive(Debug)]
 pub(super) struct Slot {
     shared: Arc<Shared>,
@@ -52,7 +47,9 @@ pub(super) struct Slot {
 #[derive(Debug, Default)]
 struct Shared {
     state: watch::Sender<State>,
+    /// That there should be credentials, and that a pod waits for them.
     wanted: AtomicBool,
+    waiting: AtomicBool,
     wake: Notify,
     last_used: Mutex<Option<Instant>>,
     /// The pods that share this session: any one of them can stand for it at the API server.
@@ -115,9 +112,9 @@ impl State {
 }
 
 impl Slot {
-    pub(super) fn start(issuer: Arc<dyn Issue>) -> Arc<Self> {
+    pub(super) fn start(issuer: Arc<dyn Issue>, budget: Arc<Budget>) -> Arc<Self> {
         let shared = Arc::new(Shared::default());
-        let keeper = tokio::spawn(shared.clone().keep(issuer));
+        let keeper = tokio::spawn(shared.clone().keep(issuer, budget));
         Arc::new(Self { shared, keeper })
     }
 
@@ -136,22 +133,22 @@ impl Slot {
     }
 
     /// Sees to it that there are going to be credentials, without waiting.
-    pub(super) fn want(&self, wanted: Use) {
-        if wanted == Use::Waiting {
+    pub(super) fn want(&self, urgency: Urgency) {
+        if urgency == Urgency::Waiting {
             self.shared.used();
         }
-        self.shared.want();
+        self.shared.want(urgency);
     }
 
     pub(super) fn in_hand(&self) -> Option<Arc<Credential>> {
         let credential = self.shared.state.borrow().in_hand().cloned()?;
         self.shared.used();
-        self.shared.want();
+        self.shared.want(Urgency::Refresh);
         Some(credential)
     }
 
     pub(super) async fn get(&self, until: Instant) -> Result<Arc<Credential>, Refusal> {
-        self.want(Use::Waiting);
+        self.want(Urgency::Waiting);
         let mut state = self.shared.state.subscribe();
         loop {
             {
@@ -203,20 +200,23 @@ impl Drop for Slot {
 }
 
 impl Shared {
-    async fn keep(self: Arc<Self>, issuer: Arc<dyn Issue>) {
+    async fn keep(self: Arc<Self>, issuer: Arc<dyn Issue>, budget: Arc<Budget>) {
         let mut failures = 0;
         loop {
             self.due().await;
+            let turn = self.turn(&budget).await;
             let Some((pod, grant)) = self.grants().iter().next().map(|(pod, grant)| (pod.clone(), grant.clone()))
             else {
                 // Its last pod has gone; a new one wakes it.
-                self.wanted.store(false, Ordering::SeqCst);
+                self.satisfied();
                 continue;
             };
-            match issuer.issue(&grant).await {
+            let issued = issuer.issue(&grant).await;
+            drop(turn);
+            match issued {
                 Ok(credential) => {
                     failures = 0;
-                    self.wanted.store(false, Ordering::SeqCst);
+                    self.satisfied();
                     self.state.send_replace(State { held: Some(hold(credential)), failure: None });
                 }
                 Err(refusal) => {
@@ -224,10 +224,12 @@ impl Shared {
                     if refusal.reason == Reason::PodGone && self.leave_one(&pod) {
                         continue;
                     }
+                    let workload = grant.workload();
+                    log_refusal(&refusal, workload.namespace(), workload.pod(), &workload.service_account().name);
                     let pause = match refusal.reason.spec().memory {
                         Memory::Fixed(pause) => {
                             // Whoever asks after that makes it be tried again.
-                            self.wanted.store(false, Ordering::SeqCst);
+                            self.satisfied();
                             pause
                         }
                         Memory::Backoff | Memory::None => backoff(failures),
@@ -259,14 +261,42 @@ impl Shared {
         }
     }
 
-    fn want(&self) {
+    /// A turn under the budget, at the urgency that this exchange has by then: a pod may come to wait for a prefetch.
+    async fn turn(&self, budget: &Arc<Budget>) -> Turn {
+        loop {
+            let woken = self.wake.notified();
+            let urgency = if self.waiting.load(Ordering::SeqCst) {
+                Urgency::Waiting
+            } else if self.state.borrow().fresh().is_some() {
+                Urgency::Refresh
+            } else {
+                Urgency::Ahead
+            };
+            tokio::select! {
+                biased;
+                turn = budget.turn(urgency) => return turn,
+                () = woken, if urgency != Urgency::Waiting => {}
+            }
+        }
+    }
+
+    fn want(&self, urgency: Urgency) {
         let settled = {
             let state = self.state.borrow();
             state.definite().is_some() || state.held.as_ref().is_some_and(|held| Instant::now() < held.refresh_at)
         };
-        if !settled && !self.wanted.swap(true, Ordering::SeqCst) {
+        if settled {
+            return;
+        }
+        let more_urgent = urgency == Urgency::Waiting && !self.waiting.swap(true, Ordering::SeqCst);
+        if !self.wanted.swap(true, Ordering::SeqCst) || more_urgent {
             self.wake.notify_one();
         }
+    }
+
+    fn satisfied(&self) {
+        self.wanted.store(false, Ordering::SeqCst);
+        self.waiting.store(false, Ordering::SeqCst);
     }
 
     fn used(&self) {

@@ -9,7 +9,7 @@ use std::{
 use tokio::time::{advance, pause, timeout};
 
 use super::*;
-use crate::attribute::Workload;
+use crate::{attribute::Workload, observe::Metrics};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
@@ -55,7 +55,7 @@ fn grant(pod: &str) -> Grant {
 
 fn slot(script: &Arc<Script>) -> Arc<Slot> {
     pause();
-    let slot = Slot::start(script.clone());
+    let slot = Slot::start(script.clone(), Budget::new(1_000, 1_000, Metrics::new("test").unwrap()));
     slot.join(&grant("a"));
     slot
 }
@@ -173,7 +173,7 @@ async fn readers_do_not_wait_for_a_refresh() {
 async fn an_unused_session_is_not_refreshed_and_fetched_when_it_is_asked_for_again() {
     let script = Script::new([]);
     let slot = slot(&script);
-    slot.want(Use::Ahead);
+    slot.want(Urgency::Ahead);
     pass(2 * HOUR).await;
     assert_eq!(script.calls(), 1);
     assert_eq!(id(&slot).await, Ok("ASIA2".into()), "never what has expired");
@@ -197,7 +197,7 @@ async fn in_an_outage_the_last_credentials_are_served_until_a_minute_before_they
 async fn an_idle_session_with_little_left_is_fetched_anew_and_its_rest_is_the_last_resort() {
     let script = Script::new([(0, None), (10_000, None)]);
     let slot = slot(&script);
-    slot.want(Use::Ahead);
+    slot.want(Urgency::Ahead);
     pass(HOUR.mul_f64(0.7)).await;
     let began = Instant::now();
     assert_eq!(id(&slot).await, Ok("ASIA1".into()), "STS did not answer in time");
@@ -220,7 +220,7 @@ async fn a_pod_that_is_gone_does_not_fail_the_others_of_its_service_account() {
 async fn the_list_knows_what_is_definite_and_waits_no_longer_than_it_may() {
     let script = Script::new([(1_000, Some(Reason::AccessDenied))]);
     let slot = slot(&script);
-    slot.want(Use::Waiting);
+    slot.want(Urgency::Waiting);
     let began = Instant::now();
     let standing = slot.standing(Instant::now() + Duration::from_millis(350)).await;
     assert!(matches!(standing, Standing::Pending) && took(began) == 350);

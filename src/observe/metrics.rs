@@ -17,6 +17,17 @@ pub enum Step {
     Sts,
 }
 
+/// What an exchange is for, the least urgent first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// Of a session that is in use and has enough left.
+    Refresh,
+    /// A pod was bound to the node, and is going to ask.
+    Ahead,
+    /// A pod asks.
+    Waiting,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Ok,
@@ -42,6 +53,7 @@ pub struct Metrics {
     requests: IntCounterVec,
     refusals: IntCounterVec,
     exchange: HistogramVec,
+    exchange_wait: HistogramVec,
     pub cache_hits: IntCounter,
     pub cache_misses: IntCounter,
     pub cache_entries: IntGauge,
@@ -87,6 +99,14 @@ impl Metrics {
                 HistogramOpts::new("kirsa_exchange_seconds", "Calls to the API server (token) and to STS, in seconds")
                     .buckets(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 2.0, 4.0]),
                 &["step", "outcome"]
+            )),
+            exchange_wait: register!(HistogramVec::new(
+                HistogramOpts::new(
+                    "kirsa_exchange_wait_seconds",
+                    "How long exchanges waited for their turn under the budget, in seconds"
+                )
+                .buckets(vec![0.001, 0.01, 0.1, 0.5, 1.0, 4.0, 15.0, 60.0]),
+                &["urgency"]
             )),
             cache_hits: register!(IntCounter::new("kirsa_cache_hits_total", "Credentials that were in hand")),
             cache_misses: register!(IntCounter::new(
@@ -147,6 +167,15 @@ impl Metrics {
             Step::Sts => "sts",
         };
         self.exchange.with_label_values(&[step, outcome.label()]).observe(took.as_secs_f64());
+    }
+
+    pub fn exchange_waited(&self, urgency: Urgency, waited: Duration) {
+        let urgency = match urgency {
+            Urgency::Refresh => "refresh",
+            Urgency::Ahead => "ahead",
+            Urgency::Waiting => "waiting",
+        };
+        self.exchange_wait.with_label_values(&[urgency]).observe(waited.as_secs_f64());
     }
 
     pub fn connection_refused(&self, reason: &'static str) {

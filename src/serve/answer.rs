@@ -1,7 +1,10 @@
 //! The responses, byte for byte as SDKs want them.
 
 use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode, header::{CONTENT_TYPE, SERVER}};
+use http::{
+    HeaderValue, Response, StatusCode,
+    header::{CONTENT_TYPE, SERVER},
+};
 use http_body_util::Full;
 
 use super::TOKEN_TTL;
