@@ -91,6 +91,15 @@ struct RunArgs {
         help_heading = "Interception"
     )]
     max_connections_per_source: usize,
+    /// Requests per second from one address, and as many at once; more are held up to 300 ms, then answered 503.
+    #[arg(
+        long,
+        env = "KIRSA_MAX_REQUESTS_PER_SOURCE",
+        default_value_t = 500,
+        value_name = "N",
+        help_heading = "Interception"
+    )]
+    max_requests_per_source: u32,
 
     /// Where the container runtime records the addresses of pods before they start; "none" waits for the API server
     /// to show them.
@@ -285,8 +294,12 @@ impl TryFrom<RunArgs> for Config {
         if args.port == 0 {
             return wrong("port", 0, "the redirect needs a fixed port, from 1 to 65535");
         }
-        if args.max_connections == 0 || args.max_connections_per_source == 0 {
-            return wrong("max-connections", 0, "at least 1 connection must be allowed, in total and per source");
+        if args.max_connections == 0 || args.max_connections_per_source == 0 || args.max_requests_per_source == 0 {
+            return wrong(
+                "max-connections",
+                0,
+                "at least 1 connection, and 1 request a second, must be allowed, in total and per source",
+            );
         }
         if args.exchange_rate == 0 || args.exchange_burst == 0 {
             return wrong("exchange-rate", 0, "at least 1 exchange a second, and 1 at once, must be allowed");
@@ -319,7 +332,11 @@ impl TryFrom<RunArgs> for Config {
             port: args.port,
             state_dir: args.state_dir,
             intercept: args.intercept,
-            limits: Limits { total: args.max_connections, per_source: args.max_connections_per_source },
+            limits: Limits {
+                total: args.max_connections,
+                per_source: args.max_connections_per_source,
+                requests_per_source: args.max_requests_per_source,
+            },
             sts: sts(args.region, args.sts_endpoint_url)?,
             source: match args.workloads {
                 Some(file) => Source::File(file),

@@ -6,13 +6,13 @@
 pub mod rule;
 mod monitor;
 mod probe;
+mod source;
 
 use std::{
-    collections::HashMap,
     future::Future,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -23,7 +23,7 @@ use nix::{
     },
 };
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
@@ -34,11 +34,15 @@ use crate::observe::Metrics;
 pub use monitor::RuleChanges;
 pub use probe::Probe;
 pub use rule::{Backend, HostAddresses};
+pub use source::Share;
+use source::Sources;
 
 /// Where SDKs send their requests (EC2 User Guide, "Instance metadata and user data").
 pub const METADATA_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 pub const METADATA_PORT: u16 = 80;
+/// Connections that are told "too many" at once.
+const TURNED_AWAY: usize = 64;
 
 /// Both ends of a connection as the kernel sees them: the only evidence of who is calling. Nothing that a client sends
 /// is in here.
@@ -66,11 +70,14 @@ impl Peer {
     }
 }
 
-/// How many connections are open at once.
+/// What pods may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// Connections at once, of all sources and of one.
     pub total: usize,
     pub per_source: usize,
+    /// Requests per second, and as many at once.
+    pub requests_per_source: u32,
 }
 
 /// What to do with a connection that did not come from the metadata address.
@@ -85,16 +92,18 @@ pub enum Direct {
 /// A connection that was accepted, and its share of the limits.
 #[derive(Debug)]
 pub struct Accepted {
-    pub stream: TcpStream,
+    stream: TcpStream,
     /// `None`: it did not come through the redirect.
-    pub peer: Option<Peer>,
-    _slot: (OwnedSemaphorePermit, SourceSlot),
+    peer: Option<Peer>,
+    share: Share,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Accepted {
-    /// The connection, and what must be kept for as long as it is open.
-    pub fn into_parts(self) -> (TcpStream, impl Send) {
-        (self.stream, self._slot)
+    /// The connection, who it comes from (`None`: around the redirect), its share of the limits, and its place, which
+    /// must be kept for as long as it is open.
+    pub fn into_parts(self) -> (TcpStream, Option<Peer>, Share, impl Send) {
+        (self.stream, self.peer, self.share, self._permit)
     }
 }
 
@@ -165,8 +174,8 @@ where
 #[derive(Debug)]
 pub struct Doors {
     total: Arc<Semaphore>,
-    per_source: usize,
-    open: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    turning_away: Arc<Semaphore>,
+    sources: Arc<Sources>,
     direct: Direct,
     probe: Arc<Probe>,
     metrics: Metrics,
@@ -176,8 +185,8 @@ impl Doors {
     pub fn new(limits: Limits, direct: Direct, probe: Arc<Probe>, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
             total: Arc::new(Semaphore::new(limits.total)),
-            per_source: limits.per_source,
-            open: Arc::default(),
+            turning_away: Arc::new(Semaphore::new(TURNED_AWAY)),
+            sources: Sources::new(limits, metrics.clone()),
             direct,
             probe,
             metrics,
@@ -190,10 +199,13 @@ impl Doors {
         if self.probe.arrived(source, destination) {
             return None;
         }
-        let Some(slot) = self.source_slot(source.ip()) else {
+        let Some(share) = self.sources.share(source.ip()) else {
             self.metrics.connection_refused("per_source");
             debug!(source = %source.ip(), "too many connections from one source");
-            tokio::spawn(turn_away(stream));
+            // Politely, as long as that costs little: what is over this is closed without a word.
+            if let Ok(turn) = self.turning_away.clone().try_acquire_owned() {
+                tokio::spawn(turn_away(stream, turn));
+            }
             return None;
         };
         let peer = match destination {
@@ -203,51 +215,24 @@ impl Doors {
             }
             _ => None,
         };
-        Some(Accepted { stream, peer, _slot: (permit, slot) })
-    }
-
-    fn source_slot(&self, source: IpAddr) -> Option<SourceSlot> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = open.entry(source).or_default();
-        if *count >= self.per_source {
-            return None;
-        }
-        *count += 1;
-        self.metrics.connections.inc();
-        Some(SourceSlot { source, open: self.open.clone(), metrics: self.metrics.clone() })
-    }
-}
-
-/// One connection's share of its source's limit.
-#[derive(Debug)]
-struct SourceSlot {
-    source: IpAddr,
-    open: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    metrics: Metrics,
-}
-
-impl Drop for SourceSlot {
-    fn drop(&mut self) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = open.get_mut(&self.source) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.source);
-            }
-        }
-        self.metrics.connections.dec();
+        Some(Accepted { stream, peer, share, _permit: permit })
     }
 }
 
 /// A 503 rather than a reset: SDKs retry the one and give up on the other. The answer is fixed, so that turning a
 /// connection away costs less than serving it.
-async fn turn_away(mut stream: TcpStream) {
+async fn turn_away(mut stream: TcpStream, _turn: OwnedSemaphorePermit) {
     const BUSY: &[u8] =
         b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nContent-Length: 21\r\nConnection: close\r\n\r\n\
           too many connections\n";
     let say = async {
+        // Closing with the request unread would reset the connection, and take the answer along.
+        let mut unread = [0; 4 << 10];
+        let _read = stream.read(&mut unread).await?;
         stream.write_all(BUSY).await?;
-        stream.shutdown().await
+        stream.shutdown().await?;
+        while stream.read(&mut unread).await? > 0 {}
+        std::io::Result::Ok(())
     };
     // The caller may be gone already, or never read: neither matters.
     let _ = tokio::time::timeout(Duration::from_secs(1), say).await;

@@ -18,6 +18,7 @@ pub enum Reason {
     ForwardedToken,
     SessionRequired,
     SessionInvalid,
+    TooManyRequests,
     // Who is calling.
     NotRedirected,
     Starting,
@@ -117,6 +118,13 @@ impl Reason {
                 None,
                 Level::INFO,
                 "the IMDSv2 session token is malformed, has expired or was issued to another pod; SDKs fetch a new one",
+            ),
+            Self::TooManyRequests => row(
+                "too_many_requests",
+                503,
+                None,
+                Level::WARN,
+                "one source asks more often than it may: look at what it runs, or raise --max-requests-per-source",
             ),
             Self::NotRedirected => row(
                 "not_redirected",
@@ -317,7 +325,7 @@ impl std::error::Error for Refusal {}
 mod tests {
     use super::*;
 
-    const ALL: [Reason; 30] = {
+    const ALL: [Reason; 31] = {
         use Reason::*;
         [
             NotFound,
@@ -327,6 +335,7 @@ mod tests {
             ForwardedToken,
             SessionRequired,
             SessionInvalid,
+            TooManyRequests,
             NotRedirected,
             Starting,
             UnknownPod,

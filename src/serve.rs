@@ -26,7 +26,7 @@ use crate::{
     authorise::{Authoriser, Grant},
     cache::{Cache, Standing},
     clock::UnixTime,
-    intercept::{Accepted, Peer},
+    intercept::{Accepted, Peer, Share},
     observe::{Metrics, Outcome, RefusalLog},
     refusal::{Reason, Refusal},
 };
@@ -66,17 +66,17 @@ pub struct Server {
 #[derive(Debug)]
 struct Caller {
     peer: Option<Peer>,
+    share: Share,
     pod: OnceLock<PodUid>,
 }
 
 impl Server {
     /// Serves one connection to its end.
     pub async fn connection(self: Arc<Self>, accepted: Accepted, drain: Watcher) {
-        let Accepted { stream, peer, .. } = &accepted;
-        let caller = Caller { peer: peer.clone(), pod: OnceLock::new() };
+        let (stream, peer, share, _place) = accepted.into_parts();
+        let caller = Caller { peer, share, pod: OnceLock::new() };
         // Answers are small and whole: waiting to fill a segment only delays them.
         let _ = stream.set_nodelay(true);
-        let (stream, _slot) = accepted.into_parts();
         let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(&caller, request).await));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -105,6 +105,11 @@ impl Server {
         route: &Route,
         request: Request<Incoming>,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
+        match caller.share.request() {
+            Some(Duration::ZERO) => {}
+            Some(delay) => tokio::time::sleep(delay).await,
+            None => return Err(Reason::TooManyRequests.into()),
+        }
         let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
         let (head, body) = request.into_parts();
         match (&head.method, route) {
