@@ -35,6 +35,7 @@ pub enum Scope {
 pub struct Grant {
     workload: Workload,
     key: Arc<Key>,
+    require_imdsv2: bool,
 }
 
 /// Everything that changes what STS would return, and so tells sessions apart. Never the role alone: two service
@@ -67,6 +68,11 @@ impl Grant {
 
     pub fn role(&self) -> &RoleArn {
         &self.key.role
+    }
+
+    /// The service account wants none of its pods to be answered without a session token.
+    pub fn requires_imdsv2(&self) -> bool {
+        self.require_imdsv2
     }
 
     /// For tests of later stages.
@@ -132,7 +138,7 @@ fn grant(workload: Workload, account: &Account, defaults: &Defaults) -> Result<G
         token_file: account.token_file.clone(),
         account: name,
     };
-    Ok(Grant { workload, key: Arc::new(key) })
+    Ok(Grant { workload, key: Arc::new(key), require_imdsv2: terms.require_imdsv2 })
 }
 
 /// `namespace/name[/pod]` as STS allows it (`[\w+=,.@-]{2,64}`), the same at every refresh: services such as MSK drop

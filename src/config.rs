@@ -16,6 +16,7 @@ use crate::{
     intercept::{Backend, HostAddresses, Limits},
     kubernetes::Mint,
     observe::LogFormat,
+    serve::upstream::{self, ALLOWABLE},
 };
 
 /// Below this, SDKs such as botocore refetch on every call, or stretch what is left and sign with dead keys.
@@ -190,6 +191,28 @@ struct RunArgs {
     #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]
     require_imdsv2: bool,
 
+    /// What pods may read of the node's own metadata, as exact paths with commas between, or "none". The identity
+    /// document names the account of the pod's role.
+    #[arg(
+        long,
+        env = "KIRSA_NODE_METADATA",
+        default_value = upstream::DEFAULT,
+        value_delimiter = ',',
+        value_name = "PATH[,PATH]",
+        help_heading = "Metadata"
+    )]
+    node_metadata: Vec<String>,
+    /// A value to serve instead of the node's own, such as meta-data/placement/region=eu-central-1, for nodes that have
+    /// no metadata service.
+    #[arg(
+        long,
+        env = "KIRSA_NODE_METADATA_VALUE",
+        value_delimiter = ',',
+        value_name = "PATH=VALUE",
+        help_heading = "Metadata"
+    )]
+    node_metadata_value: Vec<String>,
+
     /// Where metrics and health are served. Pods must not reach it.
     #[arg(
         long,
@@ -234,6 +257,7 @@ pub struct Config {
     pub exchange_rate: u32,
     pub exchange_burst: u32,
     pub require_imdsv2: bool,
+    pub metadata: Metadata,
     pub admin_address: SocketAddr,
     pub drain: Duration,
     pub log_format: LogFormat,
@@ -258,6 +282,13 @@ pub enum Source {
 pub struct Sts {
     pub region: String,
     pub endpoint: Option<String>,
+}
+
+/// What pods may know of the node: paths that are read from its own metadata service, and values that are given.
+#[derive(Debug, Clone)]
+pub struct Metadata {
+    pub allowed: Vec<String>,
+    pub given: Vec<(String, String)>,
 }
 
 /// Reads the process's own command line and environment.
@@ -363,6 +394,7 @@ impl TryFrom<RunArgs> for Config {
             exchange_rate: args.exchange_rate,
             exchange_burst: args.exchange_burst,
             require_imdsv2: args.require_imdsv2,
+            metadata: metadata(args.node_metadata, args.node_metadata_value)?,
             admin_address: args.admin_address,
             drain: Duration::from_secs(args.drain),
             log_format: args.log_format,
@@ -395,6 +427,24 @@ fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
         }
     }
     Ok(host)
+}
+
+fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
+    let known = |flag: &str, path: &str| match ALLOWABLE.contains(&path) {
+        true => Ok(()),
+        false => wrong(flag, path, &format!("must be one of {}", ALLOWABLE.join(", "))),
+    };
+    let allowed = if allowed == ["none"] { Vec::new() } else { allowed };
+    allowed.iter().try_for_each(|path| known("node-metadata", path))?;
+    let mut given = Vec::new();
+    for pair in values {
+        let Some((path, value)) = pair.split_once('=').filter(|(_, value)| !value.is_empty()) else {
+            return wrong("node-metadata-value", pair, "must be PATH=VALUE");
+        };
+        known("node-metadata-value", path)?;
+        given.push((path.to_owned(), value.to_owned()));
+    }
+    Ok(Metadata { allowed, given })
 }
 
 fn sts(region: Option<String>, endpoint: Option<String>) -> Result<Sts, String> {
@@ -457,6 +507,8 @@ mod tests {
             ("--region=EU", "--region EU"),
             ("--audience=a b", "--audience"),
             ("--annotation-prefix=a/b", "--annotation-prefix"),
+            ("--node-metadata=meta-data/iam/info", "--node-metadata meta-data/iam/info: must be one of"),
+            ("--node-metadata-value=meta-data/mac", "must be PATH=VALUE"),
             ("--intercept=ebpf", "'ebpf'"),
             ("--mint=magic", "'magic'"),
         ] {

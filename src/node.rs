@@ -31,7 +31,7 @@ use crate::{
     },
     kubernetes::{self, Identity, Kubernetes, Mint},
     observe::{self, Condition, Metrics, Readiness},
-    serve::{Server, session::Sessions},
+    serve::{Server, session::Sessions, upstream::NodeMetadata},
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -168,11 +168,14 @@ pub async fn run(
     let cache = Arc::new(Cache::new(Arc::new(exchange), budget, metrics.clone()));
     let ahead = FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
     tasks.spawn(always(ahead.run(changes, conditions)));
+    let metadata = NodeMetadata::new(config.metadata.given);
+    tasks.spawn(always(metadata.clone().follow(config.metadata.allowed)));
     let server = Arc::new(Server {
         attributor,
         authoriser,
         cache,
         sessions,
+        metadata,
         require_imdsv2: config.require_imdsv2,
         metrics: metrics.clone(),
         refusals: observe::RefusalLog::default(),

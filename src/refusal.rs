@@ -110,7 +110,7 @@ impl Reason {
                 401,
                 None,
                 Level::INFO,
-                "IMDSv2 is required here: update the SDK, or allow IMDSv1 by leaving out --require-imdsv2",
+                "IMDSv2 is required here: update the SDK, or allow IMDSv1 (--require-imdsv2, kirsa.dev/require-imdsv2)",
             ),
             Self::SessionInvalid => row(
                 "session_invalid",

@@ -7,6 +7,7 @@
 mod answer;
 pub mod route;
 pub mod session;
+pub mod upstream;
 
 use std::{convert::Infallible, sync::Arc, sync::OnceLock, time::Duration};
 
@@ -32,6 +33,7 @@ use crate::{
 };
 use route::Route;
 use session::Sessions;
+use upstream::NodeMetadata;
 
 const TOKEN: &str = "x-aws-ec2-metadata-token";
 const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
@@ -57,6 +59,7 @@ pub struct Server {
     pub authoriser: Arc<Authoriser>,
     pub cache: Arc<Cache>,
     pub sessions: Sessions,
+    pub metadata: Arc<NodeMetadata>,
     pub require_imdsv2: bool,
     pub metrics: Metrics,
     pub refusals: RefusalLog,
@@ -146,11 +149,27 @@ impl Server {
         let asked = Instant::now();
         match route {
             Route::Versions => self.anybody(peer, headers).map(|()| answer::text("latest")),
-            Route::Listing(entries) => self.anybody(peer, headers).map(|()| answer::text(*entries)),
+            Route::Metadata(path) if path == upstream::IDENTITY_DOCUMENT => {
+                let document = self.metadata.value(path).ok_or(Reason::NotFound)?;
+                let workload = self.caller(caller, peer, headers, asked).await?;
+                let grant = self.grant(&workload, headers, asked + PATIENCE).await.ok();
+                let account = grant.as_ref().and_then(|grant| grant.role().account());
+                let document = upstream::identity_document(&document, account).ok_or(Reason::NotFound)?;
+                Ok(answer::text(document))
+            }
+            Route::Metadata(path) => {
+                self.anybody(peer, headers)?;
+                self.metadata(path).ok_or_else(|| Reason::NotFound.into())
+            }
+            Route::IamInfo => {
+                let workload = self.caller(caller, peer, headers, asked).await?;
+                let grant = self.grant(&workload, headers, asked + PATIENCE).await?;
+                answer::iam_info(grant.role(), UnixTime::now()).ok_or_else(|| Reason::NotFound.into())
+            }
             Route::NotFound | Route::Token => self.anybody(peer, headers).and(Err(Reason::NotFound.into())),
             Route::RoleList => {
                 let workload = self.caller(caller, peer, headers, asked).await?;
-                let grant = self.grant(&workload, asked + PATIENCE).await?;
+                let grant = self.grant(&workload, headers, asked + PATIENCE).await?;
                 match self.cache.standing(&grant, asked + LIST_HOLD).await {
                     Standing::Failed(refusal) => Err(refusal),
                     // The name follows from the service account: nobody need wait for STS to learn it.
@@ -160,7 +179,7 @@ impl Server {
             Route::Credentials { role, extended } => {
                 let workload = self.caller(caller, peer, headers, asked).await?;
                 let until = asked + CREDENTIALS_HOLD;
-                let grant = self.grant(&workload, until).await?;
+                let grant = self.grant(&workload, headers, until).await?;
                 // The service account decides the role. Another name is not found, whether there is such a role or not.
                 if *role != grant.role().alias() && role != grant.role().name() {
                     return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
@@ -173,6 +192,21 @@ impl Server {
                 Ok(answer::document(if *extended { credential.extended() } else { credential.document() }))
             }
         }
+    }
+
+    /// A value, or what there is below a path.
+    fn metadata(&self, path: &str) -> Option<Response<Full<Bytes>>> {
+        if let Some(value) = self.metadata.value(path) {
+            return Some(answer::text(value));
+        }
+        let mut entries = self.metadata.entries(path);
+        match path {
+            "" => entries = vec!["dynamic".into(), "meta-data".into()],
+            "meta-data" => entries.insert(0, "iam/".into()),
+            "meta-data/iam" => entries = vec!["info".into(), "security-credentials/".into()],
+            _ => {}
+        }
+        (!entries.is_empty()).then(|| answer::text(entries.join("\n")))
     }
 
     /// What is the same for every pod: only a session token that is wrong stands in the way.
@@ -211,14 +245,18 @@ impl Server {
         }
     }
 
-    async fn grant(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
-        timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
+    async fn grant(&self, workload: &Workload, headers: &HeaderMap, until: Instant) -> Result<Grant, Refusal> {
+        let grant = timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
             let account = workload.service_account();
             Err(Refusal::new(
                 Reason::AccountUnavailable,
                 format!("service account {account} could not be read in time"),
             ))
-        })
+        })?;
+        if grant.requires_imdsv2() && !headers.contains_key(TOKEN) {
+            return Err(Reason::SessionRequired.into());
+        }
+        Ok(grant)
     }
 
     fn log(&self, caller: &Caller, refusal: &Refusal) {

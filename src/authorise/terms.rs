@@ -27,6 +27,7 @@ pub(super) struct Terms {
     pub scope: Scope,
     pub policy: Option<String>,
     pub policy_arns: Vec<String>,
+    pub require_imdsv2: bool,
 }
 
 impl Terms {
@@ -64,6 +65,9 @@ impl Terms {
             policy_arns: ours("session-policy-arns")
                 .map_or(Ok(Vec::new()), policy_arns)
                 .map_err(ours_wrong("session-policy-arns"))?,
+            require_imdsv2: ours("require-imdsv2")
+                .map_or(Ok(false), |value| one_of(value, &[("true", true), ("false", false)]))
+                .map_err(ours_wrong("require-imdsv2"))?,
         }))
     }
 }
@@ -169,6 +173,7 @@ mod tests {
             ("eks.amazonaws.com/sts-regional-endpoints", "yes", "true or false"),
             ("kirsa.dev/session-duration", "900", "from 1800 to 43200"),
             ("kirsa.dev/session-scope", "node", "service-account or pod"),
+            ("kirsa.dev/require-imdsv2", "yes", "true or false"),
             ("kirsa.dev/session-policy", "{", "JSON policy document"),
             ("kirsa.dev/session-policy-arns", "A", "must be arn:aws:iam::"),
         ] {

@@ -8,7 +8,7 @@ use http::{
 use http_body_util::Full;
 
 use super::TOKEN_TTL;
-use crate::refusal::Reason;
+use crate::{authorise::RoleArn, clock::UnixTime, refusal::Reason};
 
 /// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -17,6 +17,21 @@ pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
 
 pub(super) fn document(json: Bytes) -> Response<Full<Bytes>> {
     response(StatusCode::OK, "application/json", json)
+}
+
+/// Terraform takes the account from here: that of the pod's role, never the node's (IMDS-31). `None` where the store
+/// has no accounts.
+pub(super) fn iam_info(role: &RoleArn, now: UnixTime) -> Option<Response<Full<Bytes>>> {
+    let partition = role.as_str().split(':').nth(1)?;
+    let profile = format!("arn:{partition}:iam::{}:instance-profile/{}", role.account()?, role.alias());
+    let info = serde_json::json!({
+        "Code": "Success",
+        "LastUpdated": now.iso8601(),
+        "InstanceProfileArn": profile,
+        // IAM's ids are 21 characters; there is no profile that this could be the id of.
+        "InstanceProfileId": "AIPAKIRSA000000000000",
+    });
+    Some(text(info.to_string()))
 }
 
 /// The Rust SDK fails without the header, and Go's falls back to IMDSv1 (IMDS-1).

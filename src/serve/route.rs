@@ -5,14 +5,17 @@
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Route {
     Versions,
-    Listing(&'static str),
     Token,
     RoleList,
+    /// What a program takes its account from.
+    IamInfo,
     /// The role name as asked for, percent-decoded.
     Credentials {
         role: String,
         extended: bool,
     },
+    /// Anything else below `meta-data` and `dynamic`, to be found among what is known of the node.
+    Metadata(String),
     NotFound,
 }
 
@@ -20,10 +23,12 @@ impl Route {
     /// The metric label.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::Versions | Self::Listing(_) => "listing",
+            Self::Versions => "versions",
             Self::Token => "token",
             Self::RoleList => "role_list",
+            Self::IamInfo => "iam_info",
             Self::Credentials { .. } => "credentials",
+            Self::Metadata(_) => "metadata",
             Self::NotFound => "not_found",
         }
     }
@@ -37,10 +42,8 @@ impl Route {
             return Self::NotFound;
         }
         match rest {
-            [] => Self::Listing("dynamic\nmeta-data"),
             ["api", "token"] => Self::Token,
-            ["meta-data"] => Self::Listing("iam/"),
-            ["meta-data", "iam"] => Self::Listing("security-credentials/"),
+            ["meta-data", "iam", "info"] => Self::IamInfo,
             ["meta-data", "iam", "security-credentials" | "security-credentials-extended"] => Self::RoleList,
             ["meta-data", "iam", "security-credentials", role] => {
                 Self::Credentials { role: (*role).to_owned(), extended: false }
@@ -48,6 +51,7 @@ impl Route {
             ["meta-data", "iam", "security-credentials-extended", role] => {
                 Self::Credentials { role: (*role).to_owned(), extended: true }
             }
+            [] | ["meta-data" | "dynamic", ..] => Self::Metadata(rest.join("/")),
             _ => Self::NotFound,
         }
     }
@@ -95,13 +99,20 @@ mod tests {
         Route::Credentials { role: role.into(), extended }
     }
 
+    fn metadata(path: &str) -> Route {
+        Route::Metadata(path.into())
+    }
+
     /// IMDS-8: what real clients send, each answered directly.
     #[test]
     fn every_form_that_clients_use_is_understood() {
         for (target, route) in [
             ("/", Route::Versions),
-            ("/latest", Route::Listing("dynamic\nmeta-data")),
-            ("/latest/meta-data/iam/", Route::Listing("security-credentials/")),
+            ("/latest", metadata("")),
+            ("/latest/meta-data/iam/", metadata("meta-data/iam")),
+            ("/latest/meta-data/iam/info", Route::IamInfo),
+            ("/latest/meta-data/placement/availability-zone/", metadata("meta-data/placement/availability-zone")),
+            ("/latest/dynamic/instance-identity/document/", metadata("dynamic/instance-identity/document")),
             ("/latest/api/token", Route::Token),
             ("/2009-04-04/meta-data/iam/security-credentials", Route::RoleList),
             ("/1.0/meta-data/iam/security-credentials/", Route::RoleList),
@@ -112,6 +123,18 @@ mod tests {
             ("/latest/meta-data/iam/security-credentials-extended/reader", credentials("reader", true)),
         ] {
             assert_eq!(Route::parse(target), route, "{target}");
+        }
+    }
+
+    /// What is not known of the node is not found there, and nothing of `iam` is known of it.
+    #[test]
+    fn other_metadata_is_looked_up_by_its_exact_path() {
+        for path in [
+            "meta-data/iam/security-credentialsx",
+            "meta-data/iam/security-credentials/a/b",
+            "meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
+        ] {
+            assert_eq!(Route::parse(&format!("/latest/{path}")), metadata(path));
         }
     }
 
@@ -127,8 +150,6 @@ mod tests {
             "/latest/api/token/x",
             "/latest/api",
             "/x/meta-data/iam/security-credentials",
-            "/latest/meta-data/iam/security-credentialsx",
-            "/latest/meta-data/iam/security-credentials/a/b",
             "/latest/meta-data/iam/security-credentials/a%2fb",
             "/latest/meta-data/iam/security-credentials/%252f",
             "/latest/meta-data/iam/security-credentials/a%00",
@@ -140,10 +161,7 @@ mod tests {
             "/latest/meta-data/./iam/security-credentials/a",
             "/latest/meta-data/x/../iam/security-credentials/a",
             "/latest/meta-data/%2e%2e/iam/security-credentials/a",
-            "/latest/meta-data/iam/info",
             "/latest/user-data",
-            "/latest/dynamic/instance-identity/document",
-            "/latest/meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
             "/999999999999999999999/meta-data/iam/security-credentials",
         ] {
             assert_eq!(Route::parse(target), Route::NotFound, "{target}");
