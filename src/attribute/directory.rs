@@ -187,15 +187,17 @@ impl Directory {
 
     pub fn owner(&self, address: IpAddr) -> Owner {
         let Some(claims) = self.claims.get(&address) else { return Owner::Nobody };
-        let mut owners: BTreeSet<&PodUid> =
-            claims.pods.iter().filter(|uid| self.may_own(uid) && !self.handed_back.pods.contains(*uid)).collect();
+        let shown = claims.pods.iter().filter(|uid| !self.handed_back.pods.contains(*uid));
+        let mut owners: Vec<&Arc<Pod>> = shown.filter_map(|uid| self.may_own(uid)).collect();
         let mut newest_live = None;
         let mut newest_pending: Option<&Record> = None;
         for held in claims.records.iter().filter_map(|id| self.records.get(id)) {
             let record = &held.record;
-            if self.may_own(&record.pod) && self.is_newest(record) {
-                owners.insert(&record.pod);
+            if let Some(pod) = self.may_own(&record.pod).filter(|_| self.is_newest(record)) {
                 newest_live = newest_live.max(Some(record.written));
+                if !owners.iter().any(|owner| owner.uid == pod.uid) {
+                    owners.push(pod);
+                }
             } else if self.is_pending(held) && newest_pending.is_none_or(|other| other.written < record.written) {
                 newest_pending = Some(record);
             }
@@ -205,23 +207,19 @@ impl Directory {
         {
             return Owner::NotYet(pending.pod.clone());
         }
-        let mut pods = owners.iter().filter_map(|uid| self.pods.get(*uid));
-        match (pods.next(), pods.next()) {
-            (None, _) => Owner::Nobody,
-            (Some(pod), None) => Owner::Pod(pod.clone()),
-            (Some(_), Some(_)) => Owner::Several(
-                owners
-                    .iter()
-                    .filter_map(|uid| self.pods.get(*uid))
-                    .map(|pod| format!("{}/{}", pod.account.namespace, pod.name))
-                    .collect::<Vec<_>>()
-                    .join(" and "),
-            ),
+        match &owners[..] {
+            [] => Owner::Nobody,
+            [pod] => Owner::Pod(Arc::clone(pod)),
+            several => {
+                let names: Vec<_> =
+                    several.iter().map(|pod| format!("{}/{}", pod.account.namespace, pod.name)).collect();
+                Owner::Several(names.join(" and "))
+            }
         }
     }
 
-    fn may_own(&self, uid: &PodUid) -> bool {
-        self.pods.get(uid).is_some_and(|pod| !pod.ended && !pod.host_network)
+    fn may_own(&self, uid: &PodUid) -> Option<&Arc<Pod>> {
+        self.pods.get(uid).filter(|pod| !pod.ended && !pod.host_network)
     }
 
     fn is_pending(&self, held: &Held) -> bool {

@@ -11,6 +11,10 @@ use anyhow::{Context, Result, bail};
 use crate::net::{METADATA, METADATA6, Pod};
 use crate::netns::Netns;
 
+mod wire;
+
+pub use wire::Wire;
+
 /// Longer than the service may ever hold a request.
 const TIMEOUT: Duration = Duration::from_secs(6);
 

@@ -14,6 +14,7 @@ pub mod netns;
 pub mod poll;
 pub mod process;
 pub mod sdk;
+pub mod site;
 pub mod sts;
 pub mod workloads;
 

@@ -16,6 +16,8 @@ use anyhow::{Context as _, bail, ensure};
 pub const REGION: &str = "eu-central-1";
 
 const REQUIREMENTS: &str = include_str!("../sdk/requirements.txt");
+/// In the virtual environment, the requirements that it was made for.
+const INSTALLED: &str = "requirements.txt";
 const BOTO3_IDENTITY: &str = "boto3_identity.py";
 const BOTO_CREDENTIALS: &str = "boto_credentials.py";
 
@@ -43,6 +45,11 @@ pub fn boto() -> anyhow::Result<Command> {
 /// Makes the Python SDKs ready to run.
 pub fn prepare() -> anyhow::Result<()> {
     python().map(|_| ())
+}
+
+/// Whether they are, so that [`prepare`] takes neither the network nor time.
+pub fn is_prepared() -> bool {
+    home().is_ok_and(|home| has_requirements(&home))
 }
 
 fn script(name: &str) -> anyhow::Result<Command> {
@@ -84,16 +91,18 @@ fn built(name: &str) -> anyhow::Result<PathBuf> {
 
 /// The interpreter of the virtual environment that has the pinned SDKs, made if there is none yet.
 fn python() -> anyhow::Result<PathBuf> {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
-    let lab = target.join("lab");
-    fs::create_dir_all(&lab)?;
-    let name = format!("venv-boto3-{}", pinned("boto3")?);
-    let home = lab.join(&name);
+    let home = home()?;
+    let interpreter = home.join("bin/python");
+    // Asked before anything is written: the folder may be another user's.
+    if has_requirements(&home) {
+        return Ok(interpreter);
+    }
+    let lock = home.with_added_extension("lock");
+    fs::create_dir_all(lock.parent().unwrap_or(Path::new("."))).with_context(|| lock.display().to_string())?;
     // Test binaries may come here at the same time.
-    let lock = File::create(lab.join(name + ".lock"))?;
+    let lock = File::create(&lock).with_context(|| lock.display().to_string())?;
     lock.lock()?;
-    let (interpreter, done) = (home.join("bin/python"), home.join("requirements.txt"));
-    if fs::read_to_string(&done).is_ok_and(|installed| installed == REQUIREMENTS) {
+    if has_requirements(&home) {
         return Ok(interpreter);
     }
     install(&home, &interpreter).with_context(|| {
@@ -103,14 +112,24 @@ fn python() -> anyhow::Result<PathBuf> {
             home.display()
         )
     })?;
-    fs::write(done, REQUIREMENTS)?;
+    fs::write(home.join(INSTALLED), REQUIREMENTS)?;
     Ok(interpreter)
+}
+
+fn home() -> anyhow::Result<PathBuf> {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
+    Ok(target.join("lab").join(format!("venv-boto3-{}", pinned("boto3")?)))
+}
+
+fn has_requirements(home: &Path) -> bool {
+    fs::read_to_string(home.join(INSTALLED)).is_ok_and(|installed| installed == REQUIREMENTS)
 }
 
 fn install(home: &Path, interpreter: &Path) -> anyhow::Result<()> {
     run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(home))?;
     let requirements = Path::new(env!("CARGO_MANIFEST_DIR")).join("sdk/requirements.txt");
-    let options = ["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", "--retries=1"];
+    let options =
+        ["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", "--retries=1", "--timeout=10"];
     run(Command::new(interpreter).args(options).args(["--require-hashes", "-r"]).arg(requirements))
 }
 

@@ -1,5 +1,6 @@
 //! The file that tells an agent without Kubernetes who its pods are.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,10 @@ pub struct Workload {
     pub role: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl Workload {
@@ -33,12 +38,25 @@ impl Workload {
             addresses: pod.address().ips(),
             role: None,
             token_file: None,
+            uid: None,
+            annotations: BTreeMap::new(),
         }
     }
 
     pub fn role(mut self, arn: &str, token_file: &Path) -> Self {
         self.role = Some(arn.into());
         self.token_file = Some(token_file.into());
+        self
+    }
+
+    pub fn uid(mut self, uid: &str) -> Self {
+        self.uid = Some(uid.into());
+        self
+    }
+
+    /// What an annotation of the service account would say.
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        self.annotations.insert(name.into(), value.into());
         self
     }
 }
