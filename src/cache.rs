@@ -86,6 +86,18 @@ impl Cache {
         self.count();
     }
 
+    /// What is held and how it stands, without a secret: for `/debug/slots`.
+    pub fn describe(&self) -> serde_json::Value {
+        let describe = |(key, slot): (Arc<Arc<Key>>, Arc<Slot>)| {
+            let mut entry = slot.describe();
+            entry["service_account"] = key.account.to_string().into();
+            entry["role_arn"] = key.role.as_str().into();
+            entry["session_name"] = key.session_name.as_str().into();
+            entry
+        };
+        self.slots.iter().map(describe).collect()
+    }
+
     fn slot(&self, grant: &Grant) -> Arc<Slot> {
         let key = grant.key();
         let slot = self.slots.get(key).unwrap_or_else(|| {

@@ -117,7 +117,6 @@ pub async fn run(
     let redirect = readiness.condition("redirect");
     let (attributor, changes) = Attributor::new(metrics.clone());
     let mut tasks = JoinSet::new();
-    tasks.spawn(always(observe::serve_admin(listeners.admin, metrics.clone(), readiness.clone())));
 
     let defaults = Defaults {
         prefix: config.annotation_prefix.clone(),
@@ -166,6 +165,9 @@ pub async fn run(
     let exchange = Exchange::new(tokens, sts, metrics.clone());
     let budget = Budget::new(config.exchange_rate, config.exchange_burst, metrics.clone());
     let cache = Arc::new(Cache::new(Arc::new(exchange), budget, metrics.clone()));
+    let described = cache.clone();
+    let slots: observe::Page = Arc::new(move || described.describe());
+    tasks.spawn(always(observe::serve_admin(listeners.admin, metrics.clone(), readiness.clone(), slots)));
     let ahead = FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
     tasks.spawn(always(ahead.run(changes, conditions)));
     let metadata = NodeMetadata::new(config.metadata.given);

@@ -118,6 +118,22 @@ impl Slot {
         Arc::new(Self { shared, keeper })
     }
 
+    /// Seconds from now, and what went wrong last.
+    pub(super) fn describe(&self) -> serde_json::Value {
+        let state = self.shared.state.borrow();
+        let until = |at: Instant| at.saturating_duration_since(Instant::now()).as_secs();
+        let held = state.held.as_ref();
+        serde_json::json!({
+            "pods": self.shared.grants().len(),
+            "access_key_id": held.map(|held| held.credential.access_key_id()),
+            "age_seconds": held.map(|held| held.credential.issued_at().elapsed().as_secs()),
+            "refresh_in_seconds": held.map(|held| until(held.refresh_at)),
+            "expires_in_seconds": held.map(|held| until(held.credential.expires_at())),
+            "last_error": state.failure.as_ref().map(|(refusal, _)| refusal.to_string()),
+            "next_try_in_seconds": state.failure.as_ref().map(|(_, at)| until(*at)),
+        })
+    }
+
     /// True when the pod is new to the session.
     pub(super) fn join(&self, grant: &Grant) -> bool {
         let mut grants = self.shared.grants();

@@ -1,7 +1,7 @@
 //! The admin port: metrics and health, for the kubelet and Prometheus. Pods cannot reach it through the metadata
-//! address, and it serves nothing that is about one of them.
+//! address, and it serves no secret of theirs.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
@@ -13,8 +13,11 @@ use tracing::{debug, warn};
 
 use super::{Metrics, Readiness};
 
+/// What the agent holds, as JSON, for whoever debugs it.
+pub type Page = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
+
 /// Serves until it is dropped.
-pub async fn serve_admin(listener: TcpListener, metrics: Metrics, readiness: Readiness) {
+pub async fn serve_admin(listener: TcpListener, metrics: Metrics, readiness: Readiness, slots: Page) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -24,10 +27,10 @@ pub async fn serve_admin(listener: TcpListener, metrics: Metrics, readiness: Rea
                 continue;
             }
         };
-        let (metrics, readiness) = (metrics.clone(), readiness.clone());
+        let (metrics, readiness, slots) = (metrics.clone(), readiness.clone(), slots.clone());
         tokio::spawn(async move {
             let answer = service_fn(|request: Request<Incoming>| {
-                let response = answer(request.method(), request.uri().path(), &metrics, &readiness);
+                let response = answer(request.method(), request.uri().path(), &metrics, &readiness, &slots);
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = http1::Builder::new()
@@ -41,7 +44,13 @@ pub async fn serve_admin(listener: TcpListener, metrics: Metrics, readiness: Rea
     }
 }
 
-fn answer(method: &Method, path: &str, metrics: &Metrics, readiness: &Readiness) -> Response<Full<Bytes>> {
+fn answer(
+    method: &Method,
+    path: &str,
+    metrics: &Metrics,
+    readiness: &Readiness,
+    slots: &Page,
+) -> Response<Full<Bytes>> {
     if !matches!(*method, Method::GET | Method::HEAD) {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
     }
@@ -56,7 +65,8 @@ fn answer(method: &Method, path: &str, metrics: &Metrics, readiness: &Readiness)
             Ok(metrics) => text(StatusCode::OK, metrics),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         },
-        _ => text(StatusCode::NOT_FOUND, "/metrics\n/healthz\n/readyz\n"),
+        "/debug/slots" => text(StatusCode::OK, format!("{:#}\n", slots())),
+        _ => text(StatusCode::NOT_FOUND, "/metrics\n/healthz\n/readyz\n/debug/slots\n"),
     }
 }
 
