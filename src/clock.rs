@@ -7,6 +7,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::time::ClockId;
+
 /// Seconds since 1970-01-01T00:00:00Z.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UnixTime(pub u64);
@@ -29,6 +31,14 @@ impl UnixTime {
         let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
         format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
     }
+}
+
+/// How long this machine has been suspended since it booted: time that [`tokio::time::Instant`] does not count.
+pub fn suspended() -> Duration {
+    let now = |clock: ClockId| clock.now().map_or(Duration::ZERO, Duration::from);
+    // Read in this order, so that what passes between the two never counts as suspended.
+    let boottime = now(ClockId::CLOCK_BOOTTIME);
+    boottime.saturating_sub(now(ClockId::CLOCK_MONOTONIC))
 }
 
 /// Days since the epoch to a date of the proleptic Gregorian calendar, counting in 400-year eras that begin on

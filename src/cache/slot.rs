@@ -23,6 +23,7 @@ use super::{
 use crate::{
     attribute::PodUid,
     authorise::Grant,
+    clock,
     exchange::{Credential, Issue},
     observe::{Urgency, log_refusal},
     refusal::{Memory, Reason, Refusal},
@@ -67,6 +68,8 @@ struct State {
 struct Held {
     credential: Arc<Credential>,
     refresh_at: Instant,
+    /// How long this node had slept when they were issued: the credentials age meanwhile, this clock does not.
+    suspended: Duration,
 }
 
 impl Held {
@@ -75,7 +78,12 @@ impl Held {
     }
 
     fn left(&self) -> Duration {
-        self.credential.expires_at().saturating_duration_since(Instant::now())
+        let slept = clock::suspended().saturating_sub(self.suspended);
+        self.credential.expires_at().saturating_duration_since(Instant::now() + slept)
+    }
+
+    fn due(&self) -> bool {
+        Instant::now() >= self.refresh_at || !self.fresh()
     }
 
     /// Enough is left for any SDK.
@@ -102,6 +110,12 @@ impl State {
     fn definite(&self) -> Option<&Refusal> {
         let (refusal, until) = self.failure.as_ref()?;
         (matches!(refusal.reason.spec().memory, Memory::Fixed(_)) && *until > Instant::now()).then_some(refusal)
+    }
+
+    /// A failure that a wait up to `until` cannot mend: no other try is made before.
+    fn lasting(&self, until: Instant) -> Option<&Refusal> {
+        let (_, next) = self.failure.as_ref()?;
+        self.last_failure().filter(|_| self.definite().is_some() || *next >= until)
     }
 
     fn last_failure(&self) -> Option<&Refusal> {
@@ -198,12 +212,13 @@ impl Slot {
                 if state.in_hand().is_some() {
                     return Standing::Ready;
                 }
-                if let Some(refusal) = state.last_failure() {
+                if let Some(refusal) = state.lasting(until) {
                     return Standing::Failed(refusal.clone());
                 }
             }
             if !matches!(timeout_at(until, state.changed()).await, Ok(Ok(()))) {
-                return Standing::Pending;
+                let state = state.borrow();
+                return state.last_failure().map_or(Standing::Pending, |refusal| Standing::Failed(refusal.clone()));
             }
         }
     }
@@ -236,8 +251,9 @@ impl Shared {
                     self.state.send_replace(State { held: Some(hold(credential)), failure: None });
                 }
                 Err(refusal) => {
-                    // One pod that is gone says nothing about the others of its service account.
-                    if refusal.reason == Reason::PodGone && self.leave_one(&pod) {
+                    // One pod that is gone says nothing about the others of its service account. Asked as the node, the
+                    // API server forbids what it would otherwise not find.
+                    if matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden) && self.leave_one(&pod) {
                         continue;
                     }
                     let workload = grant.workload();
@@ -263,14 +279,14 @@ impl Shared {
     async fn due(&self) {
         loop {
             let woken = self.wake.notified();
-            let refresh_at = self.state.borrow().held.as_ref().map(|held| (held.refresh_at, held.lifetime()));
+            let held = self.state.borrow().held.clone();
             let wanted = self.wanted.load(Ordering::SeqCst);
-            match refresh_at {
-                Some((at, _)) if Instant::now() < at => tokio::select! {
-                    () = sleep_until(at) => {}
+            match held {
+                Some(held) if !held.due() => tokio::select! {
+                    () = sleep_until(held.refresh_at) => {}
                     () = woken => {}
                 },
-                Some((_, lifetime)) if wanted || self.used_within(lifetime) => return,
+                Some(held) if wanted || self.used_within(held.lifetime()) => return,
                 None if wanted => return,
                 _ => woken.await,
             }
@@ -299,7 +315,7 @@ impl Shared {
     fn want(&self, urgency: Urgency) {
         let settled = {
             let state = self.state.borrow();
-            state.definite().is_some() || state.held.as_ref().is_some_and(|held| Instant::now() < held.refresh_at)
+            state.definite().is_some() || state.held.as_ref().is_some_and(|held| !held.due())
         };
         if settled {
             return;
@@ -342,7 +358,7 @@ fn hold(credential: Credential) -> Held {
     let lifetime = credential.expires_at().duration_since(credential.issued_at());
     let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * fastrand::f64();
     let refresh_at = credential.issued_at() + lifetime.mul_f64(share);
-    Held { credential: Arc::new(credential), refresh_at }
+    Held { credential: Arc::new(credential), refresh_at, suspended: clock::suspended() }
 }
 
 fn backoff(failures: u32) -> Duration {

@@ -226,3 +226,26 @@ async fn the_list_knows_what_is_definite_and_waits_no_longer_than_it_may() {
     assert!(matches!(standing, Standing::Pending) && took(began) == 350);
     assert!(matches!(slot.standing(in_4s()).await, Standing::Failed(_)));
 }
+
+/// IMDS-27
+#[tokio::test]
+async fn the_list_waits_out_a_failure_that_is_tried_again_in_time() {
+    let script = Script::new([(10, Some(Reason::StsThrottled))]);
+    let slot = slot(&script);
+    slot.want(Urgency::Waiting);
+    assert!(matches!(slot.standing(Instant::now() + Duration::from_millis(350)).await, Standing::Ready));
+}
+
+/// IMDS-27
+#[tokio::test]
+async fn in_an_outage_the_list_is_refused_and_holds_nobody_longer_than_it_may() {
+    let script = Script::new((0..1_000).map(|_| (10, Some(Reason::StsUnavailable))));
+    let slot = slot(&script);
+    slot.want(Urgency::Waiting);
+    for _ in 0..20 {
+        let began = Instant::now();
+        assert!(matches!(slot.standing(began + Duration::from_millis(350)).await, Standing::Failed(_)));
+        assert!(took(began) <= 350);
+        pass(Duration::from_secs(5)).await;
+    }
+}
