@@ -10,6 +10,7 @@ mod terms;
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use clap::ValueEnum;
+use tokio::time::{Duration, Instant};
 
 pub use accounts::{Account, Accounts};
 pub use arn::RoleArn;
@@ -36,6 +37,7 @@ pub struct Grant {
     workload: Workload,
     key: Arc<Key>,
     require_imdsv2: bool,
+    made: Instant,
 }
 
 /// Everything that changes what STS would return, and so tells sessions apart. Never the role alone: two service
@@ -68,6 +70,11 @@ impl Grant {
 
     pub fn role(&self) -> &RoleArn {
         &self.key.role
+    }
+
+    /// A session keeps the first grant of each of its pods: this is how long the pod has been known to it.
+    pub fn age(&self) -> Duration {
+        self.made.elapsed()
     }
 
     /// The service account wants none of its pods to be answered without a session token.
@@ -138,7 +145,7 @@ fn grant(workload: Workload, account: &Account, defaults: &Defaults) -> Result<G
         token_file: account.token_file.clone(),
         account: name,
     };
-    Ok(Grant { workload, key: Arc::new(key), require_imdsv2: terms.require_imdsv2 })
+    Ok(Grant { workload, key: Arc::new(key), require_imdsv2: terms.require_imdsv2, made: Instant::now() })
 }
 
 /// `namespace/name[/pod]` as STS allows it (`[\w+=,.@-]{2,64}`), the same at every refresh: services such as MSK drop

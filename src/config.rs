@@ -12,7 +12,8 @@ use std::{
 use clap::{Args as ClapArgs, CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use crate::{
-    authorise::Scope,
+    authorise::{Defaults, Scope},
+    doctor,
     intercept::{Backend, HostAddresses, Limits},
     kubernetes::Mint,
     observe::LogFormat,
@@ -37,6 +38,21 @@ enum CliCommand {
     Run(Box<RunArgs>),
     /// Remove the redirect that `run` leaves in place on purpose when it ends.
     Uninstall(UninstallArgs),
+    /// Say what stands between this node's pods and their credentials, and what to do about it. Changes nothing.
+    /// Takes the flags and the environment of `run`; ends with 1 if something failed.
+    Doctor(Box<DoctorArgs>),
+}
+
+#[derive(Debug, ClapArgs)]
+struct DoctorArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// For a person, or for a program.
+    #[arg(long, default_value = "text", value_name = "FORMAT", help_heading = "Output")]
+    output: doctor::Output,
+    /// Do not exchange a token for a session, which would be dropped at once.
+    #[arg(long, help_heading = "Output")]
+    no_exchange: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -238,6 +254,7 @@ struct RunArgs {
 pub enum Command {
     Run(Box<Config>),
     Uninstall(Backend),
+    Doctor(Box<Config>, doctor::Options),
 }
 
 /// A valid configuration of `kirsa run`.
@@ -277,6 +294,20 @@ pub enum Source {
     },
 }
 
+impl Config {
+    /// What a service account gets where its annotations say nothing else.
+    pub fn defaults(&self) -> Defaults {
+        Defaults {
+            prefix: self.annotation_prefix.clone(),
+            audience: self.audience.clone(),
+            duration: self.session_duration,
+            durations: MIN_SESSION..=MAX_SESSION,
+            scope: self.session_scope,
+            foreign_arns: self.sts.endpoint.is_some(),
+        }
+    }
+}
+
 /// Which STS is asked.
 #[derive(Debug, Clone)]
 pub struct Sts {
@@ -304,11 +335,17 @@ pub fn parse() -> Result<Command, ExitCode> {
 }
 
 fn parse_from(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Command, clap::Error> {
+    let config = |args| {
+        let config = Config::try_from(args).map(Box::new);
+        config.map_err(|wrong| Cli::command().error(ErrorKind::ValueValidation, wrong))
+    };
     match Cli::try_parse_from(args)?.command {
         CliCommand::Uninstall(args) => Ok(Command::Uninstall(args.intercept)),
-        CliCommand::Run(args) => Config::try_from(*args)
-            .map(|config| Command::Run(Box::new(config)))
-            .map_err(|wrong| Cli::command().error(ErrorKind::ValueValidation, wrong)),
+        CliCommand::Run(args) => config(*args).map(Command::Run),
+        CliCommand::Doctor(args) => {
+            let options = doctor::Options { output: args.output, exchange: !args.no_exchange };
+            config(args.run).map(|config| Command::Doctor(config, options))
+        }
     }
 }
 
@@ -528,6 +565,13 @@ mod tests {
         let message = run(&["--sts-endpoint-url=minio:9000"]).unwrap_err();
         assert!(message.contains("--sts-endpoint-url minio:9000: must be"), "{message}");
         assert!(sts(None, None).unwrap_err().contains("--region"));
+    }
+
+    #[test]
+    fn doctor_is_configured_as_run_is() {
+        let args = ["kirsa", "doctor", "--host-ip=10.0.0.1", "--region=eu-central-1", "--node-name=n", "--port=9000"];
+        let Ok(Command::Doctor(config, options)) = parse_from(args.iter().map(Into::into)) else { panic!() };
+        assert_eq!((config.port, options.output, options.exchange), (9_000, doctor::Output::Text, true));
     }
 
     #[test]

@@ -3,14 +3,13 @@
 //! The token is bound to the pod, minted, exchanged and dropped: never stored, never logged. Knows no HTTP server and
 //! no cache.
 
+pub mod claims;
 pub mod credential;
 pub mod sts;
 pub mod token;
 
 use std::{future::Future, pin::Pin, time::Duration};
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use serde::Deserialize;
 use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
@@ -21,6 +20,7 @@ use crate::{
     observe::{Metrics, Outcome, Step},
     refusal::{Reason, Refusal},
 };
+use claims::Claims;
 use sts::Sts;
 use token::TokenSource;
 
@@ -49,7 +49,8 @@ impl Exchange {
         let until = Instant::now() + DEADLINE;
         let token = self.timed(Step::Token, until, self.tokens.token(grant)).await?;
         let credential = self.timed(Step::Sts, until, self.sts.assume(grant, &token)).await?;
-        audit(grant, &credential, &token_id(token.expose()));
+        let id = Claims::of(&token).and_then(|claims| claims.id);
+        audit(grant, &credential, id.as_deref().unwrap_or_default());
         Ok(credential)
     }
 
@@ -95,17 +96,4 @@ fn audit(grant: &Grant, credential: &Credential, jti: &str) {
         expiration = credential.expiration(),
         "credentials issued"
     );
-}
-
-/// The `jti` claim of a token that the API server made: read for the log, trusted for nothing.
-fn token_id(jwt: &str) -> String {
-    #[derive(Deserialize)]
-    struct Claims {
-        jti: Option<String>,
-    }
-    let claims = || {
-        let payload = URL_SAFE_NO_PAD.decode(jwt.split('.').nth(1)?).ok()?;
-        serde_json::from_slice::<Claims>(&payload).ok()?.jti
-    };
-    claims().unwrap_or_default()
 }

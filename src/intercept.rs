@@ -32,7 +32,7 @@ use tracing::{debug, warn};
 use crate::observe::Metrics;
 
 pub use monitor::RuleChanges;
-pub use probe::Probe;
+pub use probe::{Probe, connect_marked};
 pub use rule::{Backend, HostAddresses};
 pub use source::Share;
 use source::Sources;

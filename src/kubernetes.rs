@@ -112,10 +112,9 @@ impl Kubernetes {
     pub async fn choose(&self, wanted: Mint) -> anyhow::Result<Identity> {
         let client = self.calls(Identity::Agent)?;
         let mut pause = Duration::from_millis(200);
-        let (impersonate, direct) = loop {
-            let asked = async { anyhow::Ok((may(&client, IMPERSONATE).await?, may(&client, DIRECT).await?)) };
-            match asked.await {
-                Ok(answers) => break answers,
+        let granted = loop {
+            match Granted::ask(&client).await {
+                Ok(granted) => break granted,
                 Err(error) => {
                     warn!(
                         error = format!("{error:#}"),
@@ -126,18 +125,42 @@ impl Kubernetes {
                 }
             }
         };
-        match (wanted, impersonate, direct) {
-            (Mint::Auto | Mint::Impersonate, true, _) => {
+        let identity = granted.identity(wanted)?;
+        match identity {
+            Identity::Node => {
                 info!(way = "impersonate", node = %self.node, "tokens are minted impersonating this node");
-                Ok(Identity::Node)
             }
-            (Mint::Auto | Mint::Direct, _, true) => {
-                info!(
-                    way = "direct",
-                    "tokens are minted directly: the API server does not check that a pod is on this node"
-                );
-                Ok(Identity::Agent)
-            }
+            Identity::Agent => info!(
+                way = "direct",
+                "tokens are minted directly: the API server does not check that a pod is on this node"
+            ),
+        }
+        Ok(identity)
+    }
+}
+
+/// Which ways of minting the agent may go.
+#[derive(Debug, Clone, Copy)]
+pub struct Granted {
+    impersonate: bool,
+    direct: bool,
+}
+
+impl Granted {
+    /// # Errors
+    /// The API server does not answer.
+    pub async fn ask(client: &Client) -> anyhow::Result<Self> {
+        Ok(Self { impersonate: may(client, IMPERSONATE).await?, direct: may(client, DIRECT).await? })
+    }
+
+    /// In whose name tokens are minted.
+    ///
+    /// # Errors
+    /// The agent was granted neither way, or not the one that was asked for.
+    pub fn identity(self, wanted: Mint) -> anyhow::Result<Identity> {
+        match (wanted, self.impersonate, self.direct) {
+            (Mint::Auto | Mint::Impersonate, true, _) => Ok(Identity::Node),
+            (Mint::Auto | Mint::Direct, _, true) => Ok(Identity::Agent),
             (Mint::Impersonate, false, _) => bail!(
                 "--mint impersonate: the agent may not {}; apply daemonset/components/constrained-impersonation \
                  (Kubernetes >= 1.36)",
@@ -158,11 +181,15 @@ impl Kubernetes {
 }
 
 /// Verb, API group, resource, subresource.
-type Access = (&'static str, &'static str, &'static str, Option<&'static str>);
+pub type Access = (&'static str, &'static str, &'static str, Option<&'static str>);
 const IMPERSONATE: Access = ("impersonate-on:associated-node:create", "", "serviceaccounts", Some("token"));
 const DIRECT: Access = ("create", "", "serviceaccounts", Some("token"));
 
-async fn may(client: &Client, (verb, group, resource, subresource): Access) -> anyhow::Result<bool> {
+/// Whether the API server would let this client do so, in every namespace.
+///
+/// # Errors
+/// It does not answer.
+pub async fn may(client: &Client, (verb, group, resource, subresource): Access) -> anyhow::Result<bool> {
     let review = SelfSubjectAccessReview {
         spec: SelfSubjectAccessReviewSpec {
             resource_attributes: Some(ResourceAttributes {

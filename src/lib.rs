@@ -16,6 +16,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod kubernetes;
 pub mod node;
 pub mod observe;

@@ -1,12 +1,14 @@
-//! Wiring: the only file that sees every stage.
+//! Wiring: how the stages are put together. With its parts below, and `doctor`, the only place that sees them all.
+
+mod ahead;
+mod follow;
+mod redirect;
 
 use std::{
     future::Future,
     net::IpAddr,
-    path::Path,
     process::ExitCode,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use anyhow::Context;
@@ -14,34 +16,29 @@ use hyper_util::server::graceful::GracefulShutdown;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
     task::JoinSet,
 };
 use tracing::{error, info, warn};
 
 use crate::{
-    attribute::{self, Attributor, Change, Workload, cni, file},
-    authorise::{Accounts, Authoriser, Defaults},
+    attribute::{Attributor, cni},
+    authorise::{Accounts, Authoriser},
     cache::{Budget, Cache},
-    config::{Command, Config, MAX_SESSION, MIN_SESSION, Source},
+    config::{Command, Config, Source},
+    doctor,
     exchange::{Exchange, sts::Sts, token::TokenSource},
     intercept::{
-        self, Direct, Doors, Probe, RuleChanges,
+        self, Direct, Doors, Probe,
         rule::{self, Installed, RuleSet},
     },
-    kubernetes::{self, Identity, Kubernetes, Mint},
-    observe::{self, Condition, Metrics, Readiness},
+    kubernetes::{self, Identity, Kubernetes},
+    observe::{self, Metrics, Readiness},
     serve::{Server, session::Sessions, upstream::NodeMetadata},
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Two, so that reading a long list of pods delays no pod's request.
 const WORKERS: usize = 2;
-/// Over how long the first prefetches are spread.
-const START_WINDOW: Duration = Duration::from_secs(10);
-/// How often the redirect is tried, whether the kernel says that rules changed or not: iptables-legacy's are not
-/// announced.
-const VERIFY: Duration = Duration::from_secs(2);
 
 /// Does what was asked for, from the first line of the log to the exit code.
 pub fn main(command: Command) -> ExitCode {
@@ -60,6 +57,7 @@ pub fn main(command: Command) -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Command::Doctor(config, options) => doctor::main(&config, options),
         Command::Run(config) => match start(*config) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -114,24 +112,17 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let metrics = Metrics::new(VERSION)?;
     let readiness = Readiness::default();
-    let redirect = readiness.condition("redirect");
+    let redirected = readiness.condition("redirect");
     let (attributor, changes) = Attributor::new(metrics.clone());
     let mut tasks = JoinSet::new();
 
-    let defaults = Defaults {
-        prefix: config.annotation_prefix.clone(),
-        audience: config.audience.clone(),
-        duration: config.session_duration,
-        durations: MIN_SESSION..=MAX_SESSION,
-        scope: config.session_scope,
-        foreign_arns: config.sts.endpoint.is_some(),
-    };
+    let defaults = config.defaults();
     let role_annotation = format!("{}/role-arn", config.annotation_prefix);
     let conditions = (readiness.condition("pods"), readiness.condition("service accounts"));
     let (authoriser, tokens) = match config.source.clone() {
         Source::File(path) => {
             let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
-            follow_file(&path, &attributor, &authoriser, role_annotation, &conditions, &mut tasks)?;
+            follow::follow_file(&path, &attributor, &authoriser, role_annotation, &conditions, &mut tasks)?;
             (authoriser, TokenSource::File)
         }
         Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
@@ -154,8 +145,13 @@ pub async fn run(
             }
             let minting = Arc::new(OnceLock::new());
             let tokens = TokenSource::Kubernetes(minting.clone());
-            let follow =
-                Follow { kubernetes, node_name, mint, metrics: metrics.clone(), attributor: attributor.clone() };
+            let follow = follow::Follow {
+                kubernetes,
+                node_name,
+                mint,
+                metrics: metrics.clone(),
+                attributor: attributor.clone(),
+            };
             tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, conditions.clone()));
             (authoriser, tokens)
         }
@@ -168,7 +164,8 @@ pub async fn run(
     let described = cache.clone();
     let slots: observe::Page = Arc::new(move || described.describe());
     tasks.spawn(always(observe::serve_admin(listeners.admin, metrics.clone(), readiness.clone(), slots)));
-    let ahead = FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
+    let ahead =
+        ahead::FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
     tasks.spawn(always(ahead.run(changes, conditions)));
     let metadata = NodeMetadata::new(config.metadata.given);
     tasks.spawn(always(metadata.clone().follow(config.metadata.allowed)));
@@ -196,9 +193,9 @@ pub async fn run(
     match installed {
         Some(installed) => {
             let addresses: Vec<IpAddr> = config.host.iter().collect();
-            tasks.spawn(always(keep_redirect(installed, addresses, probe, redirect, metrics)));
+            tasks.spawn(always(redirect::keep_redirect(installed, addresses, probe, redirected, metrics)));
         }
-        None => redirect.set(true),
+        None => redirected.set(true),
     }
 
     let failed = async {
@@ -230,146 +227,6 @@ async fn drained(graceful: Arc<GracefulShutdown>) {
     // The doormen, who had the other references, are gone.
     if let Some(graceful) = Arc::into_inner(graceful) {
         graceful.shutdown().await;
-    }
-}
-
-/// Kubernetes' side: find out how tokens may be minted, then follow this node's pods and the service accounts.
-struct Follow {
-    kubernetes: Kubernetes,
-    node_name: String,
-    mint: Mint,
-    metrics: Metrics,
-    attributor: Arc<Attributor>,
-}
-
-impl Follow {
-    async fn run(
-        self,
-        authoriser: Arc<Authoriser>,
-        role_annotation: String,
-        minting: Arc<OnceLock<kube::Client>>,
-        (pods_known, accounts_known): (Condition, Condition),
-    ) -> anyhow::Result<()> {
-        let accounts_client = self.kubernetes.watch(Identity::Agent, self.metrics.watch("serviceaccounts"))?;
-        let accounts = async {
-            authoriser.accounts().follow(accounts_client, &role_annotation, || accounts_known.set(true)).await;
-            anyhow::Ok(())
-        };
-        let pods = async {
-            let identity = self.kubernetes.choose(self.mint).await?;
-            let calls = self.kubernetes.calls(identity)?;
-            let _ = minting.set(calls.clone());
-            let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
-            attributor.set_live_read(attribute::watch::live_read(calls, node.clone(), attributor.clone()));
-            let client = self.kubernetes.watch(identity, self.metrics.watch("pods"))?;
-            attribute::watch::follow(client, node, attributor, || pods_known.set(true)).await;
-            anyhow::Ok(())
-        };
-        tokio::try_join!(accounts, pods).map(|_| ())
-    }
-}
-
-fn follow_file(
-    path: &Path,
-    attributor: &Arc<Attributor>,
-    authoriser: &Arc<Authoriser>,
-    role_annotation: String,
-    conditions: &(Condition, Condition),
-    tasks: &mut JoinSet<anyhow::Result<()>>,
-) -> anyhow::Result<()> {
-    let (attributor, authoriser) = (attributor.clone(), authoriser.clone());
-    let take = move |workloads: Vec<file::FileWorkload>| {
-        authoriser.accounts().replace(&workloads, &role_annotation);
-        file::apply(&workloads, &attributor);
-    };
-    // A file that is wrong from the start is a mistake of the configuration; later, the last good one holds.
-    take(file::read(path)?);
-    conditions.0.set(true);
-    conditions.1.set(true);
-    tasks.spawn(file::follow(path.to_owned(), take));
-    Ok(())
-}
-
-/// Credentials before the first request, and none after the last pod.
-#[derive(Clone)]
-struct FetchAhead {
-    attributor: Arc<Attributor>,
-    authoriser: Arc<Authoriser>,
-    cache: Arc<Cache>,
-}
-
-impl FetchAhead {
-    async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>, known: (Condition, Condition)) {
-        known.0.met().await;
-        known.1.met().await;
-        // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
-        // ask STS in the same second.
-        while let Ok(change) = changes.try_recv() {
-            self.take(change, START_WINDOW);
-        }
-        while let Some(change) = changes.recv().await {
-            self.take(change, Duration::ZERO);
-        }
-    }
-
-    fn take(&self, change: Change, within: Duration) {
-        match change {
-            Change::Gone(pod) => self.cache.forget(&pod),
-            Change::Bound(workload) if within.is_zero() => self.fetch(&workload),
-            Change::Bound(workload) => {
-                let this = self.clone();
-                tokio::spawn(async move {
-                    tokio::time::sleep(within.mul_f64(fastrand::f64())).await;
-                    if this.attributor.is_live(workload.uid()) {
-                        this.fetch(&workload);
-                    }
-                });
-            }
-        }
-    }
-
-    fn fetch(&self, workload: &Workload) {
-        if let Some(grant) = self.authoriser.foresee(workload) {
-            self.cache.prefetch(&grant);
-        }
-    }
-}
-
-/// Tries the redirect again and again, and applies it when it does not lead here any more.
-async fn keep_redirect(
-    installed: Installed,
-    addresses: Vec<IpAddr>,
-    probe: Arc<Probe>,
-    verified: Condition,
-    metrics: Metrics,
-) {
-    metrics.rule_applied.inc();
-    let mut warned = false;
-    let changes = RuleChanges::subscribe();
-    loop {
-        let mut broken = None;
-        for address in &addresses {
-            if let Err(error) = probe.run(*address).await {
-                broken = Some((*address, error));
-            }
-        }
-        verified.set(broken.is_none());
-        metrics.rule_verified.set(broken.is_none().into());
-        match broken {
-            None => warned = false,
-            Some((address, error)) => {
-                if !std::mem::replace(&mut warned, true) {
-                    warn!(%address, %error, "the redirect does not lead here any more: applying it again");
-                }
-                // The tools are processes: waiting for them must not hold up requests.
-                match tokio::task::spawn_blocking(move || installed.apply_again()).await {
-                    Ok(Ok(())) => metrics.rule_repaired.inc(),
-                    Ok(Err(error)) => error!(error = format!("{error:#}"), "the redirect cannot be applied"),
-                    Err(error) => error!(%error, "the redirect cannot be applied"),
-                }
-            }
-        }
-        let _ = tokio::time::timeout(VERIFY, changes.next()).await;
     }
 }
 

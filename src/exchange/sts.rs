@@ -4,9 +4,14 @@
 //! S3-compatible stores answer less: nothing here depends on `AssumedRoleUser`, and a code that is not known is
 //! classed by its status.
 
+mod knock;
 mod whole;
 
-use std::time::Duration;
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use aws_sdk_sts::{
     Client, Config,
@@ -18,18 +23,22 @@ use aws_sdk_sts::{
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
+pub use knock::{Knock, http_date};
+
 use super::{
     Credential, DEADLINE,
     credential::{Issued, Secret},
     token::describe,
 };
 use crate::{
-    authorise::Grant,
+    authorise::{Grant, RoleArn},
     clock::UnixTime,
     observe::Metrics,
     refusal::{Reason, Refusal},
 };
 
+/// What every role allows (IAM User Guide, "Maximum session duration"), in seconds.
+const ROLE_DEFAULT: u32 = 3_600;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
 const SKEW: i64 = 300;
@@ -40,6 +49,8 @@ const SHORTEST: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone)]
 pub struct Sts {
     client: Client,
+    /// Roles that do not allow as much as was asked for; all allow their default.
+    roles_with_default: Arc<Mutex<HashSet<RoleArn>>>,
     metrics: Metrics,
 }
 
@@ -63,10 +74,34 @@ impl Sts {
         if let Some(endpoint) = endpoint {
             config = config.endpoint_url(endpoint);
         }
-        Self { client: Client::from_conf(config.build()), metrics }
+        Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default(), metrics }
     }
 
-    pub(super) async fn assume(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
+    /// # Errors
+    /// Why STS, or what is between here and it, said no.
+    pub async fn assume(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
+        let asked = grant.key().duration;
+        let duration = if self.roles_with_default().contains(grant.role()) { asked.min(ROLE_DEFAULT) } else { asked };
+        let answer = self.ask(grant, token, duration).await;
+        match answer {
+            // STS has no code of its own for this.
+            Err(refusal) if duration > ROLE_DEFAULT && refusal.detail.contains("MaxSessionDuration") => {
+                warn!(
+                    role_arn = %grant.role(), asked_seconds = duration, granted_seconds = ROLE_DEFAULT,
+                    "the role's maximum session duration is shorter than asked for: raise it, or ask for less"
+                );
+                self.roles_with_default().insert(grant.role().clone());
+                self.ask(grant, token, ROLE_DEFAULT).await
+            }
+            answer => answer,
+        }
+    }
+
+    fn roles_with_default(&self) -> MutexGuard<'_, HashSet<RoleArn>> {
+        self.roles_with_default.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn ask(&self, grant: &Grant, token: &Secret, duration: u32) -> Result<Credential, Refusal> {
         let key = grant.key();
         let arns = key.policy_arns.iter().map(|arn| PolicyDescriptorType::builder().arn(arn).build());
         let call = self
@@ -75,11 +110,11 @@ impl Sts {
             .role_arn(key.role.as_str())
             .role_session_name(&key.session_name)
             .web_identity_token(token.expose())
-            .duration_seconds(i32::try_from(key.duration).unwrap_or(i32::MAX))
+            .duration_seconds(i32::try_from(duration).unwrap_or(i32::MAX))
             .set_policy(key.policy.clone())
             .set_policy_arns((!key.policy_arns.is_empty()).then(|| arns.collect()));
         let asked_at = Instant::now();
-        let answer = call.send().await.map_err(|error| refused(grant, &error))?;
+        let answer = call.send().await.map_err(|error| refused(grant, token, &error))?;
         let bad =
             |what: &str| Refusal::new(Reason::BadStsAnswer, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
         let credentials = answer.credentials.ok_or_else(|| bad("no credentials in the answer"))?;
@@ -90,7 +125,7 @@ impl Sts {
             return Err(bad("the answer lacks a part of the credentials"));
         }
         let expiration = UnixTime(u64::try_from(credentials.expiration.secs()).unwrap_or(0));
-        let lifetime = self.lifetime(grant, expiration)?;
+        let lifetime = self.lifetime(grant, duration, expiration)?;
         // The credentials take over the strings: nothing is left to zero but what they hold.
         let issued = Issued {
             access_key_id: credentials.access_key_id,
@@ -107,8 +142,8 @@ impl Sts {
 
     /// How long the session lasts, from now on by a clock that cannot be set: never longer than was asked for,
     /// whatever this node's wall clock makes of the expiration.
-    fn lifetime(&self, grant: &Grant, expiration: UnixTime) -> Result<Duration, Refusal> {
-        let (now, asked) = (UnixTime::now(), u64::from(grant.key().duration));
+    fn lifetime(&self, grant: &Grant, duration: u32, expiration: UnixTime) -> Result<Duration, Refusal> {
+        let (now, asked) = (UnixTime::now(), u64::from(duration));
         let ahead = i64::try_from((now.0 + asked).abs_diff(expiration.0)).unwrap_or(i64::MAX);
         let behind = expiration.0 > now.0 + asked;
         self.metrics.clock_skew.set(if behind { -ahead } else { ahead });
@@ -135,13 +170,22 @@ impl Sts {
     }
 }
 
-fn refused(grant: &Grant, error: &SdkError<AssumeRoleWithWebIdentityError>) -> Refusal {
+fn refused(grant: &Grant, token: &Secret, error: &SdkError<AssumeRoleWithWebIdentityError>) -> Refusal {
+    let (reason, said) = classified(error);
+    // Nothing keeps a store from quoting the token that it refuses.
+    let parts = token.expose().split('.').filter(|part| part.len() >= 8);
+    let said = parts.fold(said, |said, part| said.replace(part, "[redacted]"));
+    Refusal::new(reason, format!("AssumeRoleWithWebIdentity of {grant}: {said}"))
+}
+
+/// What kind of no, and in whose words.
+fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, String) {
     let (status, code) = match error {
         SdkError::ServiceError(answer) => (Some(answer.raw().status().as_u16()), answer.err().code()),
         SdkError::ResponseError(answer) => (Some(answer.raw().status().as_u16()), None),
         _ => (None, None),
     };
-    debug!(?status, code, role_arn = %grant.role(), "STS refused");
+    debug!(?status, code, "STS refused");
     let reason = match error {
         SdkError::ServiceError(_) => classify(code, status.unwrap_or(0)),
         SdkError::ResponseError(_) if status.is_some_and(|status| status >= 500) => Reason::StsUnavailable,
@@ -150,15 +194,16 @@ fn refused(grant: &Grant, error: &SdkError<AssumeRoleWithWebIdentityError>) -> R
         _ => Reason::StsUnavailable,
     };
     let said = match error {
-        SdkError::ServiceError(answer) => format!(
-            "{} {}: {}",
-            status.unwrap_or(0),
-            code.unwrap_or("without a code"),
-            answer.err().message().unwrap_or("no message")
-        ),
+        SdkError::ServiceError(answer) => {
+            let status = status.unwrap_or(0);
+            match code {
+                Some(code) => format!("{status} {code}: {}", answer.err().message().unwrap_or("no message")),
+                None => format!("{status} without a code: {}", describe(answer.err())),
+            }
+        }
         other => describe(other),
     };
-    Refusal::new(reason, format!("AssumeRoleWithWebIdentity of {}: {said}", grant))
+    (reason, said)
 }
 
 /// STS API Reference, AssumeRoleWithWebIdentity, "Errors", and "Common Errors".
@@ -182,6 +227,8 @@ fn classify(code: Option<&str>, status: u16) -> Reason {
             429 => Reason::StsThrottled,
             403 => Reason::AccessDenied,
             400..500 => Reason::BadStsRequest,
+            // What passes for an answer and cannot be read.
+            200..300 => Reason::BadStsAnswer,
             _ => Reason::StsUnavailable,
         },
     }
@@ -203,6 +250,7 @@ mod tests {
             (Some("XYZ"), 500, Reason::StsUnavailable),
             (None, 429, Reason::StsThrottled),
             (None, 404, Reason::BadStsRequest),
+            (None, 200, Reason::BadStsAnswer),
         ] {
             assert_eq!(classify(code, status), reason, "{code:?} {status}");
         }

@@ -10,6 +10,7 @@ use k8s_openapi::api::{
     core::v1::ServiceAccount,
 };
 use kube::{Api, Client, api::PostParams};
+use tokio::time::sleep;
 
 use super::credential::Secret;
 use crate::{
@@ -19,6 +20,9 @@ use crate::{
 
 /// The shortest that the API server mints; the token is used once, within seconds.
 const LIFETIME: Duration = Duration::from_secs(600);
+/// The API server's Node authorizer learns of a new pod from a watch of its own, at times later than this agent from
+/// its; until then it says 403.
+const AUTHORIZER_LAG: Duration = Duration::from_secs(2);
 /// Real tokens are 1 to 2 KiB.
 const MAX_TOKEN_FILE: usize = 64 << 10;
 
@@ -30,7 +34,9 @@ pub enum TokenSource {
 }
 
 impl TokenSource {
-    pub(super) async fn token(&self, grant: &Grant) -> Result<Secret, Refusal> {
+    /// # Errors
+    /// Why there is none.
+    pub async fn token(&self, grant: &Grant) -> Result<Secret, Refusal> {
         match self {
             Self::Kubernetes(client) => match client.get() {
                 Some(client) => mint(client, grant).await,
@@ -59,12 +65,23 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
         ..TokenRequest::default()
     };
     let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), workload.namespace());
-    match accounts.create_token_request(&key.account.name, &PostParams::default(), &request).await {
-        Ok(answer) => match answer.status {
-            Some(status) if !status.token.is_empty() => Ok(Secret::new(status.token)),
-            _ => Err(Refusal::new(Reason::TokenUnavailable, "the API server answered without a token")),
-        },
-        Err(error) => Err(refused(grant, &error)),
+    let mut pause = Duration::from_millis(25);
+    loop {
+        match accounts.create_token_request(&key.account.name, &PostParams::default(), &request).await {
+            Ok(answer) => {
+                let token = answer.status.map(|status| status.token).filter(|token| !token.is_empty());
+                let none = || Refusal::new(Reason::TokenUnavailable, "the API server answered without a token");
+                return token.map(Secret::new).ok_or_else(none);
+            }
+            Err(error) => {
+                let refusal = refused(grant, &error);
+                if refusal.reason != Reason::TokenForbidden || grant.age() > AUTHORIZER_LAG {
+                    return Err(refusal);
+                }
+            }
+        }
+        sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+        pause *= 2;
     }
 }
 
@@ -81,20 +98,24 @@ fn refused(grant: &Grant, error: &kube::Error) -> Refusal {
         },
         _ => Reason::TokenUnavailable,
     };
+    // The whole status is what kube's own text has, twice.
+    let said = match error {
+        kube::Error::Api(status) => format!("{} {}", status.code, status.message),
+        other => describe(other),
+    };
     Refusal::new(
         reason,
         format!(
-            "TokenRequest for service account {}, pod {workload} (UID {}), audience {}: {}",
+            "TokenRequest for service account {}, pod {workload} (UID {}), audience {}: {said}",
             key.account,
             workload.uid(),
-            key.audience,
-            describe(error)
+            key.audience
         ),
     )
 }
 
 /// The error and what caused it, since hyper's own texts say no more than "client error".
-pub(super) fn describe(error: &dyn std::error::Error) -> String {
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -13,7 +13,11 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::{net::TcpSocket, sync::oneshot, time::timeout};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::oneshot,
+    time::timeout,
+};
 
 use super::{METADATA_PORT, METADATA_V4, METADATA_V6, is_metadata};
 
@@ -23,6 +27,27 @@ pub(super) const MARK: u32 = 0x6b;
 
 /// A connection within this node takes microseconds; what takes longer did not arrive.
 const WAIT: Duration = Duration::from_secs(1);
+
+/// Connects from one of this node's addresses to the metadata address of the same family, the way that pods'
+/// connections are led, so that whoever asks sees who answers there.
+///
+/// # Errors
+/// What happened instead.
+pub async fn connect_marked(from: IpAddr) -> io::Result<TcpStream> {
+    let (socket, to) = marked(from)?;
+    timeout(WAIT, socket.connect(to)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// A socket whose packets the rule's twin takes, and where to connect it.
+fn marked(from: IpAddr) -> io::Result<(TcpSocket, SocketAddr)> {
+    let (socket, to): (_, IpAddr) = match from {
+        IpAddr::V4(_) => (TcpSocket::new_v4()?, METADATA_V4.into()),
+        IpAddr::V6(_) => (TcpSocket::new_v6()?, METADATA_V6.into()),
+    };
+    setsockopt(&socket, sockopt::Mark, &MARK)?;
+    socket.bind((from, 0).into())?;
+    Ok((socket, (to, METADATA_PORT).into()))
+}
 
 #[derive(Debug, Default)]
 pub struct Probe {
@@ -36,17 +61,12 @@ impl Probe {
     /// # Errors
     /// What happened instead.
     pub async fn run(&self, from: IpAddr) -> io::Result<()> {
-        let (socket, to): (_, IpAddr) = match from {
-            IpAddr::V4(_) => (TcpSocket::new_v4()?, METADATA_V4.into()),
-            IpAddr::V6(_) => (TcpSocket::new_v6()?, METADATA_V6.into()),
-        };
-        setsockopt(&socket, sockopt::Mark, &MARK)?;
-        socket.bind((from, 0).into())?;
+        let (socket, to) = marked(from)?;
         let source = socket.local_addr()?;
         let (arrived, arrival) = oneshot::channel();
         self.expected().insert(source, arrived);
         let outcome = timeout(WAIT, async {
-            let _stream = socket.connect((to, METADATA_PORT).into()).await?;
+            let _stream = socket.connect(to).await?;
             arrival.await.map_err(io::Error::other)
         })
         .await;

@@ -58,7 +58,7 @@ pub struct RuleSet {
 /// The name of our nftables table, family inet.
 pub const TABLE: &str = "kirsa";
 /// Our iptables chains: table, built-in chain that jumps, own chain.
-const CHAINS: [(&str, &str, &str); 3] = [
+pub const CHAINS: [(&str, &str, &str); 3] = [
     ("nat", "PREROUTING", "KIRSA-PREROUTING"),
     ("nat", "OUTPUT", "KIRSA-OUTPUT"),
     ("filter", "FORWARD", "KIRSA-FORWARD"),

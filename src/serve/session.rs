@@ -26,8 +26,10 @@ use crate::{attribute::Workload, clock::UnixTime};
 /// What IMDSv2 allows, in seconds (EC2 User Guide, "Use IMDSv2").
 pub const TTL: std::ops::RangeInclusive<u32> = 1..=21_600;
 
-const KEY_LENGTH: usize = 32;
-const KEY_FILE: &str = "session-token.key";
+/// In bytes.
+pub const KEY_LENGTH: usize = 32;
+/// In the state directory.
+pub const KEY_FILE: &str = "session-token.key";
 const MAC_LENGTH: usize = 32;
 /// How much later than its token a pod may seem to have been created, by the API server's clock.
 const CLOCK_TOLERANCE: u64 = 60;

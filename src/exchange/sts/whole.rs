@@ -23,6 +23,10 @@ impl Intercept for WholeAnswer {
         _: &RuntimeComponents,
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
+        if context.output_or_error().is_err() {
+            // It has failed for a reason of its own, which another one would take the place of.
+            return Ok(());
+        }
         let answer = context.response();
         let whole = answer.body().bytes().is_some_and(|body| body.trim_ascii_end().ends_with(END));
         if answer.status().is_success() && !whole {

@@ -64,10 +64,16 @@ impl Options {
 
     /// `kirsa run` with what the node knows: its name, its addresses, its disk.
     fn run_command(&self, node: &Node) -> Result<Command> {
-        let mut command = self.command("run", node);
+        self.command_of_agent("run", node)
+    }
+
+    fn command_of_agent(&self, subcommand: &str, node: &Node) -> Result<Command> {
+        let mut command = self.command(subcommand, node);
         command.arg("--node-name").arg(node.name());
         command.arg("--state-dir").arg(node.state().join("kirsa"));
-        command.arg("--cni-results").arg(node.cni_results()?.folder());
+        if !self.arguments.iter().any(|argument| argument == "--cni-results") {
+            command.arg("--cni-results").arg(node.cni_results()?.folder());
+        }
         command.args(["--log-format", "json", "--log-level", &self.log_level]);
         command.args(&self.arguments);
         Ok(command)
@@ -112,6 +118,13 @@ impl Agent {
     pub fn run_to_end(node: &Node, options: &Options) -> Result<Output> {
         let mut command = options.run_command(node)?;
         node.netns().output(&mut command).context("kirsa run")
+    }
+
+    /// `kirsa doctor`, with the flags of the agent and then its own.
+    pub fn doctor(node: &Node, options: &Options, own: &[&str]) -> Result<Output> {
+        let mut command = options.command_of_agent("doctor", node)?;
+        command.args(own);
+        node.netns().output(&mut command).context("kirsa doctor")
     }
 
     /// `kirsa uninstall`.
@@ -179,6 +192,11 @@ impl Agent {
     /// SIGTERM, then its exit status.
     pub fn terminate(mut self) -> Result<ExitStatus> {
         self.process.terminate(PATIENCE)
+    }
+
+    /// Its exit status, once it has one.
+    pub fn wait(mut self) -> Result<ExitStatus> {
+        self.process.wait(PATIENCE)
     }
 
     /// SIGTERM; an error unless it ends with 0.

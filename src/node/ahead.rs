@@ -1,0 +1,60 @@
+//! Credentials before the first request, and none after the last pod.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+
+use crate::{
+    attribute::{Attributor, Change, Workload},
+    authorise::Authoriser,
+    cache::Cache,
+    observe::Condition,
+};
+
+/// Over how long the first prefetches are spread.
+const START_WINDOW: Duration = Duration::from_secs(10);
+
+/// Follows the pods of this node as they come and go.
+#[derive(Clone)]
+pub(super) struct FetchAhead {
+    pub(super) attributor: Arc<Attributor>,
+    pub(super) authoriser: Arc<Authoriser>,
+    pub(super) cache: Arc<Cache>,
+}
+
+impl FetchAhead {
+    pub(super) async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>, known: (Condition, Condition)) {
+        known.0.met().await;
+        known.1.met().await;
+        // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
+        // ask STS in the same second.
+        while let Ok(change) = changes.try_recv() {
+            self.take(change, START_WINDOW);
+        }
+        while let Some(change) = changes.recv().await {
+            self.take(change, Duration::ZERO);
+        }
+    }
+
+    fn take(&self, change: Change, within: Duration) {
+        match change {
+            Change::Gone(pod) => self.cache.forget(&pod),
+            Change::Bound(workload) if within.is_zero() => self.fetch(&workload),
+            Change::Bound(workload) => {
+                let this = self.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(within.mul_f64(fastrand::f64())).await;
+                    if this.attributor.is_live(workload.uid()) {
+                        this.fetch(&workload);
+                    }
+                });
+            }
+        }
+    }
+
+    fn fetch(&self, workload: &Workload) {
+        if let Some(grant) = self.authoriser.foresee(workload) {
+            self.cache.prefetch(&grant);
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! `kirsa doctor` on real nodes: what is well is said to be, and what is broken is named with its fix.
+
+mod kubernetes;
+mod report;
+
+use anyhow::{Result, ensure};
+use lab::agent::{Agent, Options};
+use lab::namespace::BASE;
+use lab::site::Site;
+use lab::sts::{Effect, Fault};
+
+use report::{Report, doctor, doctor_text};
+
+lab::enter!();
+
+/// A node whose pod `reader` has a role and, where there is a redirect, has got it.
+fn site(backend: &str) -> Result<(Site, Agent)> {
+    let mut site = Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
+    site.options = site.options.clone().flag("--intercept", backend);
+    let pod = site.pod_with_role("reader")?;
+    let agent = site.start()?;
+    ensure!(backend == "none" || pod.imds().credentials("reader-role")?.status == 200);
+    Ok((site, agent))
+}
+
+fn families(site: &Site) -> &'static [&'static str] {
+    if site.node.host_ip6().is_some() { &["redirect-ipv4", "redirect-ipv6"] } else { &["redirect-ipv4"] }
+}
+
+fn a_healthy_node_passes(backend: &str) -> Result<()> {
+    let (site, agent) = site(backend)?;
+    let report = doctor(&site.node, &site.options)?;
+    let well = ["agent", "agent-repairs", "rules", "rules-first", "forwarding-drop", "other-agents", "state-dir"];
+    let well = well.iter().chain(families(&site)).chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
+    for check in well {
+        ensure!(report.verdicts(check) == ["ok"], "{check}: {report:#?}");
+    }
+    ensure!(report.one("exchange")?.detail.contains("default/reader"), "{report:#?}");
+    for check in ["hop-limit", "api-server"] {
+        ensure!(report.verdicts(check) == ["skipped"], "{check}: {report:#?}");
+    }
+    // Root of this namespace has every capability; the agent needs one.
+    ensure!(report.one("capabilities")?.verdict == "warning");
+    ensure!(report.code == 0 && report.verdict == "warning", "{report:#?}");
+    ensure!(agent.metric("kirsa_rule_repaired_total", &[])? == 0.0, "it looks, and changes nothing");
+    site.no_pod_got_outside()?;
+    agent.stop()
+}
+
+#[test]
+fn a_healthy_node_passes_with_nft() -> Result<()> {
+    a_healthy_node_passes("nft")
+}
+
+#[test]
+fn a_healthy_node_passes_with_iptables() -> Result<()> {
+    a_healthy_node_passes("iptables")
+}
+
+#[test]
+fn text_is_for_people_and_shows_no_secret() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    let (code, text) = doctor_text(&site.node, &site.options)?;
+    ensure!(code == 0 && text.contains("\nok       redirect-ipv4    "), "{text}");
+    ensure!(
+        text.contains("\nskipped  hop-limit        ") && text.contains("→ set HttpPutResponseHopLimit=1"),
+        "{text}"
+    );
+    ensure!(text.lines().last().is_some_and(|line| line.starts_with("0 failed, 1 warning, ")), "{text}");
+    ensure!(!text.contains('\x1b'), "colour where there is no terminal");
+    let token = std::fs::read_to_string(site.node.state().join("reader.jwt"))?;
+    ensure!(!text.contains(&token) && !text.contains("ASIA") && !text.contains("eyJ"), "{text}");
+    agent.stop()
+}
+
+#[test]
+fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    agent.kill()?;
+    let report = doctor(&site.node, &site.options)?;
+    ensure!(report.code == 1 && report.verdicts("agent") == ["failed"], "{report:#?}");
+    ensure!(report.verdicts("rules") == ["ok"], "{report:#?}");
+    for check in families(&site) {
+        let finding = report.failed(check)?;
+        ensure!(finding.detail.contains("does not listen on port 8181"), "{finding:?}");
+    }
+
+    site.node.netns().shell("nft flush ruleset")?;
+    let report = doctor(&site.node, &site.options)?;
+    ensure!(report.code == 1, "{report:#?}");
+    for check in families(&site) {
+        let finding = report.failed(check)?;
+        ensure!(finding.detail.contains("EC2ws") && finding.fix.contains("applies the redirect"), "{finding:?}");
+    }
+    ensure!(report.failed("rules")?.fix.contains("flushes"), "{report:#?}");
+    ensure!(report.failed("forwarding-drop")?.detail.contains("169.254.169.254"), "{report:#?}");
+    site.no_pod_got_outside()
+}
+
+const KUBE2IAM: &str = "-i eth0 -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 10.0.0.1:8181";
+
+#[test]
+fn the_rule_that_kube2iam_left_is_found_and_can_be_removed_as_said() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    site.node.netns().shell(&format!("iptables -t nat -A PREROUTING {KUBE2IAM}"))?;
+    let report = doctor(&site.node, &site.options)?;
+    let finding = report.one("other-agents")?;
+    ensure!(finding.verdict == "warning" && finding.detail.contains("10.0.0.1:8181"), "{finding:?}");
+    ensure!(report.code == 0, "ours comes first: {report:#?}");
+    let (_, command) = finding.fix.split_once("left: ").unwrap_or_default();
+    site.node.netns().shell(command)?;
+    ensure!(doctor(&site.node, &site.options)?.verdicts("other-agents") == ["ok"], "{command}");
+    agent.stop()
+}
+
+#[test]
+fn a_redirect_of_somebody_elses_that_comes_first_fails() -> Result<()> {
+    let (in_chain, agent) = site("iptables")?;
+    in_chain.node.netns().shell(&format!("iptables -t nat -I PREROUTING 1 {KUBE2IAM}"))?;
+    let report = doctor(&in_chain.node, &in_chain.options)?;
+    ensure!(report.code == 1 && report.failed("other-agents")?.fix.contains("iptables"), "{report:#?}");
+    agent.stop()?;
+
+    let (in_hook, agent) = site("nft")?;
+    in_hook.node.netns().shell(
+        "nft 'table ip other { chain early { type nat hook prerouting priority -150; \
+         ip daddr 169.254.169.254 tcp dport 80 dnat to 10.0.0.1:8181; }; }'",
+    )?;
+    let report = doctor(&in_hook.node, &in_hook.options)?;
+    let finding = report.failed("other-agents")?;
+    ensure!(finding.fix.contains("nft delete rule ip other early handle"), "{finding:?}");
+    ensure!(report.one("rules-first")?.detail.contains("ip other chain early (priority -150)"), "{report:#?}");
+    ensure!(report.verdicts("redirect-ipv4") == ["ok"], "which the node's own connection cannot show");
+    agent.stop()
+}
+
+#[test]
+fn the_agent_of_eks_pod_identity_may_stay() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    site.node.netns().ip(["addr add 169.254.170.23/32 dev lo"])?;
+    let _listener = site.node.listen(([169, 254, 170, 23], 80).into())?;
+    let report = doctor(&site.node, &site.options)?;
+    let finding = report.one("other-agents")?;
+    ensure!(finding.verdict == "warning" && finding.fix.contains("may stay"), "{finding:?}");
+    ensure!(report.code == 0, "{report:#?}");
+    agent.stop()
+}
+
+#[test]
+fn an_sts_that_cannot_be_reached_fails() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    let nobody = Options::new(env!("CARGO_BIN_EXE_kirsa"))
+        .flag("--workloads", site.workloads())
+        .flag("--sts-endpoint-url", format!("http://{BASE}:1"));
+    let report = doctor(&site.node, &nobody)?;
+    let finding = report.failed("sts")?;
+    ensure!(report.code == 1 && finding.detail.contains("refused") && finding.fix.contains("resolver"), "{finding:?}");
+    ensure!(report.verdicts("exchange").is_empty() && report.verdicts("token") == ["ok"], "{report:#?}");
+
+    site.sts.inject(Fault::always(Effect::Status(503)));
+    ensure!(doctor(&site.node, &site.options)?.failed("sts")?.detail.contains("503"));
+    agent.stop()
+}
+
+#[test]
+fn what_sts_says_of_a_real_token_comes_with_its_advice() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    site.sts.remove_role(&site.arn("reader"));
+    let report = doctor(&site.node, &site.options)?;
+    let finding = report.failed("exchange")?;
+    ensure!(finding.detail.contains("AccessDenied") && finding.fix.contains("trust policy"), "{finding:?}");
+    let without = Report::of(Agent::doctor(&site.node, &site.options, &["--no-exchange", "--output", "json"])?)?;
+    ensure!(without.code == 0 && without.verdicts("exchange").is_empty(), "{without:#?}");
+
+    let expired = site.issuer.expired(&lab::issuer::subject("default", "reader"))?;
+    site.write_token("reader", expired)?;
+    ensure!(doctor(&site.node, &site.options)?.failed("token")?.detail.contains("expired"));
+    agent.stop()
+}
+
+#[test]
+fn a_redirect_of_your_own_is_not_judged() -> Result<()> {
+    let (site, agent) = site("none")?;
+    site.node.netns().shell(&format!("iptables -t nat -A PREROUTING {KUBE2IAM}"))?;
+    let report = doctor(&site.node, &site.options)?;
+    ensure!(report.verdicts("redirect") == ["skipped"] && report.verdicts("rules") == ["skipped"], "{report:#?}");
+    ensure!(report.one("other-agents")?.verdict == "ok", "{report:#?}");
+    ensure!(report.one("capabilities")?.detail.starts_with("none is needed") && report.code == 0, "{report:#?}");
+    agent.stop()
+}
+
+#[test]
+fn a_redirect_that_was_put_back_is_a_warning() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    site.node.netns().shell("nft delete table inet kirsa")?;
+    lab::poll::poll("the repair", std::time::Duration::from_secs(20), || {
+        agent.metric("kirsa_rule_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
+    })?;
+    agent.wait_ready()?;
+    let report = doctor(&site.node, &site.options)?;
+    ensure!(report.one("agent-repairs")?.verdict == "warning" && report.code == 0, "{report:#?}");
+    agent.stop()
+}
+
+#[test]
+fn a_workloads_file_that_is_wrong_fails() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    std::fs::write(site.workloads(), "workloads: [{pod: reader, addresses: []}]")?;
+    let report = doctor(&site.node, &site.options)?;
+    ensure!(report.code == 1 && report.failed("pods")?.detail.contains("has no address"), "{report:#?}");
+    agent.stop()
+}
+
+#[test]
+fn a_wrong_configuration_is_one_sentence_and_code_2() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    let output = Agent::doctor(&site.node, &site.options, &["--session-duration", "900"])?;
+    ensure!(output.status.code() == Some(2) && output.stdout.is_empty(), "{output:?}");
+    agent.stop()
+}
