@@ -105,7 +105,10 @@ impl Cache {
         });
         if slot.join(grant) {
             let mut of_pod = self.of_pod.lock().unwrap_or_else(PoisonError::into_inner);
-            of_pod.entry(grant.workload().uid().clone()).or_default().push(key.clone());
+            let keys = of_pod.entry(grant.workload().uid().clone()).or_default();
+            if !keys.contains(key) {
+                keys.push(key.clone());
+            }
             drop(of_pod);
             self.count();
         }

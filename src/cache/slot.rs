@@ -13,7 +13,7 @@ use std::{
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 
 use super::{
@@ -38,6 +38,8 @@ const MIN_LEFT: Duration = Duration::from_secs(30 * 60);
 const LAST_RESORT: Duration = Duration::from_secs(60);
 /// Full jitter over this range, doubled with each failure up to the end.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+/// By how much the pauses are shorter while a pod waits.
+const HURRY: u32 = 6;
 
 #[derive(Debug)]
 pub(super) struct Slot {
@@ -150,9 +152,20 @@ impl Slot {
 
     /// True when the pod is new to the session.
     pub(super) fn join(&self, grant: &Grant) -> bool {
-        let mut grants = self.shared.grants();
         let uid = grant.workload().uid();
-        !grants.contains_key(uid) && grants.insert(uid.clone(), grant.clone()).is_none()
+        {
+            let mut grants = self.shared.grants();
+            if grants.contains_key(uid) {
+                return false;
+            }
+            grants.insert(uid.clone(), grant.clone());
+        }
+        // What was refused to a former pod says nothing about this one.
+        let of_a_pod = |(refusal, _): &(Refusal, Instant)| is_about_its_pod(refusal);
+        if self.shared.state.send_if_modified(|state| state.failure.take_if(|failure| of_a_pod(failure)).is_some()) {
+            self.shared.wake.notify_one();
+        }
+        true
     }
 
     /// True when that was the last pod of the session.
@@ -178,9 +191,10 @@ impl Slot {
     }
 
     pub(super) async fn get(&self, until: Instant) -> Result<Arc<Credential>, Refusal> {
-        self.want(Urgency::Waiting);
         let mut state = self.shared.state.subscribe();
         loop {
+            // Again after each failure: whoever still waits, waits for the next try.
+            self.want(Urgency::Waiting);
             {
                 let state = state.borrow_and_update();
                 if let Some(credential) = state.in_hand() {
@@ -251,9 +265,7 @@ impl Shared {
                     self.state.send_replace(State { held: Some(hold(credential)), failure: None });
                 }
                 Err(refusal) => {
-                    // One pod that is gone says nothing about the others of its service account. Asked as the node, the
-                    // API server forbids what it would otherwise not find.
-                    if matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden) && self.leave_one(&pod) {
+                    if is_about_its_pod(&refusal) && self.leave_one(&pod) {
                         continue;
                     }
                     let workload = grant.workload();
@@ -264,13 +276,29 @@ impl Shared {
                             self.satisfied();
                             pause
                         }
-                        Memory::Backoff | Memory::None => backoff(failures),
+                        Memory::Backoff | Memory::None => {
+                            self.waiting.store(false, Ordering::SeqCst);
+                            backoff(failures)
+                        }
                     };
                     failures += 1;
                     let until = Instant::now() + pause;
                     self.state.send_modify(|state| state.failure = Some((refusal, until)));
-                    sleep(pause).await;
+                    self.rest(pause).await;
                 }
+            }
+        }
+    }
+
+    /// Lets a pause pass: a shorter one while a pod waits, none if it does not apply any more.
+    async fn rest(&self, pause: Duration) {
+        let began = Instant::now();
+        while self.state.borrow().failure.is_some() {
+            let woken = self.wake.notified();
+            let pause = if self.waiting.load(Ordering::SeqCst) { pause / HURRY } else { pause };
+            tokio::select! {
+                () = sleep_until(began + pause) => return,
+                () = woken => {}
             }
         }
     }
@@ -352,6 +380,12 @@ impl Shared {
     fn grants(&self) -> MutexGuard<'_, HashMap<PodUid, Grant>> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// One pod that is gone says nothing about the others of its service account. Asked as the node, the API server forbids
+/// what it would otherwise not find.
+fn is_about_its_pod(refusal: &Refusal) -> bool {
+    matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden)
 }
 
 fn hold(credential: Credential) -> Held {

@@ -6,7 +6,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use tokio::time::{advance, pause, timeout};
+use tokio::time::{advance, pause, sleep, timeout};
 
 use super::*;
 use crate::{attribute::Workload, observe::Metrics};
@@ -248,4 +248,27 @@ async fn in_an_outage_the_list_is_refused_and_holds_nobody_longer_than_it_may() 
         assert!(took(began) <= 350);
         pass(Duration::from_secs(5)).await;
     }
+}
+
+#[tokio::test]
+async fn what_was_refused_to_a_pod_that_is_gone_does_not_hit_the_next_one() {
+    let script = Script::new([(10, Some(Reason::PodGone))]);
+    let slot = slot(&script);
+    assert_eq!(id(&slot).await, Err(Reason::PodGone));
+    slot.join(&grant("b"));
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+}
+
+/// However long an outage was, a pod that waits is not kept waiting for the whole of a long pause after it.
+#[tokio::test]
+async fn recovery_is_noticed_within_seconds_while_a_pod_waits() {
+    let script = Script::new((0..40).map(|_| (10, Some(Reason::StsUnavailable))));
+    let slot = slot(&script);
+    slot.want(Urgency::Ahead);
+    while script.calls() < 40 {
+        pass(Duration::from_secs(1)).await;
+    }
+    let began = Instant::now();
+    while id(&slot).await.is_err() {}
+    assert!(took(began) <= 5_000, "{} ms", took(began));
 }

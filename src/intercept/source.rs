@@ -136,7 +136,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn quiet_sources_are_forgotten() {
         let sources = sources(2, 10);
-        (0..=255).for_each(|last| drop(sources.share([10, 0, 1, last].into()).unwrap().request()));
+        (0..=255).for_each(|last| assert!(sources.share([10, 0, 1, last].into()).unwrap().request().is_some()));
         tokio::time::advance(Duration::from_secs(2)).await;
         for third in 2..=10 {
             (0..=255).for_each(|last| drop(sources.share([10, 0, third, last].into())));

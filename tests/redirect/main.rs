@@ -11,11 +11,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, Options};
 use lab::http::Client;
+use lab::imds::Instance;
 use lab::net::{Pod, Shape};
 use lab::poll::{poll, timed};
-use lab::workloads::Workload;
 
-use site::{Site, account, role_arn};
+use site::{Site, account};
 
 lab::enter!();
 
@@ -47,9 +47,8 @@ fn error_kind(outcome: std::io::Result<TcpStream>) -> Option<ErrorKind> {
 
 /// IMDS-1, IMDS-9, IMDS-11, IMDS-24, IMDS-25
 fn pods_of_every_shape_are_redirected_attributed_and_answered(backend: &'static str) -> Result<()> {
-    let mut site = Site::new(backend)?;
-    let idle = site.node.pod("idle", Shape::RoutedBare)?;
-    site.add(Workload::new(&idle, "idle"))?;
+    let site = Site::new(backend)?;
+    let idle = site.pod("idle")?;
     let agent = site.start()?;
     for pod in &site.pods {
         for mut imds in Site::clients(pod) {
@@ -57,10 +56,8 @@ fn pods_of_every_shape_are_redirected_attributed_and_answered(backend: &'static 
             let list = imds.role_list().context(what.clone())?;
             let role = format!("{}-role", account(pod.shape()));
             ensure!(list.status == 200 && list.body == role, "{what}: {list:?}");
-            let document = imds.credentials(&role)?.json()?;
-            let key = document["AccessKeyId"].as_str().context("a key id")?;
-            let session = site.sts.session(key).context("STS issued it")?;
-            ensure!(session.role_arn == role_arn(pod.shape()), "{what}: {session:?}");
+            let session = site.session(&imds.credentials(&role)?.body)?;
+            ensure!(session.role_arn == site.arn(pod.name()), "{what}: {session:?}");
         }
     }
     for mut imds in Site::clients(&idle) {
@@ -80,8 +77,10 @@ fn the_nodes_own_traffic_is_left_alone(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let agent = site.start()?;
     for (host, target) in site.node.host_ips().into_iter().zip(site.targets(80)) {
-        let body = Client::new(site.node.netns(), target).get("/").send()?.ok()?;
-        ensure!(body == "the node" && site.outside.callers().last() == Some(&host), "{body}");
+        let path = "/latest/meta-data/instance-id";
+        let body = Client::new(site.node.netns(), target).get(path).send()?.ok()?;
+        ensure!(body == Instance::default().instance_id, "{body}");
+        ensure!(site.hits().iter().any(|hit| hit.path == path && hit.from.ip() == host), "{:?}", site.hits());
     }
     agent.stop()
 }

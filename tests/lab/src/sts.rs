@@ -136,6 +136,12 @@ impl StandIn {
         self.shared.world().sessions.get(access_key_id).cloned()
     }
 
+    /// Every secret key and session token that was issued, to look for where none may be.
+    pub fn secrets(&self) -> Vec<String> {
+        let world = self.shared.world();
+        world.sessions.iter().flat_map(|s| [s.secret_access_key.clone(), s.session_token.clone()]).collect()
+    }
+
     /// Every `AssumeRoleWithWebIdentity` so far, refused and open ones included.
     pub fn calls(&self) -> Vec<Call> {
         self.shared.log.all()

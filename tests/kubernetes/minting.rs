@@ -1,0 +1,96 @@
+//! Both ways of minting, with the rights of the manifests and nothing more.
+
+use anyhow::{Context, Result, ensure};
+use lab::agent::{Agent, field};
+
+use crate::PATIENCE;
+use crate::rights::Way;
+use crate::site::Site;
+
+const IMPERSONATION: &str = "daemonset/components/constrained-impersonation";
+const DIRECT: &str = "daemonset/components/direct-minting";
+
+fn way_in_the_log(agent: &Agent) -> Result<String> {
+    let line = agent.wait_for_log(|entry| field(entry, "way").is_some())?;
+    Ok(field(&line, "way").unwrap_or_default().to_owned())
+}
+
+fn pods_get_credentials_of_their_service_accounts(way: Way, name: &str) -> Result<()> {
+    let site = Site::with(way)?;
+    site.account("reader")?;
+    site.account("writer")?;
+    let agent = site.start()?;
+    ensure!(way_in_the_log(&agent)? == name);
+    let (reader, writer) = (site.run("reader-0", "reader")?, site.run("writer-0", "writer")?);
+    let (first, second) = (site.serves(&reader, "reader")?, site.serves(&writer, "writer")?);
+    ensure!(first != second);
+    // The pods of one service account share a session.
+    let another = site.run("reader-1", "reader")?;
+    ensure!(site.serves(&another, "reader")? == first && site.calls("reader").len() == 1);
+    let audit = agent.wait_for_log(|entry| field(entry, "access_key_id") == Some(&first))?;
+    ensure!(field(&audit, "pod") == Some("reader-0") && field(&audit, "service_account") == Some("reader"), "{audit}");
+    agent.stop()
+}
+
+#[test]
+fn by_impersonation_pods_get_credentials_of_their_service_accounts() -> Result<()> {
+    pods_get_credentials_of_their_service_accounts(Way::Impersonate, "impersonate")
+}
+
+#[test]
+fn by_direct_minting_pods_get_credentials_of_their_service_accounts() -> Result<()> {
+    pods_get_credentials_of_their_service_accounts(Way::Direct, "direct")
+}
+
+#[test]
+fn with_both_rights_impersonation_is_preferred() -> Result<()> {
+    for (wanted, used) in [("auto", "impersonate"), ("direct", "direct")] {
+        let mut site = Site::with(Way::Either)?;
+        site.options = site.options.flag("--mint", wanted);
+        site.account("app")?;
+        let agent = site.start()?;
+        ensure!(way_in_the_log(&agent)? == used, "--mint {wanted}");
+        let pod = site.run("app-0", "app")?;
+        site.serves(&pod, "app")?;
+        agent.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn without_the_right_the_agent_ends_and_names_the_component() -> Result<()> {
+    for (way, mint, named) in [
+        (Way::Neither, "auto", &[IMPERSONATION, "direct-minting", "--mint auto"][..]),
+        (Way::Neither, "impersonate", &[IMPERSONATION, "--mint impersonate"]),
+        (Way::Neither, "direct", &[DIRECT, "--mint direct"]),
+        (Way::Direct, "impersonate", &[IMPERSONATION, "--mint impersonate"]),
+        (Way::Impersonate, "direct", &[DIRECT, "--mint direct"]),
+    ] {
+        let mut site = Site::with(way)?;
+        site.options = site.options.flag("--mint", mint);
+        let agent = Agent::spawn(&site.node, &site.options)?;
+        let said = agent.process().wait_for_line(PATIENCE, |line| line.starts_with("error: "))?;
+        for named in named {
+            ensure!(said.contains(named), "{way:?}, --mint {mint}: {said}");
+        }
+        let status = agent.wait()?;
+        ensure!(status.code() == Some(1), "{way:?}, --mint {mint}: {status}");
+    }
+    Ok(())
+}
+
+/// The Node authorizer hears of a new pod from a watch of its own, now and then later than the agent does.
+#[test]
+fn a_burst_of_new_pods_is_minted_for_at_once() -> Result<()> {
+    const PODS: usize = 40;
+    let site = Site::new()?;
+    let name = |pod: usize| format!("app{pod}");
+    (0..PODS).try_for_each(|pod| site.account(&name(pod)))?;
+    let agent = site.start()?;
+    (0..PODS).try_for_each(|pod| site.bind(&name(pod), &name(pod)).map(drop))?;
+    let calls = site.sts.wait_for_outcomes(PODS, PATIENCE)?;
+    ensure!(calls.len() == PODS, "{}", calls.len());
+    let failed = agent.metric("kirsa_exchange_seconds_count", &[("outcome", "token_forbidden")])?;
+    ensure!(failed == 0.0, "{failed} pods would have to wait for what is remembered");
+    agent.stop().context("after the burst")
+}

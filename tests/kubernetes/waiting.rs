@@ -1,0 +1,140 @@
+//! The first request of a pod: before, while and after its address becomes known, and before its credentials are there.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod as KubePod;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use lab::http::{CREDENTIALS_PATH, TOKEN, Wire};
+use lab::net::Pod;
+use lab::poll::timed;
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::PATIENCE;
+use crate::site::{Site, arn, list, role, runtime, wait_for_metric};
+
+/// For how long a pod that is not known is waited for.
+const HOLD: Duration = Duration::from_millis(800);
+
+/// IMDS-18: the exchange starts at binding, and the pod's first request finds it done.
+#[test]
+fn credentials_are_there_before_the_first_request() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    let agent = site.start()?;
+    let uid = site.bind("app-0", "app")?;
+    let calls = site.sts.wait_for_outcomes(1, PATIENCE)?;
+    ensure!(calls.len() == 1 && calls[0].role_arn == arn("app"), "{calls:?}");
+    let bound = calls[0].claims.clone().and_then(|claims| claims.kubernetes?.pod).context("a pod-bound token")?;
+    ensure!(bound.uid == uid && bound.name == "app-0", "{bound:?}");
+    agent.wait_for_log(|entry| entry["message"] == "credentials issued" && entry["pod"] == "app-0")?;
+    let pod = site.join("app-0")?;
+    site.show(&pod)?;
+    site.serves(&pod, "app")?;
+    ensure!(agent.metric("kirsa_cache_hits_total", &[])? == 1.0);
+    ensure!(agent.metric("kirsa_cache_misses_total", &[])? == 0.0);
+    ensure!(site.calls("app").len() == 1);
+    agent.stop()
+}
+
+/// The API server shows the address later than the pod's first instruction runs, on a busy node by seconds.
+#[test]
+fn a_pod_that_only_its_record_names_is_answered_at_once() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    let agent = site.start()?;
+    let uid = site.bind("app-0", "app")?;
+    let pod = site.join("app-0")?;
+    site.records()?.add(&site.sandbox("app-0", &uid), &pod)?;
+    // The runtime starts the container hundreds of milliseconds after this.
+    wait_for_metric(&agent, "kirsa_cni_records", &[("state", "in_use")], 1.0)?;
+    agent.wait_for_log(|entry| entry["message"] == "credentials issued")?;
+    let (key, took) = timed(|| site.serves(&pod, "app"));
+    key?;
+    // For a token, the list and the credentials together.
+    ensure!(took < HOLD, "{took:?}");
+    agent.stop()
+}
+
+/// IMDS-25: the request is held, and the event ends that.
+#[test]
+fn a_request_before_the_record_is_held_until_it_is_written() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    let agent = site.start()?;
+    let uid = site.bind("app-0", "app")?;
+    let pod = site.join("app-0")?;
+    agent.wait_for_log(|entry| entry["message"] == "credentials issued")?;
+    let mut held = asking_for(&pod, &role("app"))?;
+    held.quiet(HOLD / 4).context("answered before anybody could know the pod")?;
+    site.records()?.add(&site.sandbox("app-0", &uid), &pod)?;
+    site.belongs(&site.session(&held.response()?)?, "app")?;
+    agent.stop()
+}
+
+/// IMDS-25
+#[test]
+fn a_request_before_the_api_server_shows_the_address_is_held_until_it_does() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    let agent = site.start()?;
+    let runtime = runtime();
+    let api: Api<KubePod> = Api::namespaced(runtime.block_on(site.api.client())?, site.namespace());
+    // A machine that is too busy may take the whole hold for one call of the API server: that says nothing.
+    for attempt in 0..5 {
+        let name = format!("app-{attempt}");
+        site.bind(&name, "app")?;
+        let pod = site.join(&name)?;
+        let status = json!({"status": {"podIP": pod.ip(), "podIPs": [{"ip": pod.ip()}]}});
+        runtime.block_on(api.get(&name))?;
+        let asked = Instant::now();
+        let mut held = asking_for(&pod, &role("app"))?;
+        held.quiet(HOLD / 4).context("answered before anybody could know the pod")?;
+        runtime.block_on(api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)))?;
+        let shown = asked.elapsed();
+        let answer = held.response()?;
+        if shown < HOLD / 2 {
+            site.belongs(&site.session(&answer).with_context(|| format!("shown after {shown:?}"))?, "app")?;
+            return agent.stop();
+        }
+    }
+    anyhow::bail!("five times the API server took longer than the hold")
+}
+
+/// IMDS-4, IMDS-7, IMDS-25
+#[test]
+fn a_pod_that_stays_unknown_is_told_to_try_again_and_keeps_its_session_token() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    let agent = site.start()?;
+    site.bind("app-0", "app")?;
+    let pod = site.join("app-0")?;
+    let mut held = asking_for(&pod, "")?;
+    let (token, took) = timed(|| pod.imds().put_token(21_600));
+    let token = token?;
+    ensure!(took < HOLD / 2, "the token took {took:?}");
+    held.quiet(Duration::from_millis(1)).context("the list was not held for as long as the token took")?;
+    let (answer, took) = timed(|| list(&pod));
+    let answer = answer?;
+    ensure!(answer.status == 503 && took >= HOLD - Duration::from_millis(20), "{answer:?} after {took:?}");
+    ensure!(took < HOLD * 4, "the list was held for {took:?}");
+    ensure!(held.response()?.status == 503);
+    agent.wait_for_refusal("unknown_pod")?;
+
+    site.show(&pod)?;
+    let answer = pod.imds().get(CREDENTIALS_PATH).header(TOKEN, &token).send()?;
+    ensure!(answer.status == 200 && answer.body == role("app"), "{answer:?}");
+    // Yet it is the pod's that asked, and no other's.
+    let other = site.run("app-1", "app")?;
+    site.serves(&other, "app")?;
+    let answer = other.imds().get(CREDENTIALS_PATH).header(TOKEN, &token).send()?;
+    ensure!(answer.status == 401, "{answer:?}");
+    agent.stop()
+}
+
+/// An open request for the list, or for the credentials of a role.
+fn asking_for(pod: &Pod, role: &str) -> Result<Wire> {
+    Wire::open(pod, format!("GET {CREDENTIALS_PATH}{role} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"))
+}
