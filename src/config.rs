@@ -90,7 +90,7 @@ struct RunArgs {
     /// The port of the node that the redirect leads to.
     #[arg(long, env = "KIRSA_PORT", default_value_t = 8181, value_name = "PORT", help_heading = "Interception")]
     port: u16,
-    /// Connections that are open at once, from all pods together; more wait in the kernel's queue.
+    /// Connections that are open at once, from all pods together; more are answered 503.
     #[arg(
         long,
         env = "KIRSA_MAX_CONNECTIONS",

@@ -150,12 +150,10 @@ where
 {
     let mut pause = Duration::ZERO;
     loop {
-        // A permit before a connection: what is over the limit waits in the kernel's queue.
-        let Ok(permit) = doors.total.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, source)) => {
                 pause = Duration::ZERO;
-                if let Some(accepted) = doors.admit(stream, source, permit) {
+                if let Some(accepted) = doors.admit(stream, source) {
                     tokio::spawn(serve(accepted));
                 }
             }
@@ -193,20 +191,15 @@ impl Doors {
         })
     }
 
-    fn admit(&self, stream: TcpStream, source: SocketAddr, permit: OwnedSemaphorePermit) -> Option<Accepted> {
+    fn admit(&self, stream: TcpStream, source: SocketAddr) -> Option<Accepted> {
         let source = SocketAddr::new(source.ip().to_canonical(), source.port());
         let destination = original_destination(&stream);
         if self.probe.arrived(source, destination) {
             return None;
         }
+        let Ok(permit) = self.total.clone().try_acquire_owned() else { return self.refuse(stream, source, "total") };
         let Some(share) = self.sources.share(source.ip()) else {
-            self.metrics.connection_refused("per_source");
-            debug!(source = %source.ip(), "too many connections from one source");
-            // Politely, as long as that costs little: what is over this is closed without a word.
-            if let Ok(turn) = self.turning_away.clone().try_acquire_owned() {
-                tokio::spawn(turn_away(stream, turn));
-            }
-            return None;
+            return self.refuse(stream, source, "per_source");
         };
         let peer = match destination {
             Some(destination) if is_metadata(destination) => Some(Peer { source, destination }),
@@ -216,6 +209,16 @@ impl Doors {
             _ => None,
         };
         Some(Accepted { stream, peer, share, _permit: permit })
+    }
+
+    /// Politely, as long as that costs little: what is over this too is closed without a word.
+    fn refuse(&self, stream: TcpStream, source: SocketAddr, limit: &'static str) -> Option<Accepted> {
+        self.metrics.connection_refused(limit);
+        debug!(source = %source.ip(), limit, "too many connections");
+        if let Ok(turn) = self.turning_away.clone().try_acquire_owned() {
+            tokio::spawn(turn_away(stream, turn));
+        }
+        None
     }
 }
 

@@ -213,8 +213,8 @@ pub async fn run(
         error = failed => return Err(error),
     }
     info!(drain = ?config.drain, "no more connections are taken; open requests may end. The redirect stays");
-    doormen.shutdown().await;
     let second = until_terminated()?;
+    doormen.shutdown().await;
     tokio::select! {
         () = drained(graceful) => info!("every request has ended"),
         () = tokio::time::sleep(config.drain) => warn!("requests were open still when --drain was over"),

@@ -63,7 +63,9 @@ fn default_name() -> String {
 /// # Errors
 /// Names the line and what would be right.
 pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
-    let document: Document = serde_saphyr::from_str(text).map_err(|error| anyhow!("{error}"))?;
+    // The line's number, not the line: a token that was put into the wrong place must not get into the log.
+    let options = serde_saphyr::options! { with_snippet: false };
+    let document: Document = serde_saphyr::from_str_with_options(text, options).map_err(|error| anyhow!("{error}"))?;
     let mut owners: HashMap<IpAddr, String> = HashMap::new();
     let mut names: HashMap<String, u64> = HashMap::new();
     let mut workloads = Vec::new();
@@ -85,6 +87,10 @@ pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
             return Err(anyhow!(
                 "line {line}: workload {name} has a role but no tokenFile; give the file of its web identity token"
             ));
+        }
+        if entry.token_file.as_ref().is_some_and(|file| !file.is_absolute()) {
+            // Which may be the token itself, so it is not shown.
+            return Err(anyhow!("line {line}: tokenFile of workload {name} must be an absolute path"));
         }
         workloads.push(FileWorkload {
             pod: Pod {
@@ -139,8 +145,9 @@ pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -
             Ok(text) => {
                 match parse(&text) {
                     Ok(workloads) => {
-                        info!(file = %file.display(), workloads = workloads.len(), "workloads read");
+                        let count = workloads.len();
                         changed(workloads);
+                        info!(file = %file.display(), workloads = count, "workloads read");
                     }
                     Err(wrong) => error!(
                         file = %file.display(), error = format!("{wrong:#}"),
@@ -190,11 +197,16 @@ mod tests {
             ("10.0.0.3]", "10.0.0.x]", "line 9"),
             ("  tokenFile: /run/tokens/reader\n", "", "line 2: workload default/reader-0 has a role but no tokenFile"),
             ("pod: idle\n  namespace: tools", "pod: reader-0", "line 7: workload default/reader-0 stands on line 2"),
+            (
+                "/run/tokens/reader",
+                "eyJhbGciOi.eyJpc3Mi.c2ln",
+                "line 2: tokenFile of workload default/reader-0 must be",
+            ),
             ("serviceAccount:", "serviceAcount:", "serviceAcount"),
             ("workloads:", "workloads: [", "line"),
         ] {
             let error = format!("{:#}", parse(&GOOD.replace(from, to)).unwrap_err());
-            assert!(error.contains(named), "{named}: {error}");
+            assert!(error.contains(named) && !error.contains("eyJ"), "{named}: {error}");
         }
     }
 }

@@ -1,0 +1,79 @@
+//! How the agent ends.
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::agent::Agent;
+use lab::http::{CREDENTIALS_PATH, Wire};
+use lab::net::{METADATA, Pod};
+use lab::poll::{poll, timed};
+use lab::site::Site;
+use lab::sts::{Effect, Fault};
+use nix::sys::signal::Signal;
+
+use super::{PATIENCE, credentials, opens_the_session_of, site};
+
+fn is_refused(pod: &Pod) -> bool {
+    pod.connect((METADATA, 80)).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// An agent, and a request of the pod's that it holds because STS does not answer.
+fn held(site: &Site, pod: &Pod, sts: Effect, drain: &str) -> Result<(Agent, Wire)> {
+    site.sts.inject(Fault::always(sts));
+    let agent = Agent::start(&site.node, &site.options.clone().flag("--drain", drain))?;
+    let request = format!("GET {} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", credentials(pod.name()));
+    let wire = Wire::open(pod, request)?;
+    site.sts.wait_for_calls(1, PATIENCE)?;
+    poll("the request to be held", PATIENCE, || {
+        agent.metric("kirsa_cache_misses_total", &[]).is_ok_and(|misses| misses == 1.0).then_some(())
+    })?;
+    Ok((agent, wire))
+}
+
+/// IMDS-30
+#[test]
+fn a_request_that_is_held_is_answered_while_new_connections_are_refused() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let (agent, mut held) = held(&site, &reader, Effect::delay(Duration::from_millis(1_500)), "10")?;
+    // Idle ones hold up nothing.
+    let mut idle = Wire::open(&reader, format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: x\r\n\r\n"))?;
+    ensure!(idle.response()?.status == 200);
+    agent.signal(Signal::SIGTERM)?;
+    poll("new connections to be refused", PATIENCE, || is_refused(&reader).then_some(()))?;
+    ensure!(!agent.process().ended(), "it ended with a request open");
+    opens_the_session_of(&site, "reader", &held.response()?)?;
+    held.closed()?;
+    idle.closed()?;
+    let (status, took) = timed(|| agent.wait());
+    ensure!(status?.success() && took < Duration::from_secs(5), "{took:?}");
+    ensure!(is_refused(&reader), "the redirect stays");
+    site.no_pod_got_outside()
+}
+
+#[test]
+fn a_request_that_takes_longer_than_the_drain_is_cut_off() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let (agent, mut held) = held(&site, &reader, Effect::NoAnswer, "1")?;
+    let (status, took) = timed(|| agent.terminate());
+    ensure!(status?.success() && (Duration::from_secs(1)..Duration::from_millis(2_500)).contains(&took), "{took:?}");
+    held.closed()
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let (agent, mut held) = held(&site, &reader, Effect::NoAnswer, "30")?;
+    agent.signal(Signal::SIGTERM)?;
+    poll("new connections to be refused", PATIENCE, || is_refused(&reader).then_some(()))?;
+    // Again and again: it listens for a second one from this moment on, but not before.
+    poll("its end", Duration::from_secs(2), || {
+        agent.signal(Signal::SIGTERM).ok();
+        agent.process().ended().then_some(())
+    })?;
+    ensure!(agent.wait()?.success());
+    held.closed()
+}

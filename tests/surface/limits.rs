@@ -1,0 +1,68 @@
+//! What one pod may take, and that it takes nothing from the others.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::agent::Agent;
+use lab::http::{CREDENTIALS_PATH, Wire};
+use lab::poll::{poll, timed};
+
+use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
+
+fn request() -> String {
+    format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n")
+}
+
+#[test]
+fn connections_beyond_the_limit_are_answered_503_and_other_pods_notice_nothing() -> Result<()> {
+    let site = site()?;
+    let (greedy, other) = (site.pod_with_role("greedy")?, site.pod_with_role("other")?);
+    let agent = Agent::start(&site.node, &site.options.clone().flag("--max-connections-per-source", "3"))?;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut wire = Wire::open(&greedy, request())?;
+        ensure!(wire.response()?.body == role("greedy"));
+        open.push(wire);
+    }
+    for turned_away in 1..=5 {
+        let mut wire = Wire::open(&greedy, request())?;
+        let answer = wire.response()?;
+        ensure!(answer.status == 503 && answer.body.contains('\n'), "{answer:?}");
+        wire.closed()?;
+        let counted = agent.metric("kirsa_connections_refused_total", &[("reason", "per_source")])?;
+        ensure!(counted == f64::from(turned_away), "{counted}");
+        opens_the_session_of(&site, "other", &get(&other, &credentials("other"))?)?;
+    }
+    for wire in &mut open {
+        wire.send(request())?;
+        ensure!(wire.response()?.status == 200, "those that are open stay usable");
+    }
+    drop(open);
+    poll("the closed connections to be given back", PATIENCE, || {
+        get(&greedy, CREDENTIALS_PATH).is_ok_and(|answer| answer.status == 200).then_some(())
+    })?;
+    agent.stop()
+}
+
+/// IMDS-29
+#[test]
+fn a_tight_loop_is_delayed_or_told_to_come_back_and_no_other_pod_waits() -> Result<()> {
+    let site = site()?;
+    let (hot, quiet) = (site.pod_with_role("hot")?, site.pod_with_role("quiet")?);
+    let agent = Agent::start(&site.node, &site.options.clone().flag("--max-requests-per-source", "20"))?;
+    let mut statuses = Vec::new();
+    // Pipelined, so that none of them waits for the answer to the one before; over several connections at once.
+    let mut wires = (0..10).map(|_| Wire::open(&hot, request().repeat(10))).collect::<Result<Vec<_>>>()?;
+    let (answer, took) = timed(|| get(&quiet, CREDENTIALS_PATH));
+    ensure!(answer?.body == role("quiet") && took < Duration::from_millis(300), "{took:?}");
+    for wire in &mut wires {
+        for _ in 0..10 {
+            statuses.push(wire.response()?.status);
+        }
+    }
+    ensure!(statuses.iter().all(|status| [200, 503].contains(status)), "{statuses:?}");
+    ensure!(statuses.contains(&200) && statuses.contains(&503), "{statuses:?}");
+    let refused = agent.metric("kirsa_refusals_total", &[("reason", "too_many_requests")])?;
+    ensure!(refused as usize == statuses.iter().filter(|status| **status == 503).count());
+    agent.stop()
+}

@@ -1,0 +1,59 @@
+//! The surface that pods see, through the real binary: every requirement on it that docs/imds-requirements.md numbers,
+//! what hostile pods send, and the limits.
+
+mod denied;
+mod documents;
+mod drain;
+mod framing;
+mod hostile;
+mod limits;
+mod metadata;
+mod smuggling;
+mod paths;
+mod session;
+mod tokens;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::http::{CREDENTIALS_PATH, Client, Response};
+use lab::net::Pod;
+use lab::site::Site;
+
+lab::enter!();
+
+/// Enough for anything that the agent does on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn site() -> Result<Site> {
+    Site::new(env!("CARGO_BIN_EXE_kirsa"))
+}
+
+/// The role of the pod of that name, as [`Site::with_role`] names it.
+fn role(name: &str) -> String {
+    format!("{name}-role")
+}
+
+/// The path of the credentials of that pod's role.
+fn credentials(name: &str) -> String {
+    format!("{CREDENTIALS_PATH}{}", role(name))
+}
+
+/// Without a session token.
+fn get(pod: &Pod, path: &str) -> Result<Response> {
+    get_with(&mut pod.imds(), path, &[])
+}
+
+fn get_with(imds: &mut Client, path: &str, headers: &[(&str, &str)]) -> Result<Response> {
+    let request = headers.iter().fold(imds.get(path), |request, (name, value)| request.header(name, value));
+    request.send().with_context(|| format!("GET {path}"))
+}
+
+/// That the answer opens a session of the role of the pod of that name, and that STS was asked for it once.
+fn opens_the_session_of(site: &Site, name: &str, answer: &Response) -> Result<()> {
+    ensure!(answer.status == 200, "{answer:?}");
+    let session = site.session(&answer.body)?;
+    ensure!(session.role_arn == site.arn(name), "{name} got {session:?}");
+    ensure!(site.calls(name).len() == 1, "{:?}", site.calls(name));
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! What pods may know of the node, and what they are told instead.
+
+use anyhow::{Context, Result, ensure};
+use lab::agent::{Agent, field};
+use lab::imds::{Instance, NODE_ROLE};
+use lab::site::{ACCOUNT, Site};
+
+use super::{get, site};
+
+const DOCUMENT: &str = "/latest/dynamic/instance-identity/document";
+
+fn start(site: &Site, flags: &[(&str, &str)]) -> Result<Agent> {
+    let options = flags.iter().fold(site.options.clone(), |options, (flag, value)| options.flag(flag, value));
+    let agent = Agent::start(&site.node, &options)?;
+    agent.wait_for_log(|entry| field(entry, "message") == Some("node metadata read"))?;
+    Ok(agent)
+}
+
+/// IMDS-31: Terraform takes its account from here.
+#[test]
+fn iam_info_is_that_of_the_pods_role() -> Result<()> {
+    let site = site()?;
+    let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
+    let agent = start(&site, &[])?;
+    let info = get(&reader, "/latest/meta-data/iam/info")?.json()?;
+    let arn = info["InstanceProfileArn"].as_str().context("an ARN")?;
+    ensure!(
+        info["Code"] == "Success" && arn == format!("arn:aws:iam::{ACCOUNT}:instance-profile/reader-role"),
+        "{info}"
+    );
+    ensure!(info["InstanceProfileId"].is_string() && info["LastUpdated"].as_str().is_some_and(|at| at.len() == 20));
+    ensure!(get(&idle, "/latest/meta-data/iam/info")?.status == 404);
+    agent.stop()
+}
+
+/// IMDS-32
+#[test]
+fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
+    let site = site()?;
+    let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
+    let (agent, instance) = (start(&site, &[])?, Instance::default());
+    for pod in [&reader, &idle] {
+        for slash in ["", "/"] {
+            let placement = |what| get(pod, &format!("/latest/meta-data/placement/{what}{slash}"));
+            ensure!(placement("region")?.ok()? == instance.region);
+            ensure!(placement("availability-zone")?.ok()? == instance.availability_zone);
+            let document = get(pod, &format!("{DOCUMENT}{slash}"))?.json()?;
+            ensure!(document["region"] == instance.region, "{document}");
+            ensure!(document["accountId"] != instance.account, "{document}");
+        }
+    }
+    ensure!(get(&reader, DOCUMENT)?.json()?["accountId"] == ACCOUNT);
+    ensure!(get(&idle, DOCUMENT)?.json()?.get("accountId").is_none());
+    site.no_pod_got_outside()?;
+    agent.stop()
+}
+
+/// IMDS-32: the list is exact, and what is not on it does not exist, whatever the node's own service has.
+#[test]
+fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let flags = [
+        ("--node-metadata", "meta-data/instance-id,meta-data/placement/region"),
+        ("--node-metadata-value", "meta-data/placement/region=mars-1"),
+    ];
+    let agent = start(&site, &flags)?;
+    ensure!(get(&reader, "/latest/meta-data/instance-id")?.ok()? == Instance::default().instance_id);
+    ensure!(get(&reader, "/latest/meta-data/placement/region")?.ok()? == "mars-1", "a given value comes first");
+    for path in [
+        DOCUMENT,
+        "/latest/meta-data/placement/availability-zone",
+        "/latest/meta-data/hostname",
+        "/latest/meta-data/instance-id/..",
+        "/latest/user-data",
+        &format!("/latest/meta-data/iam/security-credentials/{NODE_ROLE}"),
+    ] {
+        ensure!(get(&reader, path)?.status == 404, "{path}");
+    }
+    agent.stop()?;
+    for path in ["meta-data/iam/info", "user-data", "dynamic/instance-identity/signature", "meta-data"] {
+        let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata", path))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2) && said.contains(&format!("--node-metadata {path}")), "{output:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,98 @@
+//! Session tokens that a pod should not have, or that it made up.
+
+use anyhow::{Result, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use lab::http::{CREDENTIALS_PATH, TOKEN};
+use lab::net::Shape;
+use lab::poll::poll;
+
+use super::{PATIENCE, credentials, get, get_with, opens_the_session_of, site};
+
+/// 2100-01-01T00:00:00Z
+const YEAR_2100: u64 = 4_102_444_800;
+
+/// IMDS-6
+#[test]
+fn no_bit_of_a_token_can_be_changed_and_none_can_be_made_up() -> Result<()> {
+    let site = site()?;
+    let (reader, writer) = (site.pod_with_role("reader")?, site.pod_with_role("writer")?);
+    let agent = site.start()?;
+    let mut imds = reader.imds();
+    let good = imds.put_token(21_600)?;
+    let raw = URL_SAFE_NO_PAD.decode(&good)?;
+    let mut forged = Vec::new();
+    for bit in 0..raw.len() * 8 {
+        let mut changed = raw.clone();
+        changed[bit / 8] ^= 1 << (bit % 8);
+        forged.push(URL_SAFE_NO_PAD.encode(changed));
+    }
+    // Wherever the expiry stands, as seconds since 1970.
+    for at in 0..=raw.len() - 8 {
+        let mut later = raw.clone();
+        later[at..at + 8].copy_from_slice(&YEAR_2100.to_be_bytes());
+        forged.push(URL_SAFE_NO_PAD.encode(later));
+    }
+    let foreign = URL_SAFE_NO_PAD.decode(writer.imds().put_token(21_600)?)?;
+    let half = raw.len() / 2;
+    forged.extend([
+        URL_SAFE_NO_PAD.encode([&raw[..half], &foreign[half..]].concat()),
+        URL_SAFE_NO_PAD.encode([&foreign[..half], &raw[half..]].concat()),
+        URL_SAFE_NO_PAD.encode(&raw[..half]),
+        URL_SAFE_NO_PAD.encode([&raw[..], &raw[..]].concat()),
+        URL_SAFE_NO_PAD.encode(vec![0; raw.len()]),
+        format!("{good}="),
+        format!("{good}A"),
+        format!("{good},{good}"),
+        good.to_lowercase(),
+    ]);
+    for token in &forged {
+        let answer = get_with(&mut imds, &credentials("reader"), &[(TOKEN, token)])?;
+        ensure!(answer.status == 401, "{token}: {answer:?}");
+    }
+    opens_the_session_of(&site, "reader", &get_with(&mut imds, &credentials("reader"), &[(TOKEN, &good)])?)?;
+    site.no_pod_got_outside()?;
+    agent.stop()
+}
+
+/// IMDS-6: an address is given to another pod within seconds.
+#[test]
+fn a_token_of_the_pod_that_had_the_address_before_is_worth_nothing() -> Result<()> {
+    let site = site()?;
+    let address = site.node.allocate();
+    let first = site.node.pod_at("first", Shape::RoutedBare, address)?;
+    site.put(site.with_role(&first)?)?;
+    let agent = site.start()?;
+    let token = first.imds().put_token(21_600)?;
+    ensure!(get_with(&mut first.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)])?.body == "first-role");
+
+    site.remove("first")?;
+    first.delete();
+    let second = site.node.pod_at("second", Shape::RoutedBare, address)?;
+    site.put(site.with_role(&second)?)?;
+    poll("the second pod to be known", PATIENCE, || {
+        get(&second, CREDENTIALS_PATH).is_ok_and(|answer| answer.body == "second-role").then_some(())
+    })?;
+    let answer = get_with(&mut second.imds(), &credentials("second"), &[(TOKEN, &token)])?;
+    ensure!(answer.status == 401, "{answer:?}");
+    ensure!(get(&second, &credentials("first"))?.status == 404);
+    opens_the_session_of(&site, "second", &get(&second, &credentials("second"))?)?;
+    agent.stop()
+}
+
+/// A token that was asked for before anybody knew the pod stays good, or SDKs would be stuck with it for six hours.
+#[test]
+fn a_token_from_before_the_pod_was_known_is_good_afterwards() -> Result<()> {
+    let site = site()?;
+    let (late, other) = (site.stranger("late")?, site.pod("other")?);
+    let entry = site.with_role(&late)?;
+    let agent = site.start()?;
+    let token = late.imds().put_token(21_600)?;
+    site.put(entry)?;
+    poll("the pod to be known", PATIENCE, || {
+        get_with(&mut late.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)]).is_ok_and(|a| a.status == 200).then_some(())
+    })?;
+    opens_the_session_of(&site, "late", &get_with(&mut late.imds(), &credentials("late"), &[(TOKEN, &token)])?)?;
+    ensure!(get_with(&mut other.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)])?.status == 401, "for its address only");
+    agent.stop()
+}
