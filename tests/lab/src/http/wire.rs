@@ -3,7 +3,7 @@
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -62,9 +62,17 @@ impl Wire {
 
     /// Waits so long; an error if anything comes, or the other side closes.
     pub fn quiet(&mut self, duration: Duration) -> Result<()> {
-        self.0.get_ref().set_read_timeout(Some(duration))?;
+        let until = Instant::now() + duration;
         let mut came = [0; 1_024];
-        let end = self.0.get_mut().peek(&mut came);
+        let end = loop {
+            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            self.0.get_ref().set_read_timeout(Some(left))?;
+            match self.0.get_mut().peek(&mut came) {
+                // By the end of some child of this program.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                end => break end,
+            }
+        };
         self.0.get_ref().set_read_timeout(Some(TIMEOUT))?;
         match end {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(()),
