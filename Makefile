@@ -27,13 +27,13 @@ bench: ## Measure against a bare hyper server in the same run; ratios in target/
 	@tests/setup.sh
 	$(CARGO) bench --bench ratios
 
-e2e: ## Deploy the image on a one-node cluster of real parts (needs root). KEEP=1 leaves the cluster running.
-	@tests/setup.sh packages
-	tests/e2e.sh $(if $(KEEP),--keep)
+e2e: ## Deploy the image on a one-node cluster of real parts and run the scenarios (needs root). KEEP=1 leaves it running.
+	@tests/setup.sh e2e
+	KEEP=$(KEEP) tests/e2e.sh
 
 e2e-first-act: ## 1,000 pods whose first act is a credentials request, on that cluster (needs root).
-	@tests/setup.sh packages
-	tests/e2e.sh --only first-act --pods 1000
+	@tests/setup.sh e2e
+	FIRST_ACT=1000 tests/e2e.sh first-act
 
 image: ## Build the container image with buildah or docker, and print its size.
 	daemonset/image.sh

