@@ -1,0 +1,141 @@
+//! Pods whose first act is a request for credentials, with one second and one attempt.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+
+use super::{ASK, Scale};
+use crate::{cluster::Cluster, figures::spread, pods::Job};
+
+const AT_ONCE: usize = 20;
+/// About what AWS's regional endpoints take.
+const STS_TAKES: Duration = Duration::from_millis(120);
+
+pub fn run(cluster: &Cluster, scale: &Scale) -> anyhow::Result<String> {
+    cluster.agent_ready()?;
+    cluster.sts_takes(STS_TAKES)?;
+    cluster.forget_sts_calls()?;
+    // An identity each: nobody can have another's by luck.
+    let names: Vec<String> = (0..scale.first_act).map(|n| format!("first-{n}")).collect();
+    for some in names.chunks(100) {
+        cluster.identities(some)?;
+    }
+    let records = Records::watch(cluster.disk("node1", "/var/lib/cni/results"));
+    let script = format!("start=$EPOCHREALTIME; {ASK} ask || exit 1; say $start $EPOCHREALTIME $key; sleep 2");
+    let mut figures = Figures::default();
+    for some in names.chunks(AT_ONCE) {
+        let jobs: Vec<Job> = some.iter().map(|name| Job::new(name, name, &script)).collect();
+        cluster.start(&jobs)?;
+        let ended = cluster.pods.ended(some, Duration::from_secs(180))?;
+        let issued = cluster.issued()?;
+        for (name, (seen, message, code)) in some.iter().zip(ended) {
+            if code != 0 {
+                figures.failed.push(format!("{name}: {}", message.trim()));
+                continue;
+            }
+            let mut words = message.split_whitespace();
+            let mut number = || words.next().and_then(|word| word.parse::<f64>().ok()).context("a time");
+            let (start, end) = (number()?, number()?);
+            let role = words.next().and_then(|key| issued.get(key));
+            ensure!(role == Some(&Cluster::role_arn(name)), "{name} was given credentials of {role:?}");
+            figures.start.insert(name.clone(), start);
+            figures.answer.push((end - start) * 1e3);
+            figures.bound.extend(seen.bound.map(|at| (start - at) * 1e3));
+            figures.shown.extend(seen.address.map(|(at, _)| (at - start) * 1e3));
+            figures.uids.push((seen.uid, start));
+        }
+        cluster.clear()?;
+    }
+    figures.tell(cluster, &records.end())
+}
+
+#[derive(Default)]
+struct Figures {
+    failed: Vec<String>,
+    start: HashMap<String, f64>,
+    uids: Vec<(String, f64)>,
+    answer: Vec<f64>,
+    bound: Vec<f64>,
+    shown: Vec<f64>,
+}
+
+impl Figures {
+    fn tell(self, cluster: &Cluster, records: &HashMap<String, f64>) -> anyhow::Result<String> {
+        let mut ready = Vec::new();
+        for call in cluster.sts_calls()? {
+            let name = call.role_arn.rsplit('/').next().unwrap_or_default();
+            if let Some(start) = self.start.get(name) {
+                #[expect(clippy::cast_precision_loss)]
+                let done = call.at.as_millisecond() as f64 / 1e3 + STS_TAKES.as_secs_f64();
+                ready.push((start - done) * 1e3);
+            }
+        }
+        let warm = ready.iter().filter(|early| **early > 0.0).count();
+        let record = self.uids.iter().filter_map(|(uid, start)| Some((start - records.get(uid)?) * 1e3)).collect();
+        let late = self.shown.iter().filter(|after| **after > 800.0).count();
+        let total = self.answer.len() + self.failed.len();
+        eprintln!("first act of {total} pods, {AT_ONCE} at once; times before (+) the first instruction:");
+        eprintln!("  bound to the node        {}", spread(self.bound));
+        eprintln!("  CNI record written       {}", spread(record));
+        eprintln!("  credentials in hand      {}", spread(ready));
+        eprintln!("after the first instruction:");
+        eprintln!("  both answers there       {}", spread(self.answer.clone()));
+        eprintln!("  address at the API server {}; {late} later than 800 ms", spread(self.shown));
+        ensure!(self.failed.is_empty(), "{} of {total} without credentials: {:?}", self.failed.len(), self.failed);
+        Ok(format!(
+            "{} of {total} have their own credentials, {warm} warm; answered in {}",
+            self.answer.len(),
+            spread(self.answer)
+        ))
+    }
+}
+
+/// When the runtime wrote the record of which pod. Records go away with their pods, so somebody has to look all along.
+struct Records {
+    stop: Arc<AtomicBool>,
+    looking: JoinHandle<HashMap<String, f64>>,
+}
+
+impl Records {
+    fn watch(folder: PathBuf) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let looking = thread::spawn(move || {
+            let mut known: HashMap<PathBuf, ()> = HashMap::new();
+            let mut written = HashMap::new();
+            while !stopped.load(Ordering::Relaxed) {
+                for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+                    let path = entry.path();
+                    if known.contains_key(&path) || path.to_string_lossy().ends_with("-lo") {
+                        continue;
+                    }
+                    let (Ok(text), Ok(about)) = (fs::read_to_string(&path), entry.metadata()) else { continue };
+                    let Some((_, rest)) = text.split_once(r#""K8S_POD_UID",""#) else { continue };
+                    #[expect(clippy::cast_precision_loss)]
+                    let at = about.mtime() as f64 + about.mtime_nsec() as f64 / 1e9;
+                    written.insert(rest.chars().take_while(|c| *c != '"').collect(), at);
+                    known.insert(path, ());
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+            written
+        });
+        Self { stop, looking }
+    }
+
+    fn end(self) -> HashMap<String, f64> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.looking.join().unwrap_or_default()
+    }
+}
