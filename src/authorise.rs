@@ -7,7 +7,12 @@ pub mod accounts;
 mod arn;
 mod terms;
 
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use clap::ValueEnum;
 use tokio::time::{Duration, Instant};
@@ -42,7 +47,7 @@ pub struct Grant {
 
 /// Everything that changes what STS would return, and so tells sessions apart. Never the role alone: two service
 /// accounts with one role are two principals.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
     pub account: ServiceAccountName,
     /// A service account that was deleted and made anew is another one.
@@ -57,6 +62,15 @@ pub struct Key {
     pub policy_arns: Vec<String>,
     /// Where a workload that Kubernetes does not know has its token.
     pub token_file: Option<PathBuf>,
+}
+
+/// Enough to tell nearly all keys apart; equality looks at everything.
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.account.hash(state);
+        self.pod.hash(state);
+        self.role.hash(state);
+    }
 }
 
 impl Grant {
@@ -115,13 +129,31 @@ impl Authoriser {
     /// # Errors
     /// The service account has no role, or an annotation of it is malformed; or it is not known yet.
     pub async fn authorise(&self, workload: &Workload) -> Result<Grant, Refusal> {
-        let role = format!("{}/role-arn", self.defaults.prefix);
-        let account = self.accounts.find(workload, &role).await?;
+        let account = match self.accounts.annotated(workload) {
+            Some(account) => account,
+            None => self.accounts.find(workload, &format!("{}/role-arn", self.defaults.prefix)).await?,
+        };
         grant(workload.clone(), &account, &self.defaults)
     }
 }
 
 fn grant(workload: Workload, account: &Account, defaults: &Defaults) -> Result<Grant, Refusal> {
+    let (key, require_imdsv2) = match account.shared.get() {
+        Some(shared) => shared.clone(),
+        None => {
+            let read = key(&workload, account, defaults)?;
+            if read.0.pod.is_none() {
+                // The same for all its pods until its annotations change, which makes another account of it.
+                let _ = account.shared.set(read.clone());
+            }
+            read
+        }
+    };
+    Ok(Grant { workload, key, require_imdsv2, made: Instant::now() })
+}
+
+/// With whether the account requires IMDSv2.
+fn key(workload: &Workload, account: &Account, defaults: &Defaults) -> Result<(Arc<Key>, bool), Refusal> {
     let name = workload.service_account().clone();
     let terms = Terms::read(account, defaults)
         .map_err(|wrong| Refusal::new(Reason::BadAnnotation, format!("service account {name}: {wrong}")))?;
@@ -145,7 +177,7 @@ fn grant(workload: Workload, account: &Account, defaults: &Defaults) -> Result<G
         token_file: account.token_file.clone(),
         account: name,
     };
-    Ok(Grant { workload, key: Arc::new(key), require_imdsv2: terms.require_imdsv2, made: Instant::now() })
+    Ok((Arc::new(key), terms.require_imdsv2))
 }
 
 /// `namespace/name[/pod]` as STS allows it (`[\w+=,.@-]{2,64}`), the same at every refresh: services such as MSK drop

@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -21,6 +21,7 @@ use kube::{
 use tokio::{sync::OnceCell, time::Instant};
 use tracing::{info, warn};
 
+use super::Key;
 use crate::{
     attribute::{ServiceAccountName, Workload, file::FileWorkload},
     refusal::{Reason, Refusal},
@@ -36,6 +37,8 @@ pub struct Account {
     pub(super) uid: Arc<str>,
     annotations: BTreeMap<String, String>,
     pub(super) token_file: Option<PathBuf>,
+    /// The key that all pods of the account share, and whether it requires IMDSv2: read at the first request.
+    pub(super) shared: OnceLock<(Arc<Key>, bool)>,
 }
 
 impl Account {
@@ -46,7 +49,7 @@ impl Account {
     #[cfg(test)]
     pub(crate) fn of_annotations<'a>(uid: &str, annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let annotations = annotations.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        Self { uid: uid.into(), annotations, token_file: None }
+        Self { uid: uid.into(), annotations, token_file: None, shared: OnceLock::new() }
     }
 }
 
@@ -89,7 +92,12 @@ impl Accounts {
             if let Some(role) = &workload.role {
                 annotations.insert(role_annotation.to_owned(), role.clone());
             }
-            let account = Account { uid: "".into(), annotations, token_file: workload.token_file.clone() };
+            let account = Account {
+                uid: "".into(),
+                annotations,
+                token_file: workload.token_file.clone(),
+                shared: OnceLock::new(),
+            };
             (workload.pod.account.clone(), Arc::new(account))
         });
         *self.known.write().unwrap_or_else(PoisonError::into_inner) =
@@ -206,7 +214,7 @@ fn slim(metadata: ObjectMeta, required: &str) -> Option<(ServiceAccountName, Opt
     if !required.is_empty() && !annotations.contains_key(required) {
         return Some((name, None));
     }
-    Some((name, Some(Account { uid: metadata.uid?.into(), annotations, token_file: None })))
+    Some((name, Some(Account { uid: metadata.uid?.into(), annotations, token_file: None, shared: OnceLock::new() })))
 }
 
 impl std::fmt::Debug for Accounts {

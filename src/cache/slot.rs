@@ -80,17 +80,29 @@ impl Held {
     }
 
     fn left(&self) -> Duration {
+        self.left_at(Instant::now())
+    }
+
+    fn left_at(&self, now: Instant) -> Duration {
         let slept = clock::suspended().saturating_sub(self.suspended);
-        self.credential.expires_at().saturating_duration_since(Instant::now() + slept)
+        self.credential.expires_at().saturating_duration_since(now + slept)
     }
 
     fn due(&self) -> bool {
-        Instant::now() >= self.refresh_at || !self.fresh()
+        self.due_at(Instant::now())
+    }
+
+    fn due_at(&self, now: Instant) -> bool {
+        now >= self.refresh_at || self.left_at(now) < self.enough()
     }
 
     /// Enough is left for any SDK.
     fn fresh(&self) -> bool {
-        self.left() >= MIN_LEFT.min(self.lifetime() / 2)
+        self.left() >= self.enough()
+    }
+
+    fn enough(&self) -> Duration {
+        MIN_LEFT.min(self.lifetime() / 2)
     }
 }
 
@@ -184,9 +196,19 @@ impl Slot {
     }
 
     pub(super) fn in_hand(&self) -> Option<Arc<Credential>> {
-        let credential = self.shared.state.borrow().in_hand().cloned()?;
-        self.shared.used();
-        self.shared.want(Urgency::Refresh);
+        let now = Instant::now();
+        let (credential, due) = {
+            let state = self.shared.state.borrow();
+            // What is not due is fresh: all but a few requests end with this one look at the clock.
+            match state.held.as_ref().filter(|held| !held.due_at(now)) {
+                Some(held) => (held.credential.clone(), false),
+                None => (state.in_hand()?.clone(), true),
+            }
+        };
+        self.shared.used_at(now);
+        if due {
+            self.shared.want(Urgency::Refresh);
+        }
         Some(credential)
     }
 
@@ -360,7 +382,11 @@ impl Shared {
     }
 
     fn used(&self) {
-        *self.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.used_at(Instant::now());
+    }
+
+    fn used_at(&self, now: Instant) {
+        *self.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
     }
 
     fn used_within(&self, lifetime: Duration) -> bool {

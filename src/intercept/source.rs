@@ -21,7 +21,7 @@ const REMEMBERED: usize = 1_024;
 #[derive(Debug)]
 pub(super) struct Sources {
     limits: Limits,
-    seen: Mutex<HashMap<IpAddr, Source>>,
+    seen: Mutex<HashMap<IpAddr, Arc<Mutex<Source>>>>,
     metrics: Metrics,
 }
 
@@ -36,7 +36,7 @@ struct Source {
 /// One connection's share of what its source may take.
 #[derive(Debug)]
 pub struct Share {
-    source: IpAddr,
+    source: Arc<Mutex<Source>>,
     sources: Arc<Sources>,
 }
 
@@ -50,20 +50,26 @@ impl Sources {
         let mut seen = self.seen();
         if seen.len() >= REMEMBERED {
             let rate = f64::from(self.limits.requests_per_source);
-            seen.retain(|_, source| source.open > 0 || source.tokens + rate * seconds(source.counted) < rate);
+            seen.retain(|_, source| {
+                let source = lock(source);
+                source.open > 0 || source.tokens + rate * seconds(source.counted) < rate
+            });
         }
         let fresh = || Source { open: 0, tokens: self.limits.requests_per_source.into(), counted: Instant::now() };
-        let entry = seen.entry(source).or_insert_with(fresh);
-        if entry.open >= self.limits.per_source {
-            return None;
+        let source = seen.entry(source).or_insert_with(|| Arc::new(Mutex::new(fresh()))).clone();
+        {
+            let mut source = lock(&source);
+            if source.open >= self.limits.per_source {
+                return None;
+            }
+            source.open += 1;
         }
-        entry.open += 1;
         self.metrics.connections.inc();
         Some(Share { source, sources: self.clone() })
     }
 
-    fn seen(&self) -> MutexGuard<'_, HashMap<IpAddr, Source>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    fn seen(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Mutex<Source>>>> {
+        lock(&self.seen)
     }
 }
 
@@ -71,11 +77,10 @@ impl Share {
     /// Counts a request; returns how long it must be held, `None` when that would be too long.
     pub fn request(&self) -> Option<Duration> {
         let rate = f64::from(self.sources.limits.requests_per_source);
-        let mut seen = self.sources.seen();
-        // It is there for as long as this share of it is.
-        let Some(source) = seen.get_mut(&self.source) else { return Some(Duration::ZERO) };
-        source.tokens = rate.min(source.tokens + rate * seconds(source.counted));
-        source.counted = Instant::now();
+        let mut source = lock(&self.source);
+        let now = Instant::now();
+        source.tokens = rate.min(source.tokens + rate * now.duration_since(source.counted).as_secs_f64());
+        source.counted = now;
         let delay = Duration::from_secs_f64((1.0 - source.tokens).max(0.0) / rate);
         (delay <= MAX_DELAY).then(|| {
             source.tokens -= 1.0;
@@ -86,11 +91,13 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        if let Some(source) = self.sources.seen().get_mut(&self.source) {
-            source.open -= 1;
-        }
+        lock(&self.source).open -= 1;
         self.sources.metrics.connections.dec();
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn seconds(since: Instant) -> f64 {
