@@ -127,7 +127,8 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
             setsockopt(&listener, sockopt::Ipv6V6Only, &true)?;
         }
         nix::sys::socket::bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
-        nix::sys::socket::listen(&listener, Backlog::new(1_024)?)?;
+        // The kernel's limit (net.core.somaxconn): musl's constant is older than kernels, and nix holds to it.
+        nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
         Ok(std::net::TcpListener::from(listener))
     };
     listening().map_err(|error: Errno| match error {

@@ -91,7 +91,12 @@ pub fn live_read(client: Client, node: String, attributor: Arc<Attributor>) -> L
         Box::pin(async move {
             let Ok(_turn) = turns.try_acquire() else { return };
             let query = ListParams::default().fields(&format!("spec.nodeName={node},status.podIP={address}"));
-            match pods.list(&query).await {
+            let mut found = pods.list(&query).await;
+            if matches!(found, Err(ref error) if !matches!(error, kube::Error::Api(_))) {
+                // A connection of the pool that died in silence: the next one is new.
+                found = pods.list(&query).await;
+            }
+            match found {
                 Ok(found) => {
                     let pods = found.items.into_iter().filter_map(SlimPod::into_pod);
                     pods.for_each(|pod| attributor.apply(Event::Pod(pod)));

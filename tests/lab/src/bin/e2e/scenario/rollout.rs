@@ -9,6 +9,8 @@ use crate::{cluster::Cluster, pods::Job};
 
 const LOADS: usize = 4;
 const SECONDS: u64 = 40;
+/// Seconds without an agent: the kubelet ends one and starts the next.
+const GAP: f64 = 5.0;
 
 /// Asks for its credentials fifty times a second, as no SDK does: what fails here would have failed one.
 fn load() -> String {
@@ -50,8 +52,9 @@ pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
         gap = gap.max(last - first);
         whys.extend(words.next().map(|why| why.trim().to_owned()).filter(|why| !why.is_empty()));
     }
-    let told =
-        format!("{failed} of {asked} requests failed while the agent was replaced, over {:.0} ms {whys:?}", gap * 1e3);
-    ensure!(failed == 0, "{told}");
+    let told = format!("{failed} of {asked} requests failed while the agent was replaced, over {:.0} ms", gap * 1e3);
+    // Refused at once, and by nobody else: what an SDK takes for "try again".
+    ensure!(whys.iter().all(|why| why.contains("refused")), "{told}: {whys:?}");
+    ensure!(gap < GAP, "{told}");
     Ok(told)
 }
