@@ -92,7 +92,7 @@ pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
             // Which may be the token itself, so it is not shown.
             return Err(anyhow!("line {line}: tokenFile of workload {name} must be an absolute path"));
         }
-        workloads.push(FileWorkload {
+        let workload = FileWorkload {
             pod: Pod {
                 uid: PodUid(entry.uid.unwrap_or(name).into()),
                 name: entry.pod.into(),
@@ -105,7 +105,20 @@ pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
             role: entry.role,
             token_file: entry.token_file,
             annotations: entry.annotations,
-        });
+        };
+        // A service account has one role; which of two it is must not depend on their order.
+        let same_account = |other: &&FileWorkload| other.pod.account == workload.pod.account;
+        if let Some(other) = workloads.iter().find(same_account)
+            && (&other.role, &other.token_file, &other.annotations)
+                != (&workload.role, &workload.token_file, &workload.annotations)
+        {
+            return Err(anyhow!(
+                "line {line}: service account {} has another role, tokenFile or annotations than before; give the \
+                 workload a serviceAccount of its own",
+                workload.pod.account
+            ));
+        }
+        workloads.push(workload);
     }
     Ok(workloads)
 }
@@ -201,6 +214,11 @@ mod tests {
                 "/run/tokens/reader",
                 "eyJhbGciOi.eyJpc3Mi.c2ln",
                 "line 2: tokenFile of workload default/reader-0 must be",
+            ),
+            (
+                "pod: idle\n  namespace: tools",
+                "pod: idle\n  serviceAccount: reader",
+                "line 7: service account default/reader",
             ),
             ("serviceAccount:", "serviceAcount:", "serviceAcount"),
             ("workloads:", "workloads: [", "line"),
