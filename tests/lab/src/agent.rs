@@ -214,6 +214,19 @@ impl Agent {
     }
 }
 
+impl Drop for Agent {
+    /// Whoever ends it means to. Else a test has failed, and its log tells why; a test that passes shows no output.
+    fn drop(&mut self) {
+        if !self.process.ended() {
+            let lines = self.process.lines();
+            eprintln!(
+                "kirsa was not ended; its last lines:\n  {}",
+                lines[lines.len().saturating_sub(60)..].join("\n  ")
+            );
+        }
+    }
+}
+
 /// A field of a log entry, wherever the formatter put it.
 pub fn field<'a>(entry: &'a Value, name: &str) -> Option<&'a str> {
     entry.get(name).or_else(|| entry.get("fields")?.get(name))?.as_str()
