@@ -20,9 +20,9 @@ use crate::{
 
 /// The shortest that the API server mints; the token is used once, within seconds.
 const LIFETIME: Duration = Duration::from_secs(600);
-/// The API server's Node authorizer learns of a new pod from a watch of its own, at times later than this agent from
-/// its; until then it says 403.
-const AUTHORIZER_LAG: Duration = Duration::from_secs(2);
+/// The API server's Node authorizer and its NodeRestriction admission learn of a new pod from watches of their own, at
+/// times later than this agent from its; until then the one says 403 and the other 404.
+const ADMISSION_LAG: Duration = Duration::from_secs(2);
 /// Real tokens are 1 to 2 KiB.
 const MAX_TOKEN_FILE: usize = 64 << 10;
 
@@ -75,7 +75,8 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
             }
             Err(error) => {
                 let refusal = refused(grant, &error);
-                if refusal.reason != Reason::TokenForbidden || grant.age() > AUTHORIZER_LAG {
+                let may_lag = matches!(refusal.reason, Reason::TokenForbidden | Reason::PodGone);
+                if !may_lag || grant.age() > ADMISSION_LAG {
                     return Err(refusal);
                 }
             }
@@ -149,5 +150,73 @@ impl std::fmt::Debug for TokenSource {
             Self::Kubernetes(_) => "Kubernetes",
             Self::File => "File",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use http::{Request, Response};
+    use kube::client::Body;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::attribute::Workload;
+
+    const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
+
+    /// An API server that refuses the first `times` TokenRequests with that status, and what it was asked.
+    fn refusing(status: u16, times: usize) -> (Client, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let service = tower::service_fn(move |_: Request<Body>| {
+            let nth = count.fetch_add(1, Ordering::SeqCst);
+            let body = if nth < times {
+                serde_json::json!({"kind": "Status", "status": "Failure", "message": "no", "reason": "no", "code": status})
+            } else {
+                serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1",
+                    "metadata": {}, "spec": {"audiences": []},
+                    "status": {"token": "a.b.c", "expirationTimestamp": "2026-01-01T00:00:00Z"}})
+            };
+            let status = if nth < times { status } else { 201 };
+            let response = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
+            async move { Ok::<_, Infallible>(response.unwrap()) }
+        });
+        (Client::new(service, "default"), asked)
+    }
+
+    fn grant() -> Grant {
+        Grant::sample(Workload::sample("a", "uid-a", "reader"), ROLE)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_the_api_server_is_yet_to_learn_of_is_asked_for_again() {
+        for status in [403, 404] {
+            let (client, asked) = refusing(status, 3);
+            assert!(mint(&client, &grant()).await.is_ok(), "{status}");
+            assert_eq!(asked.load(Ordering::SeqCst), 4);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_lag_does_not_explain_is_refused_at_once_and_the_rest_soon() {
+        for (status, reason) in [(422, Reason::TokenRefused), (500, Reason::TokenUnavailable)] {
+            let (client, asked) = refusing(status, usize::MAX);
+            assert_eq!(mint(&client, &grant()).await.unwrap_err().reason, reason);
+            assert_eq!(asked.load(Ordering::SeqCst), 1);
+        }
+        for (status, reason) in [(403, Reason::TokenForbidden), (404, Reason::PodGone)] {
+            let (client, asked) = refusing(status, usize::MAX);
+            let (grant, began) = (grant(), Instant::now());
+            assert_eq!(mint(&client, &grant).await.unwrap_err().reason, reason);
+            assert!(began.elapsed() < 3 * ADMISSION_LAG, "{:?}", began.elapsed());
+            let before = asked.load(Ordering::SeqCst);
+            assert!(mint(&client, &grant).await.is_err());
+            assert_eq!(asked.load(Ordering::SeqCst), before + 1, "a pod known for that long is not waited for");
+        }
     }
 }
