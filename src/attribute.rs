@@ -15,7 +15,10 @@ use std::{
     future::Future,
     net::IpAddr,
     pin::Pin,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -91,6 +94,8 @@ pub type LiveRead = Box<dyn Fn(IpAddr) -> Pin<Box<dyn Future<Output = ()> + Send
 pub struct Attributor {
     directory: RwLock<Directory>,
     changed: signal::Sender<()>,
+    /// How often the directory has changed.
+    edition: AtomicU64,
     changes: mpsc::UnboundedSender<Change>,
     live_read: RwLock<Option<LiveRead>>,
     metrics: Metrics,
@@ -103,6 +108,7 @@ impl Attributor {
         let attributor = Self {
             directory: RwLock::default(),
             changed: signal::Sender::new(()),
+            edition: AtomicU64::new(0),
             changes,
             live_read: RwLock::default(),
             metrics,
@@ -121,6 +127,8 @@ impl Attributor {
             self.metrics.directory_pods.set(i64::try_from(directory.live_pods()).unwrap_or(i64::MAX));
             let (in_use, pending, stale) = directory.record_states();
             self.metrics.cni_records(in_use, pending, stale);
+            // While nobody can read: whoever sees the old edition after that has read the old directory before it.
+            self.edition.fetch_add(1, Ordering::SeqCst);
             changes
         };
         for change in changes {
@@ -128,6 +136,11 @@ impl Attributor {
             let _ = self.changes.send(change);
         }
         self.changed.send_replace(());
+    }
+
+    /// For as long as it is the same, so is every answer of [`Attributor::peek`]. To be read before the answer.
+    pub fn edition(&self) -> u64 {
+        self.edition.load(Ordering::SeqCst)
     }
 
     /// Who is calling, as far as is known at this moment.
@@ -199,6 +212,12 @@ impl Attributor {
                 }
             }
         }
+    }
+
+    /// The live pods of a service account on this node.
+    pub fn pods_of(&self, account: &ServiceAccountName) -> Vec<Workload> {
+        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
+        directory.pods_of(account).map(|pod| Workload(pod.clone())).collect()
     }
 
     /// Whether the pod is one of this node's live ones still.

@@ -17,7 +17,7 @@ use std::{
 use clap::ValueEnum;
 use tokio::time::{Duration, Instant};
 
-pub use accounts::{Account, Accounts};
+pub use accounts::{Account, Accounts, Told};
 pub use arn::RoleArn;
 pub use terms::Defaults;
 
@@ -118,6 +118,11 @@ impl Authoriser {
 
     pub fn accounts(&self) -> &Accounts {
         &self.accounts
+    }
+
+    /// For as long as it is the same, so is every answer of [`Authoriser::foresee`]. To be read before the answer.
+    pub fn edition(&self) -> u64 {
+        self.accounts.edition()
     }
 
     /// What the workload is going to be granted as far as that is known without asking anybody.

@@ -16,6 +16,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    sync::mpsc,
     task::JoinSet,
 };
 use tracing::{error, info, warn};
@@ -113,7 +114,8 @@ pub async fn run(
     let metrics = Metrics::new(VERSION)?;
     let readiness = Readiness::default();
     let redirected = readiness.condition("redirect");
-    let (attributor, changes) = Attributor::new(metrics.clone());
+    let (attributor, pods) = Attributor::new(metrics.clone());
+    let (changed, accounts) = mpsc::unbounded_channel();
     let mut tasks = JoinSet::new();
 
     let defaults = config.defaults();
@@ -151,6 +153,7 @@ pub async fn run(
                 mint,
                 metrics: metrics.clone(),
                 attributor: attributor.clone(),
+                changed,
             };
             tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, conditions.clone()));
             (authoriser, tokens)
@@ -166,7 +169,7 @@ pub async fn run(
     tasks.spawn(always(observe::serve_admin(listeners.admin, metrics.clone(), readiness.clone(), slots)));
     let ahead =
         ahead::FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
-    tasks.spawn(always(ahead.run(changes, conditions)));
+    tasks.spawn(always(ahead.run(pods, accounts, conditions)));
     let metadata = NodeMetadata::new(config.metadata.given);
     tasks.spawn(always(metadata.clone().follow(config.metadata.allowed)));
     let server = Arc::new(Server {

@@ -20,7 +20,7 @@ use std::{
 
 use super::{
     Workload,
-    pod::{Pod, PodUid},
+    pod::{Pod, PodUid, ServiceAccountName},
 };
 
 /// What the sources tell.
@@ -172,6 +172,10 @@ impl Directory {
 
     pub fn is_live(&self, uid: &PodUid) -> bool {
         self.pods.get(uid).is_some_and(|pod| !pod.ended)
+    }
+
+    pub fn pods_of<'a>(&'a self, account: &'a ServiceAccountName) -> impl Iterator<Item = &'a Arc<Pod>> {
+        self.pods.values().filter(move |pod| pod.account == *account && !pod.ended && !pod.host_network)
     }
 
     pub fn live_pods(&self) -> usize {

@@ -7,7 +7,10 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,6 +49,10 @@ impl Account {
         self.annotations.get(name).map(String::as_str)
     }
 
+    fn says_the_same(&self, other: &Self) -> bool {
+        self.uid == other.uid && self.annotations == other.annotations
+    }
+
     #[cfg(test)]
     pub(crate) fn of_annotations<'a>(uid: &str, annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let annotations = annotations.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
@@ -53,9 +60,21 @@ impl Account {
     }
 }
 
+/// What an event of the watch meant.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Told {
+    /// Every service account has been told of.
+    All,
+    /// This one has a role, or other terms, since now.
+    Changed(ServiceAccountName),
+    Nothing,
+}
+
 /// What is known of service accounts.
 pub struct Accounts {
     known: RwLock<Known>,
+    /// How often what is known has changed.
+    edition: AtomicU64,
     live: Option<Live>,
 }
 
@@ -78,11 +97,15 @@ type LiveAnswer = Arc<OnceCell<Option<Arc<Account>>>>;
 
 impl Accounts {
     pub fn of_kubernetes(client: Client) -> Self {
-        Self { known: RwLock::default(), live: Some(Live { client, answers: Mutex::default() }) }
+        Self::new(Some(Live { client, answers: Mutex::default() }))
     }
 
     pub fn of_file() -> Self {
-        Self { known: RwLock::default(), live: None }
+        Self::new(None)
+    }
+
+    fn new(live: Option<Live>) -> Self {
+        Self { known: RwLock::default(), edition: AtomicU64::new(0), live }
     }
 
     /// Takes over what a workloads file says. `role_annotation` is where its `role` goes.
@@ -100,8 +123,14 @@ impl Accounts {
             };
             (workload.pod.account.clone(), Arc::new(account))
         });
-        *self.known.write().unwrap_or_else(PoisonError::into_inner) =
-            Known { synced: true, annotated: annotated.collect(), listing: None };
+        let replaced = Known { synced: true, annotated: annotated.collect(), listing: None };
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        *known = replaced;
+        self.edition.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(super) fn edition(&self) -> u64 {
+        self.edition.load(Ordering::SeqCst)
     }
 
     pub(super) fn annotated(&self, workload: &Workload) -> Option<Arc<Account>> {
@@ -125,8 +154,8 @@ impl Accounts {
         }
     }
 
-    /// Follows all service accounts until dropped; calls `synced` each time that all have been told of.
-    pub async fn follow(&self, client: Client, role_annotation: &str, synced: impl Fn()) {
+    /// Follows all service accounts until dropped, and passes on what each event meant.
+    pub async fn follow(&self, client: Client, role_annotation: &str, told: impl Fn(Told)) {
         let accounts: Api<PartialObjectMeta<ServiceAccount>> = Api::all(client);
         let config = watcher::Config::default().any_semantic().timeout(240).page_size(200);
         let mut events = std::pin::pin!(watcher(accounts, config));
@@ -135,10 +164,11 @@ impl Accounts {
             match event {
                 Ok(event) => {
                     pause = BACKOFF.0;
-                    if self.apply(event, role_annotation) {
+                    let meant = self.apply(event, role_annotation);
+                    if meant == Told::All {
                         info!("service accounts read");
-                        synced();
                     }
+                    told(meant);
                 }
                 Err(error) => {
                     warn!(%error, "watch of service accounts failed; what is known stays in use");
@@ -149,21 +179,31 @@ impl Accounts {
         }
     }
 
-    /// True when the event was the last of a list.
-    fn apply(&self, event: watcher::Event<PartialObjectMeta<ServiceAccount>>, role_annotation: &str) -> bool {
+    fn apply(&self, event: watcher::Event<PartialObjectMeta<ServiceAccount>>, role_annotation: &str) -> Told {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        // Nobody can read before this ends.
+        self.edition.fetch_add(1, Ordering::SeqCst);
         match event {
             watcher::Event::Init => known.listing = Some(HashSet::new()),
             watcher::Event::InitApply(account) | watcher::Event::Apply(account) => {
-                let Some((name, account)) = slim(account.metadata, role_annotation) else { return false };
+                let Some((name, account)) = slim(account.metadata, role_annotation) else { return Told::Nothing };
                 self.forget_live(&name);
                 if let Some(listing) = &mut known.listing {
                     listing.insert(name.clone());
                 }
-                match account {
-                    Some(account) => known.annotated.insert(name, Arc::new(account)),
-                    None => known.annotated.remove(&name),
+                let Some(account) = account else {
+                    known.annotated.remove(&name);
+                    return Told::Nothing;
                 };
+                let before = known.annotated.get(&name);
+                let same = before.is_some_and(|before| before.says_the_same(&account));
+                if !same {
+                    known.annotated.insert(name.clone(), Arc::new(account));
+                    // Of the first list, nothing is news.
+                    if known.synced {
+                        return Told::Changed(name);
+                    }
+                }
             }
             watcher::Event::Delete(account) => {
                 if let Some((name, _)) = slim(account.metadata, role_annotation) {
@@ -175,10 +215,10 @@ impl Accounts {
                 let listed = known.listing.take().unwrap_or_default();
                 known.annotated.retain(|name, _| listed.contains(name));
                 known.synced = true;
-                return true;
+                return Told::All;
             }
         }
-        false
+        Told::Nothing
     }
 
     fn forget_live(&self, name: &ServiceAccountName) {

@@ -17,7 +17,7 @@ use tokio::{select, sync::mpsc::UnboundedReceiver, time::sleep};
 use super::{cluster::Cluster, finding::Finding};
 use crate::{
     attribute::{Attributor, Change, Event, Workload, file, pod::SlimPod},
-    authorise::{Accounts, Authoriser, Grant},
+    authorise::{Accounts, Authoriser, Grant, Told},
     clock::UnixTime,
     config::Config,
     exchange::{claims::Claims, sts::Sts, token::TokenSource},
@@ -71,7 +71,7 @@ pub(super) async fn of_cluster(
     let read = tokio::sync::Notify::new();
     let annotation = role_annotation(config);
     select! {
-        () = authoriser.accounts().follow(reader, &annotation, || read.notify_one()) => {}
+        () = authoriser.accounts().follow(reader, &annotation, |told| if told == Told::All { read.notify_one() }) => {}
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
 use crate::{
-    attribute::{Attributor, Change, Workload},
+    attribute::{Attributor, Change, ServiceAccountName, Workload},
     authorise::Authoriser,
     cache::Cache,
     observe::Condition,
@@ -23,16 +23,28 @@ pub(super) struct FetchAhead {
 }
 
 impl FetchAhead {
-    pub(super) async fn run(self, mut changes: mpsc::UnboundedReceiver<Change>, known: (Condition, Condition)) {
+    pub(super) async fn run(
+        self,
+        mut pods: mpsc::UnboundedReceiver<Change>,
+        mut accounts: mpsc::UnboundedReceiver<ServiceAccountName>,
+        known: (Condition, Condition),
+    ) {
         known.0.met().await;
         known.1.met().await;
         // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
         // ask STS in the same second.
-        while let Ok(change) = changes.try_recv() {
+        while let Ok(change) = pods.try_recv() {
             self.take(change, START_WINDOW);
         }
-        while let Some(change) = changes.recv().await {
-            self.take(change, Duration::ZERO);
+        loop {
+            tokio::select! {
+                Some(change) = pods.recv() => self.take(change, Duration::ZERO),
+                // Its pods may have been told of before it was: the two watches are not in step.
+                Some(account) = accounts.recv() => {
+                    self.attributor.pods_of(&account).iter().for_each(|workload| self.fetch(workload));
+                }
+                else => return,
+            }
         }
     }
 

@@ -5,11 +5,11 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use tokio::task::JoinSet;
+use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
-    attribute::{self, Attributor, file},
-    authorise::Authoriser,
+    attribute::{self, Attributor, ServiceAccountName, file},
+    authorise::{Authoriser, Told},
     kubernetes::{Identity, Kubernetes, Mint},
     observe::{Condition, Metrics},
 };
@@ -21,6 +21,8 @@ pub(super) struct Follow {
     pub(super) mint: Mint,
     pub(super) metrics: Metrics,
     pub(super) attributor: Arc<Attributor>,
+    /// Where service accounts go whose terms have changed.
+    pub(super) changed: mpsc::UnboundedSender<ServiceAccountName>,
 }
 
 impl Follow {
@@ -33,7 +35,13 @@ impl Follow {
     ) -> anyhow::Result<()> {
         let accounts_client = self.kubernetes.watch(Identity::Agent, self.metrics.watch("serviceaccounts"))?;
         let accounts = async {
-            authoriser.accounts().follow(accounts_client, &role_annotation, || accounts_known.set(true)).await;
+            let told = |told| match told {
+                Told::All => accounts_known.set(true),
+                // Nobody listens any more: the agent is ending.
+                Told::Changed(account) => drop(self.changed.send(account)),
+                Told::Nothing => {}
+            };
+            authoriser.accounts().follow(accounts_client, &role_annotation, told).await;
             anyhow::Ok(())
         };
         let pods = async {

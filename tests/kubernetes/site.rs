@@ -18,8 +18,8 @@ use lab::poll::poll;
 use lab::sts::{Call, Config, Jwks, Keys, Outcome, Provider, Role, Session, StandIn};
 use tokio::runtime::Runtime;
 
-use crate::PATIENCE;
 use crate::rights::{Way, granted};
+use crate::{PATIENCE, SOON};
 
 pub(crate) const ROLE_ARN: &str = "eks.amazonaws.com/role-arn";
 pub(crate) const AUDIENCE: &str = "sts.amazonaws.com";
@@ -135,11 +135,12 @@ impl Site {
         Sandbox::new(self.namespace(), pod, uid)
     }
 
-    /// That a pod gets credentials of that account's role, for a token of that account; the access key id.
+    /// That a pod gets credentials of that account's role, for a token of that account; the access key id. It asks
+    /// again after a 503, as SDKs do, which an API server that is slow for a moment may cost it.
     pub(crate) fn serves(&self, pod: &Pod, account: &str) -> Result<String> {
-        let list = pod.imds().role_list()?;
+        let list = decided(|| pod.imds().role_list())?;
         ensure!(list.status == 200 && list.body == role(account), "{}: {list:?}", pod.name());
-        let session = self.session(&credentials(pod, &role(account))?)?;
+        let session = self.session(&decided(|| credentials(pod, &role(account)))?)?;
         self.belongs(&session, account)?;
         let call = self.calls(account).into_iter().find(|call| issued(call) == Some(&session.access_key_id));
         let call = call.with_context(|| format!("no call of STS issued {}", session.access_key_id))?;
@@ -191,6 +192,17 @@ pub(crate) fn wait_for_metric(agent: &Agent, name: &str, labels: &[(&str, &str)]
         (last == Some(value)).then_some(())
     })
     .with_context(|| format!("it is {last:?}"))
+}
+
+/// The first answer that is no "try again", or else the last.
+fn decided(ask: impl Fn() -> Result<Response>) -> Result<Response> {
+    let mut last = ask();
+    let _ = poll("another answer than 503", SOON, || {
+        let again = last.as_ref().is_ok_and(|answer| answer.status == 503);
+        again.then(|| last = ask());
+        (!again).then_some(())
+    });
+    last
 }
 
 fn issued(call: &Call) -> Option<&String> {

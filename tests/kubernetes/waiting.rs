@@ -39,6 +39,21 @@ fn credentials_are_there_before_the_first_request() -> Result<()> {
     agent.stop()
 }
 
+/// Service account and pod are often created together, and the agent may hear of the pod first.
+#[test]
+fn an_account_that_gets_its_role_after_its_pod_was_bound_is_fetched_for_at_once() -> Result<()> {
+    let site = Site::new()?;
+    site.annotate("app", &[])?;
+    site.trust(&arn("app"), "app");
+    let agent = site.start()?;
+    site.bind("app-0", "app")?;
+    wait_for_metric(&agent, "kirsa_directory_pods", &[], 2.0).context("the agent's own and this one")?;
+    site.account("app")?;
+    site.sts.wait_for_outcomes(1, PATIENCE)?;
+    agent.wait_for_log(|entry| entry["message"] == "credentials issued" && entry["pod"] == "app-0")?;
+    agent.stop()
+}
+
 /// The API server shows the address later than the pod's first instruction runs, on a busy node by seconds.
 #[test]
 fn a_pod_that_only_its_record_names_is_answered_at_once() -> Result<()> {
