@@ -6,7 +6,7 @@ mod slot;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use moka::sync::Cache as Map;
@@ -32,6 +32,10 @@ pub enum Standing {
     Failed(Refusal),
     Pending,
 }
+
+/// Where a session is found again, for as long as the cache keeps it.
+#[derive(Debug, Clone)]
+pub struct Session(Weak<Slot>);
 
 /// The sessions of this node's pods.
 pub struct Cache {
@@ -61,6 +65,20 @@ impl Cache {
         slot.standing(until).await
     }
 
+    /// The session of a grant, for whoever is going to ask again.
+    pub fn session(&self, grant: &Grant) -> Session {
+        Session(Arc::downgrade(&self.slot(grant)))
+    }
+
+    /// The credentials, if there is no need to wait for them.
+    pub fn in_hand(&self, session: &Session) -> Option<Arc<Credential>> {
+        let credential = session.0.upgrade()?.in_hand()?;
+        self.metrics.cache_hits.inc();
+        Some(credential)
+    }
+
+    /// The credentials, waited for where that is needed.
+    ///
     /// # Errors
     /// A definite refusal at once, the last one when `until` has come.
     pub async fn get(&self, grant: &Grant, until: Instant) -> Result<Arc<Credential>, Refusal> {

@@ -5,37 +5,36 @@
 //! answer from our own.
 
 mod answer;
+mod caller;
 pub mod route;
 pub mod session;
 pub mod upstream;
 
-use std::{convert::Infallible, sync::Arc, sync::OnceLock, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response};
+use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, request::Parts};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::Watcher,
-};
+use hyper_util::{rt::TokioIo, server::graceful::Watcher};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 use crate::{
-    attribute::{Attributor, PATIENCE, PodUid, Workload},
+    attribute::{Attributor, PATIENCE, Workload},
     authorise::{Authoriser, Grant},
     cache::{Cache, Standing},
     clock::UnixTime,
-    intercept::{Accepted, Peer, Share},
+    intercept::{Accepted, Peer},
     observe::{Metrics, Outcome, RefusalLog},
     refusal::{Reason, Refusal},
 };
+use caller::{Caller, Editions, Known};
 use route::Route;
 use session::Sessions;
 use upstream::NodeMetadata;
 
-const TOKEN: &str = "x-aws-ec2-metadata-token";
+static TOKEN: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 
 /// The role list waits this long for the exchange, since clients give each request its own second: what the list waits
@@ -43,9 +42,6 @@ const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const LIST_HOLD: Duration = Duration::from_millis(350);
 /// The credentials are waited for this long; Go's SDKs give up after 5 s, and some clients never.
 const CREDENTIALS_HOLD: Duration = Duration::from_secs(4);
-/// SDKs keep a connection for a minute between requests. Also bounds how slowly a request's head may arrive.
-const IDLE: Duration = Duration::from_secs(75);
-const MAX_HEADERS: usize = 64;
 /// Request line and headers, in bytes; hyper allows no less than 8 KiB.
 const MAX_HEAD: usize = 16 << 10;
 /// SDKs send no bodies, or empty ones.
@@ -65,37 +61,30 @@ pub struct Server {
     pub refusals: RefusalLog,
 }
 
-/// Who is at the other end of one connection: fixed by the first request, whatever the directory says later.
-#[derive(Debug)]
-struct Caller {
-    peer: Option<Peer>,
-    share: Share,
-    pod: OnceLock<PodUid>,
-}
-
 impl Server {
     /// Serves one connection to its end.
     pub async fn connection(self: Arc<Self>, accepted: Accepted, drain: Watcher) {
         let (stream, peer, share, _place) = accepted.into_parts();
-        let caller = Caller { peer, share, pod: OnceLock::new() };
+        let caller = Caller::new(peer, share);
         // Answers are small and whole: waiting to fill a segment only delays them.
         let _ = stream.set_nodelay(true);
         let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(&caller, request).await));
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(IDLE)
-            .max_headers(MAX_HEADERS)
-            .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), service);
-        if let Err(error) = drain.watch(connection).await {
-            debug!(source = ?caller.peer, %error, "connection");
+        let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(TokioIo::new(stream), service);
+        tokio::select! {
+            ended = drain.watch(connection) => if let Err(error) = ended {
+                debug!(source = ?caller.peer, %error, "connection");
+            },
+            () = caller.idle() => debug!(source = ?caller.peer, "idle for too long: closed"),
         }
     }
 
     async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let route = target(&request).map_or(Route::NotFound, Route::parse);
-        let result = self.respond(caller, &route, request).await;
+        caller.step();
+        let (head, body) = request.into_parts();
+        let route = target(&head.uri).map_or(Route::NotFound, Route::parse);
+        let result = self.respond(caller, &route, &head, body).await;
         self.metrics.request(route.label(), Outcome::of(&result));
+        caller.step();
         result.unwrap_or_else(|refusal| {
             self.log(caller, &refusal);
             answer::refuse(refusal.reason)
@@ -105,8 +94,9 @@ impl Server {
     async fn respond(
         &self,
         caller: &Caller,
-        route: &Route,
-        request: Request<Incoming>,
+        route: &Route<'_>,
+        head: &Parts,
+        body: Incoming,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
         match caller.share.request() {
             Some(Duration::ZERO) => {}
@@ -114,7 +104,6 @@ impl Server {
             None => return Err(Reason::TooManyRequests.into()),
         }
         let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
-        let (head, body) = request.into_parts();
         match (&head.method, route) {
             (&Method::PUT, Route::Token) => {
                 drain(body).await?;
@@ -143,7 +132,7 @@ impl Server {
         &self,
         caller: &Caller,
         peer: &Peer,
-        route: &Route,
+        route: &Route<'_>,
         headers: &HeaderMap,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
         let asked = Instant::now();
@@ -177,16 +166,19 @@ impl Server {
                 }
             }
             Route::Credentials { role, extended } => {
-                let workload = self.caller(caller, peer, headers, asked).await?;
                 let until = asked + CREDENTIALS_HOLD;
-                let grant = self.grant(&workload, headers, until).await?;
+                let known = self.known(caller, peer, headers, asked, until).await?;
+                let (workload, grant) = (&known.workload, &known.grant);
                 // The service account decides the role. Another name is not found, whether there is such a role or not.
-                if *role != grant.role().alias() && role != grant.role().name() {
+                if !grant.role().answers_to(role) {
                     return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
                 }
-                let credential = self.cache.get(&grant, until).await?;
+                let credential = match self.cache.in_hand(&known.session) {
+                    Some(credential) => credential,
+                    None => self.cache.get(grant, until).await?,
+                };
                 // A last look: the address may have changed hands while this request was held.
-                if self.attributor.peek(peer)? != workload {
+                if self.editions() != known.editions && self.attributor.peek(peer)? != *workload {
                     return Err(Refusal::new(Reason::UnknownPod, format!("{workload} lost its address meanwhile")));
                 }
                 Ok(answer::document(if *extended { credential.extended() } else { credential.document() }))
@@ -225,7 +217,7 @@ impl Server {
         // What is wrong whoever is calling need not wait for who that is.
         self.session(peer, headers, None)?;
         let workload = self.attributor.attribute(peer, asked + PATIENCE).await?;
-        if caller.pod.get_or_init(|| workload.uid().clone()) != workload.uid() {
+        if !caller.is_still(&workload) {
             return Err(Refusal::new(Reason::UnknownPod, "the address changed hands while this connection was open"));
         }
         self.session(peer, headers, Some(&workload))?;
@@ -233,7 +225,7 @@ impl Server {
     }
 
     fn session(&self, peer: &Peer, headers: &HeaderMap, workload: Option<&Workload>) -> Result<(), Refusal> {
-        let Some(token) = headers.get(TOKEN) else {
+        let Some(token) = headers.get(&TOKEN) else {
             return if self.require_imdsv2 { Err(Reason::SessionRequired.into()) } else { Ok(()) };
         };
         let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
@@ -253,10 +245,44 @@ impl Server {
                 format!("service account {account} could not be read in time"),
             ))
         })?;
-        if grant.requires_imdsv2() && !headers.contains_key(TOKEN) {
-            return Err(Reason::SessionRequired.into());
-        }
+        self.suffices(&grant, headers)?;
         Ok(grant)
+    }
+
+    /// Whether the request has a session token if what it asks for requires one.
+    fn suffices(&self, grant: &Grant, headers: &HeaderMap) -> Result<(), Refusal> {
+        let lacks = grant.requires_imdsv2() && !headers.contains_key(&TOKEN);
+        if lacks { Err(Reason::SessionRequired.into()) } else { Ok(()) }
+    }
+
+    /// Who is calling and what it is granted: as remembered of the connection's last request, if nothing that the
+    /// answer rests on has changed since.
+    async fn known(
+        &self,
+        caller: &Caller,
+        peer: &Peer,
+        headers: &HeaderMap,
+        asked: Instant,
+        until: Instant,
+    ) -> Result<Known, Refusal> {
+        let editions = self.editions();
+        if let Some(known) = caller.known(editions) {
+            self.session(peer, headers, Some(&known.workload))?;
+            self.suffices(&known.grant, headers)?;
+            return Ok(known);
+        }
+        let workload = self.caller(caller, peer, headers, asked).await?;
+        let grant = self.grant(&workload, headers, until).await?;
+        let known = Known { editions, session: self.cache.session(&grant), workload, grant };
+        // What a live read told holds for less long than an edition may.
+        if self.authoriser.foresee(&known.workload).is_some() {
+            caller.remember(known.clone());
+        }
+        Ok(known)
+    }
+
+    fn editions(&self) -> Editions {
+        (self.attributor.edition(), self.authoriser.edition())
     }
 
     fn log(&self, caller: &Caller, refusal: &Refusal) {
@@ -270,8 +296,7 @@ impl Server {
 }
 
 /// The request target without its query; `None` for the forms that are for proxies.
-fn target(request: &Request<Incoming>) -> Option<&str> {
-    let uri = request.uri();
+fn target(uri: &Uri) -> Option<&str> {
     (uri.scheme().is_none() && uri.authority().is_none()).then(|| uri.path())
 }
 

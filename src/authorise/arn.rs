@@ -67,6 +67,11 @@ impl RoleArn {
         self.name.replace('=', "-")
     }
 
+    /// Whether a pod may ask for it by this name: the one that it was told, or the role's own.
+    pub fn answers_to(&self, name: &str) -> bool {
+        name == &*self.name || (self.name.contains('=') && name == self.alias())
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -95,6 +100,7 @@ mod tests {
         ] {
             let role = RoleArn::parse(arn, false).unwrap();
             assert_eq!((role.account(), role.alias().as_str(), role.as_str()), (account, alias, arn));
+            assert!(role.answers_to(alias) && role.answers_to(role.name()) && !role.answers_to("x"));
         }
     }
 

@@ -1,9 +1,14 @@
 //! Path → [`Route`]: parse, normalise, match exactly. What does not match is not found; nothing is matched by prefix,
 //! and nothing of the path ever goes anywhere.
 
+use std::borrow::Cow;
+
+/// No client asks for more.
+const MAX_SEGMENTS: usize = 12;
+
 /// What can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Route {
+pub enum Route<'a> {
     Versions,
     Token,
     RoleList,
@@ -11,7 +16,7 @@ pub enum Route {
     IamInfo,
     /// The role name as asked for, percent-decoded.
     Credentials {
-        role: String,
+        role: Cow<'a, str>,
         extended: bool,
     },
     /// Anything else below `meta-data` and `dynamic`, to be found among what is known of the node.
@@ -19,7 +24,7 @@ pub enum Route {
     NotFound,
 }
 
-impl Route {
+impl<'a> Route<'a> {
     /// The metric label.
     pub fn label(&self) -> &'static str {
         match self {
@@ -34,10 +39,40 @@ impl Route {
     }
 
     /// `target` is the request target without its query, as sent.
-    pub fn parse(target: &str) -> Self {
-        let Some(segments) = segments(target) else { return Self::NotFound };
-        let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
-        let Some((version, rest)) = segments.split_first() else { return Self::Versions };
+    pub fn parse(target: &'a str) -> Self {
+        match decode(target) {
+            Some(Cow::Borrowed(path)) => Self::of(path),
+            Some(Cow::Owned(path)) => Route::of(&path).into_owned(),
+            None => Self::NotFound,
+        }
+    }
+
+    fn into_owned(self) -> Route<'static> {
+        match self {
+            Self::Versions => Route::Versions,
+            Self::Token => Route::Token,
+            Self::RoleList => Route::RoleList,
+            Self::IamInfo => Route::IamInfo,
+            Self::Credentials { role, extended } => {
+                Route::Credentials { role: Cow::Owned(role.into_owned()), extended }
+            }
+            Self::Metadata(path) => Route::Metadata(path),
+            Self::NotFound => Route::NotFound,
+        }
+    }
+
+    /// Several slashes count as one, and a last one as none.
+    fn of(path: &'a str) -> Self {
+        let mut segments = [""; MAX_SEGMENTS];
+        let mut count = 0;
+        for segment in path.split('/').filter(|segment| !segment.is_empty()) {
+            match segments.get_mut(count) {
+                Some(place) if segment != "." && segment != ".." => *place = segment,
+                _ => return Self::NotFound,
+            }
+            count += 1;
+        }
+        let Some((version, rest)) = segments[..count].split_first() else { return Self::Versions };
         if !is_version(version) {
             return Self::NotFound;
         }
@@ -46,10 +81,10 @@ impl Route {
             ["meta-data", "iam", "info"] => Self::IamInfo,
             ["meta-data", "iam", "security-credentials" | "security-credentials-extended"] => Self::RoleList,
             ["meta-data", "iam", "security-credentials", role] => {
-                Self::Credentials { role: (*role).to_owned(), extended: false }
+                Self::Credentials { role: Cow::Borrowed(role), extended: false }
             }
             ["meta-data", "iam", "security-credentials-extended", role] => {
-                Self::Credentials { role: (*role).to_owned(), extended: true }
+                Self::Credentials { role: Cow::Borrowed(role), extended: true }
             }
             [] | ["meta-data" | "dynamic", ..] => Self::Metadata(rest.join("/")),
             _ => Self::NotFound,
@@ -65,41 +100,41 @@ fn is_version(segment: &str) -> bool {
     segment == "latest" || dated
 }
 
-/// Splits at slashes, of which several count as one and a last one as none, then decodes each segment once. `None` for
-/// what no client sends: other than printable ASCII, a slash or a percent sign that was hidden by encoding, dots.
-fn segments(target: &str) -> Option<Vec<String>> {
-    let path = target.strip_prefix('/')?;
-    path.split('/').filter(|segment| !segment.is_empty()).map(decode).collect()
-}
-
-fn decode(segment: &str) -> Option<String> {
-    let mut bytes = segment.bytes();
-    let mut decoded = String::with_capacity(segment.len());
+/// Each `%xx` as what it stands for, once. `None` for what no client sends: other than printable ASCII, a slash or a
+/// percent sign that was hidden by encoding.
+fn decode(target: &str) -> Option<Cow<'_, str>> {
+    target.strip_prefix('/')?;
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'\\' | b';');
+    if target.bytes().all(plain) {
+        return Some(Cow::Borrowed(target));
+    }
+    let mut bytes = target.bytes();
+    let mut decoded = String::with_capacity(target.len());
     while let Some(byte) = bytes.next() {
         let byte = if byte == b'%' {
             let digit = |byte: Option<u8>| char::from(byte?).to_digit(16);
             let (high, low) = (digit(bytes.next())?, digit(bytes.next())?);
-            u8::try_from(high << 4 | low).ok()?
+            u8::try_from(high << 4 | low).ok().filter(|byte| *byte != b'/')?
         } else {
             byte
         };
-        if !byte.is_ascii_graphic() || matches!(byte, b'/' | b'%' | b'\\' | b';') {
+        if !plain(byte) {
             return None;
         }
         decoded.push(char::from(byte));
     }
-    (decoded != "." && decoded != "..").then_some(decoded)
+    Some(Cow::Owned(decoded))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn credentials(role: &str, extended: bool) -> Route {
+    fn credentials(role: &str, extended: bool) -> Route<'_> {
         Route::Credentials { role: role.into(), extended }
     }
 
-    fn metadata(path: &str) -> Route {
+    fn metadata(path: &str) -> Route<'_> {
         Route::Metadata(path.into())
     }
 

@@ -108,7 +108,7 @@ impl NodeMetadata {
         let token = std::str::from_utf8(&token)?.to_owned();
         let mut read = 0;
         for path in wanted {
-            if let Some(value) = call(Method::GET, path, (TOKEN, &token)).await? {
+            if let Some(value) = call(Method::GET, path, (TOKEN.as_str(), &token)).await? {
                 self.values.write().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), value);
                 read += 1;
             }
