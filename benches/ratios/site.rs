@@ -60,20 +60,21 @@ impl<'a> Site<'a> {
         let api = ApiServer::get()?;
         let node = Node::new()?;
         let (warm_pod, cold_pod) = (node.pod(WARM, Shape::RoutedBare)?, node.pod(COLD, Shape::RoutedBare)?);
-        let kubeconfig = runtime.block_on(async {
+        runtime.block_on(async {
             let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
             api.namespace("kirsa").await?;
             for rights in ["base/rbac.yaml", "components/constrained-impersonation/rbac.yaml"] {
                 let path = repository.join("daemonset").join(rights);
                 api.apply(&fs::read_to_string(&path).with_context(|| path.display().to_string())?).await?;
             }
-            api.agent_kubeconfig("kirsa", "kirsa", node.name()).await
+            as_in_a_pod(api, &api.agent_kubeconfig("kirsa", "kirsa", node.name()).await?)
         })?;
         let keys = Keys::Given(serde_json::from_value(runtime.block_on(api.jwks())?)?);
         let config = Config { providers: vec![Provider::new(ISSUER, keys)], ..Config::default() };
         let sts = StandIn::start(TcpListener::bind((BASE, 0))?, config)?;
         let options = Options::new(&binaries.kirsa)
-            .flag("--kubeconfig", kubeconfig)
+            .env("KUBERNETES_SERVICE_HOST", api.address().ip().to_string())
+            .env("KUBERNETES_SERVICE_PORT", api.address().port().to_string())
             .flag("--sts-endpoint-url", sts.url())
             // One pod makes all the load; what it may is not what is measured.
             .flag("--max-requests-per-source", "1000000");
@@ -159,6 +160,20 @@ impl<'a> Site<'a> {
         poll("bare hyper", PATIENCE, || pod.imds().get("/").send().ok())?;
         Ok(Bare { process, pod, _node: node })
     }
+}
+
+/// The agent finds the API server as it does in a cluster: reading a kubeconfig would cost memory that it does not take
+/// there.
+fn as_in_a_pod(api: &ApiServer, kubeconfig: &Path) -> Result<()> {
+    let kubeconfig: serde_json::Value = serde_json::from_slice(&fs::read(kubeconfig)?)?;
+    let token = kubeconfig["users"][0]["user"]["token"].as_str().context("a token in the agent's kubeconfig")?;
+    // On a /run of the lab's own.
+    let account = Path::new("/run/secrets/kubernetes.io/serviceaccount");
+    fs::create_dir_all(account)?;
+    fs::copy(api.ca(), account.join("ca.crt"))?;
+    fs::write(account.join("token"), token)?;
+    fs::write(account.join("namespace"), "kirsa")?;
+    Ok(())
 }
 
 async fn create(api: &Api<KubePod>, name: String, account: &str, node: &str, address: IpAddr) -> Result<()> {
