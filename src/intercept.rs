@@ -3,6 +3,7 @@
 //! Brings pods' connections to the metadata address here ([`rule`]), accepts them within limits, and learns from the
 //! kernel who they come from and where they were meant to go. Knows no Kubernetes and no HTTP.
 
+pub mod handover;
 pub mod rule;
 mod monitor;
 mod probe;
@@ -31,6 +32,7 @@ use tracing::{debug, warn};
 
 use crate::observe::Metrics;
 
+pub use handover::{Duties, Duty, Handover, Predecessor};
 pub use monitor::RuleChanges;
 pub use probe::{Probe, connect_marked};
 pub use rule::{Backend, HostAddresses};
@@ -107,12 +109,20 @@ impl Accepted {
     }
 }
 
-/// Listens on the node's addresses.
+/// Listens on the node's addresses, with the sockets of the agent that ran before where it has them.
 ///
 /// # Errors
 /// Names the address and what to change.
-pub fn listen(host: HostAddresses, port: u16) -> anyhow::Result<Vec<std::net::TcpListener>> {
-    host.iter().map(|address| bind((address, port).into())).collect()
+pub fn listen(
+    host: HostAddresses,
+    port: u16,
+    mut predecessor: Option<&mut Predecessor>,
+) -> anyhow::Result<Vec<std::net::TcpListener>> {
+    let mut listener = |address: SocketAddr| {
+        let passed = predecessor.as_mut().and_then(|predecessor| predecessor.pods(address));
+        passed.map_or_else(|| bind(address), Ok)
+    };
+    host.iter().map(|address| listener((address, port).into())).collect()
 }
 
 fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
@@ -121,7 +131,7 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let listener = socket(family, SockType::Stream, flags, None)?;
         setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-        // The next version of this agent may start to listen before this one ends.
+        // An agent that does not hand over may be there still (`handover`).
         setsockopt(&listener, sockopt::ReusePort, &true)?;
         if address.is_ipv6() {
             setsockopt(&listener, sockopt::Ipv6V6Only, &true)?;
@@ -145,7 +155,7 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
 }
 
 /// Accepts connections and hands each to `serve` as a task of its own, until it is dropped.
-pub async fn accept<F>(listener: TcpListener, doors: Arc<Doors>, serve: impl Fn(Accepted) -> F + Send + Sync + 'static)
+pub async fn accept<F>(listener: &TcpListener, doors: &Doors, serve: &(impl Fn(Accepted) -> F + Sync))
 where
     F: Future<Output = ()> + Send + 'static,
 {

@@ -7,6 +7,7 @@ mod redirect;
 use std::{
     future::Future,
     net::IpAddr,
+    os::fd::{AsFd, BorrowedFd},
     process::ExitCode,
     sync::{Arc, OnceLock},
 };
@@ -29,7 +30,7 @@ use crate::{
     doctor,
     exchange::{Exchange, sts::Sts, token::TokenSource},
     intercept::{
-        self, Direct, Doors, Probe,
+        self, Direct, Doors, Duties, Duty, Handover, Predecessor, Probe,
         rule::{self, Installed, RuleSet},
     },
     kubernetes::{self, Identity, Kubernetes},
@@ -75,17 +76,20 @@ pub fn main(command: Command) -> ExitCode {
 fn start(config: Config) -> anyhow::Result<()> {
     observe::start_logging(config.log_format, &config.log_level)?;
     info!(version = VERSION, "kirsa starts");
-    let listeners = intercept::listen(config.host, config.port)?;
+    let mut predecessor = Predecessor::find(&config.state_dir);
+    let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
     let installed = rule::install(RuleSet { host: config.host, port: config.port }, config.intercept)?;
     let sessions = Sessions::open(&config.state_dir)?;
     rule::drop_privileges(installed.as_ref()).context("cannot drop capabilities")?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let ended = runtime.block_on(async {
-        let admin = TcpListener::bind(config.admin_address)
-            .await
-            .with_context(|| format!("--admin-address {}: cannot listen there", config.admin_address))?;
-        let listeners = Listeners { pods: listeners, admin };
+        let admin = match predecessor.as_mut().and_then(|predecessor| predecessor.listener(config.admin_address)) {
+            Some(passed) => passed,
+            None => std::net::TcpListener::bind(config.admin_address)
+                .with_context(|| format!("--admin-address {}: cannot listen there", config.admin_address))?,
+        };
+        let listeners = Listeners { pods, admin, predecessor };
         run(config, listeners, installed, sessions, until_terminated()?).await
     });
     // Whatever still runs has nothing to lose: every request has ended, or has had its time.
@@ -97,7 +101,15 @@ fn start(config: Config) -> anyhow::Result<()> {
 #[derive(Debug)]
 pub struct Listeners {
     pub pods: Vec<std::net::TcpListener>,
-    pub admin: TcpListener,
+    pub admin: std::net::TcpListener,
+    /// The agent that some of these may be from.
+    pub predecessor: Option<Predecessor>,
+}
+
+impl Listeners {
+    fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.pods.iter().chain([&self.admin]).map(AsFd::as_fd)
+    }
 }
 
 /// Serves this node's pods until `shutdown`, and then until open requests have ended or had their time.
@@ -166,10 +178,19 @@ pub async fn run(
     let cache = Arc::new(Cache::new(Arc::new(exchange), budget, metrics.clone()));
     let described = cache.clone();
     let slots: observe::Page = Arc::new(move || described.describe());
-    tasks.spawn(always(observe::serve_admin(listeners.admin, metrics.clone(), readiness.clone(), slots)));
+    let duties = Duties::new(listeners.predecessor.as_ref());
+    let handover = Handover::new(&config.state_dir, listeners.sockets(), duties.clone())?;
+    listeners.admin.set_nonblocking(true)?;
+    let admin = TcpListener::from_std(listeners.admin)?;
+    tasks.spawn(always({
+        let (duties, metrics, readiness) = (duties.clone(), metrics.clone(), readiness.clone());
+        async move {
+            duties.during(Duty::Admin, || observe::serve_admin(&admin, &metrics, &readiness, &slots)).await;
+        }
+    }));
     let ahead =
         ahead::FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
-    tasks.spawn(always(ahead.run(pods, accounts, conditions)));
+    tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
     let metadata = NodeMetadata::new(config.metadata.given);
     tasks.spawn(always(metadata.clone().follow(config.metadata.allowed)));
     let server = Arc::new(Server {
@@ -189,17 +210,41 @@ pub async fn run(
     let doors = Doors::new(config.limits, direct, probe.clone(), metrics.clone());
     let mut doormen = JoinSet::new();
     for listener in listeners.pods {
-        let (server, graceful) = (server.clone(), graceful.clone());
-        let serve = move |accepted| server.clone().connection(accepted, graceful.watcher());
-        doormen.spawn(intercept::accept(TcpListener::from_std(listener)?, doors.clone(), serve));
+        let (server, graceful, doors, duties) = (server.clone(), graceful.clone(), doors.clone(), duties.clone());
+        let listener = TcpListener::from_std(listener)?;
+        doormen.spawn(async move {
+            let serve = |accepted| server.clone().connection(accepted, graceful.watcher());
+            duties.during(Duty::Pods, || intercept::accept(&listener, &doors, &serve)).await;
+        });
     }
     match installed {
         Some(installed) => {
             let addresses: Vec<IpAddr> = config.host.iter().collect();
-            tasks.spawn(always(redirect::keep_redirect(installed, addresses, probe, redirected, metrics)));
+            metrics.rule_applied.inc();
+            let duties = duties.clone();
+            tasks.spawn(always(async move {
+                let keep = || redirect::keep_redirect(installed, &addresses, &probe, &redirected, &metrics);
+                duties.during(Duty::Redirect, keep).await;
+            }));
         }
         None => redirected.set(true),
     }
+    // With the doormen, so that at the first signal the next agent is told, and this one's listeners are its alone.
+    doormen.spawn(async move {
+        let _taken = match listeners.predecessor {
+            Some(predecessor) => {
+                let learnt = async {
+                    conditions.0.met().await;
+                    conditions.1.met().await;
+                };
+                predecessor.take(&duties, learnt).await.inspect_err(|error| warn!(%error, "hand-over")).ok()
+            }
+            None => None,
+        };
+        handover.offer().await;
+        // There is no more to do, and the agent before must not think that this one has ended.
+        std::future::pending().await
+    });
 
     let failed = async {
         loop {

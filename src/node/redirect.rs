@@ -1,6 +1,6 @@
 //! The redirect, kept.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, time::Duration};
 
 use tracing::{error, warn};
 
@@ -16,17 +16,16 @@ const VERIFY: Duration = Duration::from_secs(2);
 /// Tries the redirect again and again, and applies it when it does not lead here any more.
 pub(super) async fn keep_redirect(
     installed: Installed,
-    addresses: Vec<IpAddr>,
-    probe: Arc<Probe>,
-    verified: Condition,
-    metrics: Metrics,
+    addresses: &[IpAddr],
+    probe: &Probe,
+    verified: &Condition,
+    metrics: &Metrics,
 ) {
-    metrics.rule_applied.inc();
     let mut warned = false;
     let changes = RuleChanges::subscribe();
     loop {
         let mut broken = None;
-        for address in &addresses {
+        for address in addresses {
             if let Err(error) = probe.run(*address).await {
                 broken = Some((*address, error));
             }

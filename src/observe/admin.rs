@@ -17,7 +17,7 @@ use super::{Metrics, Readiness};
 pub type Page = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 
 /// Serves until it is dropped.
-pub async fn serve_admin(listener: TcpListener, metrics: Metrics, readiness: Readiness, slots: Page) {
+pub async fn serve_admin(listener: &TcpListener, metrics: &Metrics, readiness: &Readiness, slots: &Page) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
