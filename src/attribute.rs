@@ -23,7 +23,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, watch as signal},
+    sync::{Notify, mpsc, watch as signal},
     time::{Instant, timeout_at},
 };
 
@@ -98,6 +98,8 @@ pub struct Attributor {
     edition: AtomicU64,
     changes: mpsc::UnboundedSender<Change>,
     live_read: RwLock<Option<LiveRead>>,
+    /// A pod is here that the watch should have told of.
+    doubt: Notify,
     metrics: Metrics,
 }
 
@@ -111,6 +113,7 @@ impl Attributor {
             edition: AtomicU64::new(0),
             changes,
             live_read: RwLock::default(),
+            doubt: Notify::new(),
             metrics,
         };
         (Arc::new(attributor), changed)
@@ -180,6 +183,10 @@ impl Attributor {
         };
         let live_read = async {
             tokio::time::sleep(LIVE_READ_AFTER).await;
+            // The API server knew of a pod with a record before the runtime did.
+            if self.is_announced(peer.source().ip()) {
+                self.doubt.notify_one();
+            }
             let read = self
                 .live_read
                 .read()
@@ -212,6 +219,24 @@ impl Attributor {
                 }
             }
         }
+    }
+
+    /// Returns when a pod has shown here of which the watch should have told: it may be dead.
+    pub(super) async fn doubted(&self) {
+        self.doubt.notified().await;
+    }
+
+    /// What a live read found. A pod that nobody had told of casts doubt on the watch.
+    fn found(&self, pod: Pod) {
+        if !self.directory.read().unwrap_or_else(PoisonError::into_inner).knows(&pod.uid) {
+            self.doubt.notify_one();
+        }
+        self.apply(Event::Pod(pod));
+    }
+
+    fn is_announced(&self, address: IpAddr) -> bool {
+        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
+        directory.synced() && matches!(directory.owner(address), Owner::NotYet(_))
     }
 
     /// The live pods of a service account on this node.
@@ -276,6 +301,26 @@ mod tests {
         assert_eq!(refusal.reason, Reason::UnknownPod);
         assert!(began.elapsed() >= PATIENCE && began.elapsed() < PATIENCE + Duration::from_millis(10));
         assert_eq!(reads.load(std::sync::atomic::Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_its_record_announces_and_nobody_shows_casts_doubt_on_the_watch() {
+        let attributor = attributor();
+        let asks = |address: &str| {
+            let (attributor, peer) = (attributor.clone(), peer(address));
+            async move { attributor.attribute(&peer, Instant::now() + PATIENCE).await.unwrap_err() }
+        };
+        asks("10.0.0.1").await;
+        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_err(), "a stranger is no reason");
+        attributor.apply(Event::Record(directory::Record::sample("r", "uid-a", "10.0.0.1")));
+        asks("10.0.0.1").await;
+        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
+
+        attributor.apply(Event::Pod(Pod::sample("b", "uid-b", "sa", &[])));
+        attributor.found(Pod::sample("b", "uid-b", "sa", &["10.0.0.2"]));
+        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_err(), "its address may come later");
+        attributor.found(Pod::sample("c", "uid-c", "sa", &["10.0.0.3"]));
+        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]

@@ -53,6 +53,19 @@ pub struct Record {
     pub written: (i64, i64),
 }
 
+impl Record {
+    #[cfg(test)]
+    pub(super) fn sample(id: &str, uid: &str, address: &str) -> Self {
+        Self {
+            id: id.into(),
+            pod: PodUid(uid.into()),
+            interface: "eth0".into(),
+            addresses: vec![address.parse().unwrap()],
+            written: (1, 0),
+        }
+    }
+}
+
 /// What became of a pod by an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
@@ -168,6 +181,10 @@ impl Directory {
     /// Whether every pod of this node has been told of at least once.
     pub fn synced(&self) -> bool {
         self.synced
+    }
+
+    pub fn knows(&self, uid: &PodUid) -> bool {
+        self.pods.contains_key(uid)
     }
 
     pub fn is_live(&self, uid: &PodUid) -> bool {

@@ -9,13 +9,7 @@ fn pod(uid: &str, addresses: &[&str]) -> Pod {
 }
 
 fn record(id: &str, uid: &str, address: &str, written: i64) -> Event {
-    Event::Record(Record {
-        id: id.into(),
-        pod: PodUid(uid.into()),
-        interface: "eth0".into(),
-        addresses: vec![ip(address)],
-        written: (written, 0),
-    })
+    Event::Record(Record { written: (written, 0), ..Record::sample(id, uid, address) })
 }
 
 fn ip(address: &str) -> IpAddr {

@@ -1,7 +1,8 @@
 //! The pods of this node, from the API server: a watch that keeps to `spec.nodeName`, in a slim type of our own.
 //!
 //! A dead connection must be noticed, since a watch that has stopped attributes a reused address to its former pod:
-//! the client's read timeout is a little longer than the API server's pause between bookmarks (one minute).
+//! the client's read timeout is a little longer than the API server's pause between bookmarks (one minute), and a pod
+//! that shows on the node in any other way has the watch started anew at once.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -11,7 +12,10 @@ use kube::{
     api::ListParams,
     runtime::watcher::{self, Error, watcher},
 };
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, sleep_until},
+};
 use tracing::{info, warn};
 
 use super::{Attributor, Event, LiveRead, PodUid, pod::SlimPod};
@@ -22,6 +26,9 @@ const PAGE: u32 = 50;
 const WATCH_SECONDS: u32 = 240;
 /// Between tries, with jitter, so that a node's agents do not all come back at once.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// A watch that is in doubt, and says nothing, is started anew; at most this often.
+const DOUBT: Duration = Duration::from_secs(5);
 
 /// Follows this node's pods until dropped; calls `synced` each time that all have been told of.
 pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, synced: impl Fn()) {
@@ -34,7 +41,22 @@ pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, s
         let config =
             if streaming { config.clone().streaming_lists() } else { config.clone().any_semantic().page_size(PAGE) };
         let mut events = std::pin::pin!(watcher(pods.clone(), config));
-        while let Some(event) = events.next().await {
+        let (began, mut doubted) = (Instant::now(), false);
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = events.next() => event,
+                () = attributor.doubted() => {
+                    doubted = true;
+                    continue;
+                }
+                () = sleep_until(began + DOUBT), if doubted => {
+                    info!(%node, "a pod is here that the watch has not told of: starting the watch anew");
+                    break;
+                }
+            };
+            let Some(event) = event else { break };
+            doubted = false;
             match event {
                 Ok(event) => {
                     pause = BACKOFF.0;
@@ -99,7 +121,7 @@ pub fn live_read(client: Client, node: String, attributor: Arc<Attributor>) -> L
             match found {
                 Ok(found) => {
                     let pods = found.items.into_iter().filter_map(SlimPod::into_pod);
-                    pods.for_each(|pod| attributor.apply(Event::Pod(pod)));
+                    pods.for_each(|pod| attributor.found(pod));
                 }
                 Err(error) => warn!(%address, %error, "the API server could not be asked who has this address"),
             }
