@@ -63,6 +63,23 @@ fn default_name() -> String {
 /// # Errors
 /// Names the line and what would be right.
 pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
+    // A key or a value that is wrong is quoted, and may be a token in the wrong place.
+    entries(text).map_err(|wrong| anyhow!(without_tokens(&format!("{wrong:#}"))))
+}
+
+/// The text with a word in the place of whatever may be a JWT: what begins as the JSON of its header does.
+fn without_tokens(text: &str) -> String {
+    let (mut shown, mut rest) = (String::with_capacity(text.len()), text);
+    while let Some((before, token)) = rest.split_once("eyJ") {
+        let end = token.find(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c))).unwrap_or(token.len());
+        shown.push_str(before);
+        shown.push_str("[redacted]");
+        rest = &token[end..];
+    }
+    shown + rest
+}
+
+fn entries(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
     // The line's number, not the line: a token that was put into the wrong place must not get into the log.
     let options = serde_saphyr::options! { with_snippet: false };
     let document: Document = serde_saphyr::from_str_with_options(text, options).map_err(|error| anyhow!("{error}"))?;
