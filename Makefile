@@ -1,11 +1,15 @@
 # Every target has a sentence; `make` prints them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench e2e e2e-first-act image setup fmt
+.PHONY: help demo test lint bench fuzz e2e e2e-first-act image setup fmt
 
 # The lab's child processes get the agent's binary by this name.
 CARGO ?= cargo
 TOOLS := target/tools/bin
 DENY_VERSION := 0.20.2
+FUZZ_VERSION := 0.13.2
+SECONDS ?= 60
+# `address` needs RUSTC_BOOTSTRAP=1 on a stable compiler, and finds little where unsafe code is forbidden.
+SANITIZER ?= none
 
 help: ## Print these sentences.
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +31,12 @@ bench: ## Measure against a bare hyper server in the same run; ratios in target/
 	@tests/setup.sh
 	$(CARGO) bench --bench ratios
 
+fuzz: $(TOOLS)/cargo-fuzz ## Feed a kind of input with libFuzzer (needs g++): make fuzz TARGET=request SECONDS=60; src/fuzz.rs lists them.
+	@cp Cargo.lock fuzz/Cargo.lock
+	@mkdir -p target/fuzz/corpus/$(TARGET)
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" CARGO_TARGET_DIR=target/fuzz $(CARGO) fuzz run --sanitizer $(SANITIZER) $(TARGET) \
+		target/fuzz/corpus/$(TARGET) fuzz/corpus/$(TARGET) -- -max_total_time=$(SECONDS)
+
 e2e: ## Deploy the image on a one-node cluster of real parts and run the scenarios (needs root). KEEP=1 leaves it running.
 	@tests/setup.sh e2e
 	KEEP=$(KEEP) tests/e2e.sh
@@ -46,3 +56,6 @@ fmt: ## Format the code.
 
 $(TOOLS)/cargo-deny:
 	$(CARGO) install cargo-deny --quiet --locked --version $(DENY_VERSION) --root target/tools
+
+$(TOOLS)/cargo-fuzz:
+	$(CARGO) install cargo-fuzz --quiet --locked --version $(FUZZ_VERSION) --root target/tools

@@ -70,12 +70,12 @@ impl Workload {
     }
 
     /// For tests of later stages.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(pod: &str, uid: &str, service_account: &str) -> Self {
         Self::sample_created(pod, uid, service_account, 0)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn sample_created(pod: &str, uid: &str, service_account: &str, created: u64) -> Self {
         Self(Arc::new(Pod { created, ..Pod::sample(pod, uid, service_account, &[]) }))
     }

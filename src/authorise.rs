@@ -97,10 +97,15 @@ impl Grant {
     }
 
     /// For tests of later stages.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(workload: Workload, role: &str) -> Self {
         let account = Account::of_annotations("sa-uid", [("eks.amazonaws.com/role-arn", role)]);
-        grant(workload, &account, &Defaults::sample()).unwrap()
+        Self::of_account(workload, &account, &Defaults::sample()).unwrap()
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn of_account(workload: Workload, account: &Account, defaults: &Defaults) -> Result<Self, Refusal> {
+        grant(workload, account, defaults)
     }
 }
 

@@ -66,7 +66,7 @@ impl Peer {
     }
 
     /// For tests of later stages.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn from_pod(source: IpAddr) -> Self {
         Self { source: (source, 40_000).into(), destination: (METADATA_V4, METADATA_PORT).into() }
     }

@@ -12,7 +12,8 @@
 
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub)]
-#![deny(clippy::unwrap_used, clippy::expect_used)]
+// Of what is shipped; tests and what only they are given may.
+#![cfg_attr(not(any(test, fuzzing)), deny(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod clock;
 pub mod config;
@@ -29,3 +30,6 @@ pub mod authorise;
 pub mod exchange;
 pub mod cache;
 pub mod serve;
+
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;

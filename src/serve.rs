@@ -17,7 +17,10 @@ use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, request::Parts
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{rt::TokioIo, server::graceful::Watcher};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, timeout, timeout_at},
+};
 use tracing::debug;
 
 use crate::{
@@ -25,7 +28,7 @@ use crate::{
     authorise::{Authoriser, Grant},
     cache::{Cache, Standing},
     clock::UnixTime,
-    intercept::{Accepted, Peer},
+    intercept::{Accepted, Peer, Share},
     observe::{Metrics, Outcome, RefusalLog},
     refusal::{Reason, Refusal},
 };
@@ -65,9 +68,20 @@ impl Server {
     /// Serves one connection to its end.
     pub async fn connection(self: Arc<Self>, accepted: Accepted, drain: Watcher) {
         let (stream, peer, share, _place) = accepted.into_parts();
-        let caller = Caller::new(peer, share);
         // Answers are small and whole: waiting to fill a segment only delays them.
         let _ = stream.set_nodelay(true);
+        self.converse(stream, peer, share, drain).await;
+    }
+
+    /// The same over any stream, so that what is tested without a network is what is run with one.
+    pub(crate) async fn converse(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: Option<Peer>,
+        share: Share,
+        drain: Watcher,
+    ) {
+        let caller = Caller::new(peer, share);
         let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(&caller, request).await));
         let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(TokioIo::new(stream), service);
         tokio::select! {

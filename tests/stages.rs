@@ -7,7 +7,7 @@ const STAGES: [&str; 6] = ["intercept", "attribute", "authorise", "exchange", "c
 /// May be named by every stage, and name none.
 const SHARED: [&str; 3] = ["clock", "observe", "refusal"];
 /// Sees every stage.
-const WIRING: [&str; 3] = ["node", "config", "doctor"];
+const WIRING: [&str; 4] = ["node", "config", "doctor", "fuzz"];
 
 #[test]
 fn a_stage_names_only_what_stands_before_it() {

@@ -37,7 +37,7 @@ pub struct Records {
 
 /// Why a file of the folder is not a record of a pod's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Skip {
+pub(crate) enum Skip {
     Unreadable,
     TooLarge,
     NotJson,
@@ -186,7 +186,7 @@ struct CniIp {
     address: String,
 }
 
-fn parse(json: &[u8], id: &str, written: (i64, i64)) -> Result<Record, Skip> {
+pub(crate) fn parse(json: &[u8], id: &str, written: (i64, i64)) -> Result<Record, Skip> {
     let value: serde_json::Value = serde_json::from_slice(json).map_err(|_| Skip::NotJson)?;
     let entry = CacheEntry::deserialize(value).map_err(|_| Skip::Foreign)?;
     if entry.kind != "cniCacheV1" {

@@ -42,7 +42,7 @@ pub struct Pod {
 }
 
 impl Pod {
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(name: &str, uid: &str, service_account: &str, addresses: &[&str]) -> Self {
         Self {
             uid: PodUid(uid.into()),

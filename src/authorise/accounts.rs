@@ -53,7 +53,7 @@ impl Account {
         self.uid == other.uid && self.annotations == other.annotations
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of_annotations<'a>(uid: &str, annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let annotations = annotations.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         Self { uid: uid.into(), annotations, token_file: None, shared: OnceLock::new() }

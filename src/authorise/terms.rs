@@ -119,7 +119,7 @@ fn policy_arns(value: &str) -> Result<Vec<String>, String> {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Defaults {
     pub(crate) fn sample() -> Self {
         Self {

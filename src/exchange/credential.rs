@@ -122,7 +122,7 @@ impl Credential {
     }
 
     /// For tests of the stages after this one: valid from now on, for as long as given.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(access_key_id: &str, lifetime: std::time::Duration) -> Self {
         Self::new(&Issued {
             access_key_id: access_key_id.into(),

@@ -4,6 +4,8 @@
 //! S3-compatible stores answer less: nothing here depends on `AssumedRoleUser`, and a code that is not known is
 //! classed by its status.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod canned;
 mod knock;
 mod whole;
 
@@ -15,7 +17,9 @@ use std::{
 
 use aws_sdk_sts::{
     Client, Config,
-    config::{BehaviorVersion, Region, StalledStreamProtectionConfig, retry::RetryConfig, timeout::TimeoutConfig},
+    config::{
+        BehaviorVersion, Builder, Region, StalledStreamProtectionConfig, retry::RetryConfig, timeout::TimeoutConfig,
+    },
     error::{ProvideErrorMetadata, SdkError},
     operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError,
     types::PolicyDescriptorType,
@@ -57,6 +61,10 @@ pub struct Sts {
 impl Sts {
     /// The region's own endpoint, or the one that is given.
     pub fn new(region: String, endpoint: Option<String>, metrics: Metrics) -> Self {
+        Self::of(Self::config(region, endpoint), metrics)
+    }
+
+    fn config(region: String, endpoint: Option<String>) -> Builder {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .operation_attempt_timeout(DEADLINE)
@@ -74,6 +82,10 @@ impl Sts {
         if let Some(endpoint) = endpoint {
             config = config.endpoint_url(endpoint);
         }
+        config
+    }
+
+    fn of(config: Builder, metrics: Metrics) -> Self {
         Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default(), metrics }
     }
 

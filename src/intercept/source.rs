@@ -74,6 +74,15 @@ impl Sources {
 }
 
 impl Share {
+    /// For tests of later stages: of a source that has all it may have, and nothing else open.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn sample(metrics: Metrics) -> Self {
+        let limits = Limits { total: 1, per_source: 1, requests_per_source: u32::MAX };
+        let source = Source { open: 1, tokens: u32::MAX.into(), counted: Instant::now() };
+        metrics.connections.inc();
+        Self { source: Arc::new(Mutex::new(source)), sources: Sources::new(limits, metrics) }
+    }
+
     /// Counts a request; returns how long it must be held, `None` when that would be too long.
     pub fn request(&self) -> Option<Duration> {
         let rate = f64::from(self.sources.limits.requests_per_source);

@@ -86,7 +86,7 @@ impl Sessions {
         Ok(Self::with_key(&key))
     }
 
-    fn with_key(key: &[u8; KEY_LENGTH]) -> Self {
+    pub(crate) fn with_key(key: &[u8; KEY_LENGTH]) -> Self {
         Self { key: hmac::Key::new(hmac::HMAC_SHA256, key) }
     }
 

@@ -66,7 +66,7 @@ impl NodeMetadata {
         Arc::new(Self { values: RwLock::new(values) })
     }
 
-    pub(super) fn value(&self, path: &str) -> Option<Bytes> {
+    pub(crate) fn value(&self, path: &str) -> Option<Bytes> {
         self.values.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned()
     }
 

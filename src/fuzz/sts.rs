@@ -1,0 +1,60 @@
+//! What an STS answers, read by the SDK and then by us. The first byte chooses the status.
+
+use std::sync::LazyLock;
+
+use tokio::runtime::Runtime;
+
+use crate::{
+    attribute::Workload,
+    authorise::Grant,
+    exchange::{
+        credential::Secret,
+        sts::{Sts, canned::Answer},
+    },
+    observe::Metrics,
+};
+
+const STATUSES: [u16; 8] = [200, 400, 403, 429, 500, 503, 204, 302];
+/// Each part long enough to be told from words.
+const TOKEN: [&str; 3] = ["eyJhbGciOiJSUzI1NiJ9", "eyJzdWIiOiJmdXp6ZXIifQ", "c2lnbmF0dXJlLW9mLXRoZS1mdXp6ZXI"];
+/// What the corpus has for a secret access key.
+const SECRET: &str = "SECRETSECRETSECRET";
+
+static RUNTIME: LazyLock<Runtime> =
+    LazyLock::new(|| tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
+static STS: LazyLock<(Answer, Sts)> = LazyLock::new(|| {
+    let answer = Answer::default();
+    (answer.clone(), Sts::canned(answer, Metrics::new("fuzz").unwrap()))
+});
+static GRANT: LazyLock<Grant> =
+    LazyLock::new(|| Grant::sample(Workload::sample("a", "uid-a", "reader"), "arn:aws:iam::111122223333:role/reader"));
+
+pub fn check(data: &[u8]) {
+    let Some((choice, body)) = data.split_first() else { return };
+    let status = STATUSES[usize::from(*choice) % STATUSES.len()];
+    let (answer, sts) = &*STS;
+    answer.set(status, body);
+    let token = Secret::new(TOKEN.join("."));
+    match RUNTIME.block_on(sts.assume(&GRANT, &token)) {
+        Ok(credential) => {
+            assert!((200..300).contains(&status), "{status}");
+            assert!(body.trim_ascii_end().ends_with(b"</AssumeRoleWithWebIdentityResponse>"), "cut short");
+            let document: serde_json::Value = serde_json::from_slice(&credential.document()).unwrap();
+            for member in ["AccessKeyId", "SecretAccessKey", "Token", "Expiration", "LastUpdated"] {
+                let value = document[member].as_str().unwrap();
+                assert!(!value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic()), "{document}");
+            }
+            let left = credential.expires_at().duration_since(credential.issued_at()).as_secs();
+            assert!((120..=3_600).contains(&left), "{left} s");
+            assert!(document["Expiration"].as_str().unwrap().len() == 20, "{document}");
+            assert!(!format!("{credential:?}").contains(SECRET) || credential.access_key_id().contains(SECRET));
+        }
+        Err(refusal) => {
+            let said = refusal.to_string();
+            assert!(!TOKEN.iter().any(|part| said.contains(part)), "{said}");
+            // Of an answer that passes for one nothing is quoted but what its error says.
+            let quotes = body.windows(4).any(|word| word == b"Code" || word == b"Mess");
+            assert!(quotes || !said.contains(SECRET), "{said}");
+        }
+    }
+}
