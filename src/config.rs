@@ -207,6 +207,22 @@ struct RunArgs {
     #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]
     require_imdsv2: bool,
 
+    /// Serve container credentials too, as EKS Pod Identity does, at http://169.254.170.23/v1/credentials and
+    /// http://[fd00:ec2::23]/v1/credentials, to pods that present a service account token of their own. Needs
+    /// Kubernetes and the right to create tokenreviews. Not beside an EKS Pod Identity agent: it would get no more
+    /// requests. A redirect of your own (--intercept none) must keep the destination.
+    #[arg(long, env = "KIRSA_CONTAINER_CREDENTIALS", help_heading = "Container credentials")]
+    container_credentials: bool,
+    /// The audience of the tokens that pods present there.
+    #[arg(
+        long,
+        env = "KIRSA_CONTAINER_AUDIENCE",
+        default_value = "pods.eks.amazonaws.com",
+        value_name = "AUDIENCE",
+        help_heading = "Container credentials"
+    )]
+    container_audience: String,
+
     /// What pods may read of the node's own metadata, as exact paths with commas between, or "none". The identity
     /// document names the account of the pod's role.
     #[arg(
@@ -274,6 +290,8 @@ pub struct Config {
     pub exchange_rate: u32,
     pub exchange_burst: u32,
     pub require_imdsv2: bool,
+    /// The audience of the tokens that pods present for container credentials, where those are served.
+    pub container_audience: Option<String>,
     pub metadata: Metadata,
     pub admin_address: SocketAddr,
     pub drain: Duration,
@@ -380,11 +398,16 @@ impl TryFrom<RunArgs> for Config {
                  on every call, or stretch what is left and sign with expired keys",
             );
         }
-        if args.audience.is_empty() || args.audience.chars().any(char::is_whitespace) {
+        for (flag, audience) in [("audience", &args.audience), ("container-audience", &args.container_audience)] {
+            if audience.is_empty() || audience.chars().any(char::is_whitespace) {
+                return wrong(flag, format_args!("{audience:?}"), "must be one word, such as sts.amazonaws.com");
+            }
+        }
+        if args.container_credentials && args.workloads.is_some() {
             return wrong(
-                "audience",
-                format_args!("{:?}", args.audience),
-                "must be one word, such as sts.amazonaws.com",
+                "container-credentials",
+                "with --workloads",
+                "needs Kubernetes, whose API server says which pod a token is of; leave one of the two out",
             );
         }
         let prefix_ok = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
@@ -431,6 +454,7 @@ impl TryFrom<RunArgs> for Config {
             exchange_rate: args.exchange_rate,
             exchange_burst: args.exchange_burst,
             require_imdsv2: args.require_imdsv2,
+            container_audience: args.container_credentials.then_some(args.container_audience),
             metadata: metadata(args.node_metadata, args.node_metadata_value)?,
             admin_address: args.admin_address,
             drain: Duration::from_secs(args.drain),
@@ -543,6 +567,7 @@ mod tests {
             ("--port=0", "--port 0"),
             ("--region=EU", "--region EU"),
             ("--audience=a b", "--audience"),
+            ("--container-audience=", "--container-audience"),
             ("--annotation-prefix=a/b", "--annotation-prefix"),
             ("--node-metadata=meta-data/iam/info", "--node-metadata meta-data/iam/info: must be one of"),
             ("--node-metadata-value=meta-data/mac", "must be PATH=VALUE"),
@@ -572,6 +597,15 @@ mod tests {
         let args = ["kirsa", "doctor", "--host-ip=10.0.0.1", "--region=eu-central-1", "--node-name=n", "--port=9000"];
         let Ok(Command::Doctor(config, options)) = parse_from(args.iter().map(Into::into)) else { panic!() };
         assert_eq!((config.port, options.output, options.exchange), (9_000, doctor::Output::Text, true));
+    }
+
+    #[test]
+    fn container_credentials_are_off_unless_asked_for_and_need_kubernetes() {
+        assert_eq!(run(&[]).unwrap().container_audience, None);
+        let on = run(&["--container-credentials"]).unwrap();
+        assert_eq!(on.container_audience.as_deref(), Some("pods.eks.amazonaws.com"));
+        let message = run(&["--container-credentials", "--workloads=w.yaml"]).unwrap_err();
+        assert!(message.contains("--container-credentials with --workloads: needs Kubernetes"), "{message}");
     }
 
     #[test]

@@ -21,6 +21,8 @@ mod ruleset;
 mod sample;
 mod sts;
 
+pub use listeners::pod_identity_agent;
+
 use std::process::ExitCode;
 
 use clap::ValueEnum;
@@ -83,8 +85,9 @@ async fn examine(config: &Config, options: Options) -> anyhow::Result<Vec<Findin
         }
         Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
             findings.push(disk::cni_records(cni_results.as_deref()));
-            let taint = startup_taint.is_some();
-            let (found, cluster) = cluster::check(node_name, kubeconfig.as_deref(), *mint, taint).await;
+            let parts =
+                rights::Parts { taint: startup_taint.is_some(), container: config.container_audience.is_some() };
+            let (found, cluster) = cluster::check(node_name, kubeconfig.as_deref(), *mint, parts).await;
             findings.extend(found);
             match cluster.filter(|cluster| cluster.identity.is_some()) {
                 Some(cluster) => sample::of_cluster(&cluster, node_name, config, metrics.clone()).await.map(Some),

@@ -7,11 +7,12 @@ pub mod handover;
 pub mod rule;
 mod monitor;
 mod probe;
+mod service;
 mod source;
 
 use std::{
     future::Future,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd,
     sync::Arc,
     time::Duration,
@@ -36,13 +37,10 @@ pub use handover::{Duties, Duty, Handover, Predecessor};
 pub use monitor::RuleChanges;
 pub use probe::{Probe, connect_marked};
 pub use rule::{Backend, HostAddresses};
+pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, Service};
 pub use source::Share;
 use source::Sources;
 
-/// Where SDKs send their requests (EC2 User Guide, "Instance metadata and user data").
-pub const METADATA_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
-pub const METADATA_PORT: u16 = 80;
 /// Connections that are told "too many" at once.
 const TURNED_AWAY: usize = 64;
 
@@ -65,10 +63,20 @@ impl Peer {
         self.destination
     }
 
+    /// Which service was asked.
+    pub fn service(&self) -> Service {
+        Service::at(self.destination).unwrap_or(Service::Metadata)
+    }
+
     /// For tests of later stages.
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn from_pod(source: IpAddr) -> Self {
-        Self { source: (source, 40_000).into(), destination: (METADATA_V4, METADATA_PORT).into() }
+    pub(crate) fn from_pod(source: std::net::IpAddr) -> Self {
+        Self::from_pod_to(source, Service::Metadata)
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn from_pod_to(source: std::net::IpAddr, service: Service) -> Self {
+        Self { source: (source, 40_000).into(), destination: (service.v4(), METADATA_PORT).into() }
     }
 }
 
@@ -213,7 +221,7 @@ impl Doors {
             return self.refuse(stream, source, "per_source");
         };
         let peer = match destination {
-            Some(destination) if is_metadata(destination) => Some(Peer { source, destination }),
+            Some(destination) if Service::at(destination).is_some() => Some(Peer { source, destination }),
             _ if self.direct == Direct::Accept => {
                 Some(Peer { source, destination: (METADATA_V4, METADATA_PORT).into() })
             }
@@ -253,11 +261,7 @@ async fn turn_away(mut stream: TcpStream, _turn: OwnedSemaphorePermit) {
 }
 
 fn is_metadata(destination: SocketAddr) -> bool {
-    destination.port() == METADATA_PORT
-        && match destination.ip() {
-            IpAddr::V4(v4) => v4 == METADATA_V4,
-            IpAddr::V6(v6) => v6 == METADATA_V6,
-        }
+    Service::at(destination) == Some(Service::Metadata)
 }
 
 /// What conntrack remembers of the connection before DNAT. `None` when there was no DNAT.

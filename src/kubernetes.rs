@@ -1,6 +1,7 @@
 //! The way to the API server: one configuration, the identity that each use of it takes, and how long its silence
 //! is borne. Knows no stage.
 
+pub mod review;
 pub mod taint;
 
 use std::{

@@ -1,6 +1,7 @@
 //! Wiring: how the stages are put together. With its parts below, and `doctor`, the only place that sees them all.
 
 mod ahead;
+mod container;
 mod follow;
 mod redirect;
 
@@ -78,7 +79,8 @@ fn start(config: Config) -> anyhow::Result<()> {
     info!(version = VERSION, "kirsa starts");
     let mut predecessor = Predecessor::find(&config.state_dir);
     let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
-    let installed = rule::install(RuleSet { host: config.host, port: config.port }, config.intercept)?;
+    let container = config.container_audience.is_some();
+    let installed = rule::install(RuleSet { host: config.host, port: config.port, container }, config.intercept)?;
     let sessions = Sessions::open(&config.state_dir)?;
     rule::drop_privileges(installed.as_ref()).context("cannot drop capabilities")?;
 
@@ -133,11 +135,11 @@ pub async fn run(
     let defaults = config.defaults();
     let role_annotation = format!("{}/role-arn", config.annotation_prefix);
     let conditions = (readiness.condition("pods"), readiness.condition("service accounts"));
-    let (authoriser, tokens) = match config.source.clone() {
+    let (authoriser, tokens, container) = match config.source.clone() {
         Source::File(path) => {
             let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
             follow::follow_file(&path, &attributor, &authoriser, role_annotation, &conditions, &mut tasks)?;
-            (authoriser, TokenSource::File)
+            (authoriser, TokenSource::File, None)
         }
         Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
             let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
@@ -157,6 +159,7 @@ pub async fn run(
                     kubernetes::taint::remove(client, &node, &taint).await;
                 }));
             }
+            let container = container::tokens(&kubernetes, config.container_audience.clone())?;
             let minting = Arc::new(OnceLock::new());
             let tokens = TokenSource::Kubernetes(minting.clone());
             let follow = follow::Follow {
@@ -168,7 +171,7 @@ pub async fn run(
                 changed,
             };
             tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, conditions.clone()));
-            (authoriser, tokens)
+            (authoriser, tokens, container)
         }
     };
 
@@ -200,6 +203,7 @@ pub async fn run(
         sessions,
         metadata,
         require_imdsv2: config.require_imdsv2,
+        container,
         metrics: metrics.clone(),
         refusals: observe::RefusalLog::default(),
     });

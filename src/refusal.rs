@@ -18,12 +18,17 @@ pub enum Reason {
     ForwardedToken,
     SessionRequired,
     SessionInvalid,
+    ContainerTokenMissing,
     TooManyRequests,
     // Who is calling.
     NotRedirected,
     Starting,
     UnknownPod,
     AmbiguousAddress,
+    ContainerTokenRefused,
+    ContainerTokenForeign,
+    ReviewForbidden,
+    ReviewUnavailable,
     // What the pod may have.
     NoRole,
     BadAnnotation,
@@ -119,6 +124,14 @@ impl Reason {
                 Level::INFO,
                 "the IMDSv2 session token is malformed, has expired or was issued to another pod; SDKs fetch a new one",
             ),
+            Self::ContainerTokenMissing => row(
+                "container_token_missing",
+                400,
+                None,
+                Level::INFO,
+                "a request for container credentials needs one Authorization header, the content of the file that \
+                 AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names",
+            ),
             Self::TooManyRequests => row(
                 "too_many_requests",
                 503,
@@ -154,6 +167,36 @@ impl Reason {
                 None,
                 Level::ERROR,
                 "more than one live pod claims the source address: nothing is served to it until one of them is gone",
+            ),
+            Self::ContainerTokenRefused => row(
+                "container_token_refused",
+                400,
+                None,
+                Level::WARN,
+                "the API server does not accept the token: it must be a projected one of --container-audience, not \
+                 expired, and of a pod that there is",
+            ),
+            Self::ContainerTokenForeign => row(
+                "container_token_foreign",
+                403,
+                None,
+                Level::ERROR,
+                "the token names another pod than the address does, or none: both must agree; find out how the token \
+                 got there",
+            ),
+            Self::ReviewForbidden => row(
+                "review_forbidden",
+                503,
+                None,
+                Level::ERROR,
+                "the agent may not create tokenreviews: apply daemonset/components/container-credentials",
+            ),
+            Self::ReviewUnavailable => row(
+                "review_unavailable",
+                503,
+                None,
+                Level::WARN,
+                "the API server does not answer TokenReviews: check it and the way to it",
             ),
             Self::NoRole => row(
                 "no_role",
@@ -325,7 +368,7 @@ impl std::error::Error for Refusal {}
 mod tests {
     use super::*;
 
-    const ALL: [Reason; 31] = {
+    const ALL: [Reason; 36] = {
         use Reason::*;
         [
             NotFound,
@@ -335,11 +378,16 @@ mod tests {
             ForwardedToken,
             SessionRequired,
             SessionInvalid,
+            ContainerTokenMissing,
             TooManyRequests,
             NotRedirected,
             Starting,
             UnknownPod,
             AmbiguousAddress,
+            ContainerTokenRefused,
+            ContainerTokenForeign,
+            ReviewForbidden,
+            ReviewUnavailable,
             NoRole,
             BadAnnotation,
             AccountUnavailable,

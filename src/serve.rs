@@ -6,6 +6,7 @@
 
 mod answer;
 mod caller;
+pub mod container;
 pub mod route;
 pub mod session;
 pub mod upstream;
@@ -28,11 +29,13 @@ use crate::{
     authorise::{Authoriser, Grant},
     cache::{Cache, Standing},
     clock::UnixTime,
-    intercept::{Accepted, Peer, Share},
+    exchange::Credential,
+    intercept::{Accepted, Peer, Service, Share},
     observe::{Metrics, Outcome, RefusalLog},
     refusal::{Reason, Refusal},
 };
 use caller::{Caller, Editions, Known};
+use container::Tokens;
 use route::Route;
 use session::Sessions;
 use upstream::NodeMetadata;
@@ -60,6 +63,8 @@ pub struct Server {
     pub sessions: Sessions,
     pub metadata: Arc<NodeMetadata>,
     pub require_imdsv2: bool,
+    /// Where container credentials are served.
+    pub container: Option<Tokens>,
     pub metrics: Metrics,
     pub refusals: RefusalLog,
 }
@@ -95,13 +100,14 @@ impl Server {
     async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
         caller.step();
         let (head, body) = request.into_parts();
-        let route = target(&head.uri).map_or(Route::NotFound, Route::parse);
+        let service = caller.peer.as_ref().map_or(Service::Metadata, Peer::service);
+        let route = target(&head.uri).map_or(Route::NotFound, |path| Route::of(service, path));
         let result = self.respond(caller, &route, &head, body).await;
         self.metrics.request(route.label(), Outcome::of(&result));
         caller.step();
         result.unwrap_or_else(|refusal| {
             self.log(caller, &refusal);
-            answer::refuse(refusal.reason)
+            answer::refuse(service, refusal.reason)
         })
     }
 
@@ -118,13 +124,16 @@ impl Server {
             None => return Err(Reason::TooManyRequests.into()),
         }
         let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
-        match (&head.method, route) {
-            (&Method::PUT, Route::Token) => {
+        match (peer.service(), &head.method, route) {
+            (Service::Metadata, &Method::PUT, Route::Token) => {
                 drain(body).await?;
                 self.token(peer, &head.headers)
             }
-            (_, Route::Token) => Err(Reason::MethodNotAllowed.into()),
-            (&Method::GET | &Method::HEAD, route) => self.read(caller, peer, route, &head.headers).await,
+            (_, _, Route::Token) => Err(Reason::MethodNotAllowed.into()),
+            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read(caller, peer, route, &head.headers).await,
+            (Service::Container, &Method::GET | &Method::HEAD, _) => {
+                self.container(caller, peer, route, &head.headers).await
+            }
             _ => Err(Reason::MethodNotAllowed.into()),
         }
     }
@@ -169,7 +178,9 @@ impl Server {
                 let grant = self.grant(&workload, headers, asked + PATIENCE).await?;
                 answer::iam_info(grant.role(), UnixTime::now()).ok_or_else(|| Reason::NotFound.into())
             }
-            Route::NotFound | Route::Token => self.anybody(peer, headers).and(Err(Reason::NotFound.into())),
+            Route::NotFound | Route::Token | Route::ContainerCredentials => {
+                self.anybody(peer, headers).and(Err(Reason::NotFound.into()))
+            }
             Route::RoleList => {
                 let workload = self.caller(caller, peer, headers, asked).await?;
                 let grant = self.grant(&workload, headers, asked + PATIENCE).await?;
@@ -182,22 +193,27 @@ impl Server {
             Route::Credentials { role, extended } => {
                 let until = asked + CREDENTIALS_HOLD;
                 let known = self.known(caller, peer, headers, asked, until).await?;
-                let (workload, grant) = (&known.workload, &known.grant);
+                let grant = &known.grant;
                 // The service account decides the role. Another name is not found, whether there is such a role or not.
                 if !grant.role().answers_to(role) {
                     return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
                 }
-                let credential = match self.cache.in_hand(&known.session) {
-                    Some(credential) => credential,
-                    None => self.cache.get(grant, until).await?,
-                };
-                // A last look: the address may have changed hands while this request was held.
-                if self.editions() != known.editions && self.attributor.peek(peer)? != *workload {
-                    return Err(Refusal::new(Reason::UnknownPod, format!("{workload} lost its address meanwhile")));
-                }
+                let credential = self.credential(peer, &known, until).await?;
                 Ok(answer::document(if *extended { credential.extended() } else { credential.document() }))
             }
         }
+    }
+
+    async fn credential(&self, peer: &Peer, known: &Known, until: Instant) -> Result<Arc<Credential>, Refusal> {
+        let credential = match self.cache.in_hand(&known.session) {
+            Some(credential) => credential,
+            None => self.cache.get(&known.grant, until).await?,
+        };
+        // A last look: the address may have changed hands while this request was held.
+        if self.editions() != known.editions && self.attributor.peek(peer)? != known.workload {
+            return Err(Refusal::new(Reason::UnknownPod, format!("{} lost its address meanwhile", known.workload)));
+        }
+        Ok(credential)
     }
 
     /// A value, or what there is below a path.
@@ -220,7 +236,7 @@ impl Server {
         self.session(peer, headers, self.attributor.peek(peer).ok().as_ref())
     }
 
-    /// Who is calling, if it is still who it was on this connection's first request, with a right session token.
+    /// Who is calling, with a right session token.
     async fn caller(
         &self,
         caller: &Caller,
@@ -230,11 +246,17 @@ impl Server {
     ) -> Result<Workload, Refusal> {
         // What is wrong whoever is calling need not wait for who that is.
         self.session(peer, headers, None)?;
+        let workload = self.attributed(caller, peer, asked).await?;
+        self.session(peer, headers, Some(&workload))?;
+        Ok(workload)
+    }
+
+    /// Who is calling, if it is still who it was on this connection's first request.
+    async fn attributed(&self, caller: &Caller, peer: &Peer, asked: Instant) -> Result<Workload, Refusal> {
         let workload = self.attributor.attribute(peer, asked + PATIENCE).await?;
         if !caller.is_still(&workload) {
             return Err(Refusal::new(Reason::UnknownPod, "the address changed hands while this connection was open"));
         }
-        self.session(peer, headers, Some(&workload))?;
         Ok(workload)
     }
 
@@ -252,15 +274,19 @@ impl Server {
     }
 
     async fn grant(&self, workload: &Workload, headers: &HeaderMap, until: Instant) -> Result<Grant, Refusal> {
-        let grant = timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
+        let grant = self.authorise(workload, until).await?;
+        self.suffices(&grant, headers)?;
+        Ok(grant)
+    }
+
+    async fn authorise(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
+        timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
             let account = workload.service_account();
             Err(Refusal::new(
                 Reason::AccountUnavailable,
                 format!("service account {account} could not be read in time"),
             ))
-        })?;
-        self.suffices(&grant, headers)?;
-        Ok(grant)
+        })
     }
 
     /// Whether the request has a session token if what it asks for requires one.

@@ -34,7 +34,7 @@ pub(super) async fn check(
     node: &str,
     kubeconfig: Option<&Path>,
     mint: Mint,
-    taint: bool,
+    parts: rights::Parts,
 ) -> (Vec<Finding>, Option<Cluster>) {
     let reached = async {
         let kubernetes = Kubernetes::new(kubeconfig, node.to_owned()).await?;
@@ -74,7 +74,7 @@ pub(super) async fn check(
             return (findings, None);
         }
     };
-    findings.extend(rights::check(&client, identity, taint).await);
+    findings.extend(rights::check(&client, identity, parts).await);
     (findings, Some(Cluster { kubernetes, identity }))
 }
 

@@ -1,30 +1,34 @@
 //! Other agents for the metadata address, by what listens. The EKS Pod Identity agent answers at an address of its own
-//! and is no rival.
+//! and is no rival, unless container credentials are served.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use super::{finding::Finding, others::CHECK};
-use crate::intercept::{METADATA_PORT, METADATA_V4, METADATA_V6};
+use crate::intercept::{METADATA_PORT, Service};
 
-/// Amazon EKS User Guide, "How EKS Pod Identity works".
-const POD_IDENTITY: [IpAddr; 2] =
-    [IpAddr::V4(Ipv4Addr::new(169, 254, 170, 23)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23))];
+/// Where an EKS Pod Identity agent listens, if one does.
+pub fn pod_identity_agent() -> Option<SocketAddr> {
+    on(Service::Container)
+}
 
 /// Says nothing where there are none.
-pub(super) fn check() -> Vec<Finding> {
-    let listening = listening();
-    let metadata: [IpAddr; 2] = [METADATA_V4.into(), METADATA_V6.into()];
-    let found =
-        |of: &[IpAddr]| listening.iter().find(|at| at.port() == METADATA_PORT && of.contains(&at.ip())).copied();
+pub(super) fn check(container: bool) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if let Some(at) = found(&POD_IDENTITY) {
-        findings.push(Finding::warning(
+    match on(Service::Container) {
+        Some(at) if container => findings.push(Finding::warning(
+            CHECK,
+            format!("the EKS Pod Identity agent listens on {at}, and --container-credentials takes its requests"),
+            "pods get the role of their service account's annotation instead of that of their association: leave \
+             --container-credentials out, or remove that agent",
+        )),
+        Some(at) => findings.push(Finding::warning(
             CHECK,
             format!("the EKS Pod Identity agent listens on {at}: another address, which pods learn from variables"),
             "it may stay; a pod whose SDK knows Pod Identity and that has an association uses that one",
-        ));
+        )),
+        None => {}
     }
-    if let Some(at) = found(&metadata) {
+    if let Some(at) = on(Service::Metadata) {
         findings.push(Finding::warning(
             CHECK,
             format!("a process of this node listens on {at}: another metadata service"),
@@ -32,6 +36,11 @@ pub(super) fn check() -> Vec<Finding> {
         ));
     }
     findings
+}
+
+fn on(service: Service) -> Option<SocketAddr> {
+    let of = [service.v4(), service.v6()];
+    listening().into_iter().find(|at| at.port() == METADATA_PORT && of.contains(&at.ip()))
 }
 
 /// What listens in this network namespace, as the kernel lists it.
@@ -65,8 +74,9 @@ mod tests {
     #[test]
     fn the_kernels_list_of_sockets_is_read() {
         let line = |address: &str, state: &str| format!("   0: {address} 00000000:0000 {state} 00000000:00000000 00:0");
-        assert_eq!(listener(&line("17AAFEA9:0050", "0A")), Some((POD_IDENTITY[0], 80).into()));
+        assert_eq!(listener(&line("17AAFEA9:0050", "0A")), Some((Service::Container.v4(), 80).into()));
         assert_eq!(listener(&line("17AAFEA9:0050", "01")), None, "a connection");
-        assert_eq!(listener(&line("C20E00FD000000000000000023000000:0050", "0A")), Some((POD_IDENTITY[1], 80).into()));
+        let v6 = line("C20E00FD000000000000000023000000:0050", "0A");
+        assert_eq!(listener(&v6), Some((Service::Container.v6(), 80).into()));
     }
 }

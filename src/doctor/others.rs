@@ -20,7 +20,7 @@ pub(super) const CHECK: &str = "other-agents";
 
 pub(super) fn check(config: &Config, set: &Ruleset) -> Vec<Finding> {
     let mut findings = by_rules(config, set);
-    findings.extend(listeners::check());
+    findings.extend(listeners::check(config.container_audience.is_some()));
     // A tool that is not here wrote no rules here, most likely; one that fails hides some.
     let unread = set.unread.iter().map(|(_, why)| why.as_str()).filter(|why| !why.ends_with("not found"));
     let unread = unread.collect::<Vec<_>>().join("; ");

@@ -28,6 +28,15 @@ const DIRECT: [Access; 3] =
     [("list", "", "pods", None), ("watch", "", "pods", None), ("create", "", "serviceaccounts", Some("token"))];
 const TAINT: [Access; 2] = [("get", "", "nodes", None), ("patch", "", "nodes", None)];
 
+const CONTAINER: [Access; 1] = [("create", "authentication.k8s.io", "tokenreviews", None)];
+
+/// What else was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parts {
+    pub taint: bool,
+    pub container: bool,
+}
+
 /// Each would make a stolen credential of the agent worth more than pods' roles.
 const DANGEROUS: [Access; 13] = [
     ("get", "", "secrets", None),
@@ -55,15 +64,16 @@ const EVERYBODY: [Access; 6] = [
 ];
 
 /// `identity` is in whose name tokens are minted, if any.
-pub(super) async fn check(client: &Client, identity: Option<Identity>, taint: bool) -> Vec<Finding> {
-    let parts: [(&str, &[Access]); 3] = [
+pub(super) async fn check(client: &Client, identity: Option<Identity>, asked: Parts) -> Vec<Finding> {
+    let parts: [(&str, &[Access]); 4] = [
         ("daemonset/base/rbac.yaml", &BASE),
         match identity {
             Some(Identity::Node) => ("daemonset/components/constrained-impersonation", &IMPERSONATE),
             Some(Identity::Agent) => ("daemonset/components/direct-minting", &DIRECT),
             None => ("", &[]),
         },
-        ("daemonset/components/startup-taint", if taint { &TAINT } else { &[] }),
+        ("daemonset/components/startup-taint", if asked.taint { &TAINT } else { &[] }),
+        ("daemonset/components/container-credentials", if asked.container { &CONTAINER } else { &[] }),
     ];
     let granted: Vec<Access> = parts.iter().flat_map(|(_, part)| part.iter().copied()).collect();
     match missing(client, &parts).await {

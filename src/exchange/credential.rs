@@ -51,6 +51,7 @@ pub struct Credential {
     expires_at: Instant,
     document: Bytes,
     extended: Bytes,
+    container: Bytes,
 }
 
 /// What EC2 answers on `iam/security-credentials/<role>` (EC2 User Guide, "Retrieve security credentials from instance
@@ -71,8 +72,20 @@ struct Document<'a> {
     account_id: Option<&'a str>,
 }
 
+/// What the EKS Pod Identity agent answers (amazon-eks-pod-identity-agent, pkg/credentials/model.go).
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct ContainerDocument<'a> {
+    access_key_id: &'a str,
+    secret_access_key: &'a str,
+    token: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    account_id: Option<&'a str>,
+    expiration: &'a str,
+}
+
 impl Credential {
-    /// Renders both documents once: a warm answer costs no more than handing out a reference.
+    /// Renders every document once: a warm answer costs no more than handing out a reference.
     pub(super) fn new(issued: &Issued<'_>) -> Result<Self, serde_json::Error> {
         let plain = Document {
             code: "Success",
@@ -90,6 +103,13 @@ impl Credential {
             issued_at: issued.issued_at,
             expires_at: issued.expires_at,
             document: render(&plain)?,
+            container: render(&ContainerDocument {
+                access_key_id: plain.access_key_id,
+                secret_access_key: plain.secret_access_key,
+                token: plain.token,
+                account_id: issued.account_id,
+                expiration: plain.expiration,
+            })?,
             extended: render(&Document { account_id: issued.account_id, ..plain })?,
         })
     }
@@ -121,6 +141,11 @@ impl Credential {
         self.extended.clone()
     }
 
+    /// What `/v1/credentials` of container credentials answers.
+    pub fn container(&self) -> Bytes {
+        self.container.clone()
+    }
+
     /// For tests of the stages after this one: valid from now on, for as long as given.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(access_key_id: &str, lifetime: std::time::Duration) -> Self {
@@ -140,7 +165,7 @@ impl Credential {
 
 /// In memory that is zeroed when the last reader is done. Written into a buffer of the right size at once, since one
 /// that grows leaves copies behind.
-fn render(document: &Document<'_>) -> Result<Bytes, serde_json::Error> {
+fn render(document: &impl Serialize) -> Result<Bytes, serde_json::Error> {
     let mut counter = Counter(0);
     serde_json::to_writer(&mut counter, document)?;
     let mut json = Zeroizing::new(Vec::with_capacity(counter.0));
@@ -197,6 +222,10 @@ mod tests {
         );
         assert!(credential(Some("111122223333")).extended().ends_with(br#","AccountId":"111122223333"}"#));
         assert_eq!(credential(None).extended(), credential(None).document(), "a store without accounts");
+        assert_eq!(
+            &credential(Some("111122223333")).container()[..],
+            br#"{"AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"wJalrXUtnFEMI","Token":"IQoJb3Jp\"Z2lu","AccountId":"111122223333","Expiration":"2026-01-01T01:00:00Z"}"#
+        );
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! The path grammar.
 
-use crate::serve::{
-    route::Route,
-    upstream::{ALLOWABLE, NodeMetadata},
+use crate::{
+    intercept::Service,
+    serve::{
+        route::Route,
+        upstream::{ALLOWABLE, NodeMetadata},
+    },
 };
 
 pub fn check(data: &[u8]) {
     let Ok(target) = std::str::from_utf8(data) else { return };
-    let route = Route::parse(target);
+    let route = Route::of(Service::Metadata, target);
     let plain = plain(target);
     let segments: Vec<&str> = plain.iter().flatten().map(String::as_str).collect();
     match &route {
@@ -29,30 +32,32 @@ pub fn check(data: &[u8]) {
         Route::IamInfo => assert_eq!(segments[1..], ["meta-data", "iam", "info"], "{target}"),
         Route::Token => assert_eq!(segments[1..], ["api", "token"], "{target}"),
         Route::Versions => assert!(segments.is_empty() && target.starts_with('/'), "{target}"),
-        Route::NotFound => return,
+        Route::ContainerCredentials => panic!("{target} is of the other service"),
+        Route::NotFound => {}
     }
     // In its plainest spelling it is the same.
-    let canonical = canonical(&route);
-    let again = Route::parse(&canonical);
-    let same_list = matches!((&route, &again), (Route::RoleList, Route::RoleList));
-    assert!(again == route || same_list, "{target} as {canonical}");
+    if let Some(canonical) = canonical(&route) {
+        assert_eq!(Route::of(Service::Metadata, &canonical), route, "{target} as {canonical}");
+    }
+    let container = Route::of(Service::Container, target);
+    assert_eq!(container == Route::ContainerCredentials, segments == ["v1", "credentials"], "{target}");
+    assert!([Route::ContainerCredentials, Route::NotFound].contains(&container), "{target}");
 }
 
-fn canonical(route: &Route) -> String {
-    match route {
+fn canonical(route: &Route) -> Option<String> {
+    let path = match route {
         Route::Versions => "/".into(),
         Route::Token => "/latest/api/token".into(),
         Route::RoleList => "/latest/meta-data/iam/security-credentials".into(),
         Route::IamInfo => "/latest/meta-data/iam/info".into(),
-        Route::Credentials { role, extended: false } => {
-            format!("/latest/meta-data/iam/security-credentials/{role}")
-        }
+        Route::Credentials { role, extended: false } => format!("/latest/meta-data/iam/security-credentials/{role}"),
         Route::Credentials { role, extended: true } => {
             format!("/latest/meta-data/iam/security-credentials-extended/{role}")
         }
         Route::Metadata(path) => format!("/latest/{path}"),
-        Route::NotFound => String::new(),
-    }
+        Route::ContainerCredentials | Route::NotFound => return None,
+    };
+    Some(path)
 }
 
 /// The segments as a second reader of the grammar has them: split, and decoded once.
@@ -72,5 +77,5 @@ fn plain(target: &str) -> Option<Vec<String>> {
         }
         String::from_utf8(bytes).ok()
     };
-    target.split('/').filter(|segment| !segment.is_empty()).map(decoded).collect()
+    target.strip_prefix('/')?.split('/').filter(|segment| !segment.is_empty()).map(decoded).collect()
 }

@@ -18,7 +18,7 @@ use std::{
 
 use clap::ValueEnum;
 
-use super::{METADATA_PORT, METADATA_V4, METADATA_V6, probe::MARK};
+use super::{METADATA_PORT, Service, probe::MARK};
 
 pub use apply::{Installed, drop_privileges, install, uninstall};
 
@@ -53,6 +53,8 @@ impl HostAddresses {
 pub struct RuleSet {
     pub host: HostAddresses,
     pub port: u16,
+    /// Whether connections for container credentials are brought here too.
+    pub container: bool,
 }
 
 /// The name of our nftables table, family inet.
@@ -65,19 +67,27 @@ pub const CHAINS: [(&str, &str, &str); 3] = [
 ];
 
 impl RuleSet {
+    fn services(&self) -> impl Iterator<Item = Service> {
+        [Service::Metadata, Service::Container].into_iter().filter(|of| self.container || *of != Service::Container)
+    }
+
     /// A script for `nft -f -`, which applies it as one transaction: there is no moment without the rules.
     fn nft(&self) -> String {
         let mut redirect = String::new();
         let mut probe = String::new();
-        for address in self.host.iter() {
-            let (family, metadata, target): (_, IpAddr, _) = match address {
-                IpAddr::V4(v4) => ("ip", METADATA_V4.into(), v4.to_string()),
-                IpAddr::V6(v6) => ("ip6", METADATA_V6.into(), format!("[{v6}]")),
-            };
-            let to =
-                format!("{family} daddr {metadata} tcp dport {METADATA_PORT} dnat {family} to {target}:{}", self.port);
-            let _ = writeln!(redirect, "    fib saddr type != local {to}");
-            let _ = writeln!(probe, "    meta mark {MARK:#x} {to}");
+        let mut drop = String::new();
+        for service in self.services() {
+            for address in self.host.iter() {
+                let (family, to, target) = match address {
+                    IpAddr::V4(v4) => ("ip", service.v4(), v4.to_string()),
+                    IpAddr::V6(v6) => ("ip6", service.v6(), format!("[{v6}]")),
+                };
+                let to =
+                    format!("{family} daddr {to} tcp dport {METADATA_PORT} dnat {family} to {target}:{}", self.port);
+                let _ = writeln!(redirect, "    fib saddr type != local {to}");
+                let _ = writeln!(probe, "    meta mark {MARK:#x} {to}");
+            }
+            let _ = writeln!(drop, "    ip daddr {} drop\n    ip6 daddr {} drop", service.v4(), service.v6());
         }
         // 10 before the place of kube-proxy and of iptables' nat table, which a redirect of theirs must not overtake.
         format!(
@@ -93,9 +103,7 @@ table inet {TABLE} {{
 {probe}  }}
   chain forward {{
     type filter hook forward priority -10; policy accept;
-    ip daddr {METADATA_V4} drop
-    ip6 daddr {METADATA_V6} drop
-  }}
+{drop}  }}
 }}
 "
         )
@@ -104,11 +112,12 @@ table inet {TABLE} {{
     /// Input for `iptables-restore --noflush` (or `ip6tables-restore`). `jumps` tells which of [`CHAINS`] are jumped
     /// to already: those jumps move to the top in the same transaction.
     fn iptables(&self, v6: bool, jumps: [bool; CHAINS.len()]) -> String {
-        let (metadata, target) = if v6 {
-            (format!("{METADATA_V6}/128"), self.host.v6.map(|v6| format!("[{v6}]:{}", self.port)))
-        } else {
-            (format!("{METADATA_V4}/32"), self.host.v4.map(|v4| format!("{v4}:{}", self.port)))
+        let target = match v6 {
+            true => self.host.v6.map(|v6| format!("[{v6}]:{}", self.port)),
+            false => self.host.v4.map(|v4| format!("{v4}:{}", self.port)),
         };
+        let addresses =
+            || self.services().map(|of| if v6 { format!("{}/128", of.v6()) } else { format!("{}/32", of.v4()) });
         let mut script = String::new();
         for table in ["nat", "filter"] {
             let ours = || CHAINS.iter().zip(jumps).filter(|((of, ..), _)| *of == table);
@@ -122,18 +131,20 @@ table inet {TABLE} {{
                 }
                 let _ = writeln!(script, "-I {builtin} 1 -j {chain}");
             }
-            match (table, &target) {
-                ("filter", _) => {
-                    let _ = writeln!(script, "-A KIRSA-FORWARD -d {metadata} -j DROP");
+            for address in addresses() {
+                match (table, &target) {
+                    ("filter", _) => {
+                        let _ = writeln!(script, "-A KIRSA-FORWARD -d {address} -j DROP");
+                    }
+                    (_, Some(target)) => {
+                        let to = format!(
+                            "-d {address} -p tcp -m tcp --dport {METADATA_PORT} -j DNAT --to-destination {target}"
+                        );
+                        let _ = writeln!(script, "-A KIRSA-PREROUTING -m addrtype ! --src-type LOCAL {to}");
+                        let _ = writeln!(script, "-A KIRSA-OUTPUT -m mark --mark {MARK:#x} {to}");
+                    }
+                    (_, None) => {}
                 }
-                (_, Some(target)) => {
-                    let to = format!(
-                        "-d {metadata} -p tcp -m tcp --dport {METADATA_PORT} -j DNAT --to-destination {target}"
-                    );
-                    let _ = writeln!(script, "-A KIRSA-PREROUTING -m addrtype ! --src-type LOCAL {to}");
-                    let _ = writeln!(script, "-A KIRSA-OUTPUT -m mark --mark {MARK:#x} {to}");
-                }
-                (_, None) => {}
             }
             script.push_str("COMMIT\n");
         }
@@ -145,8 +156,11 @@ table inet {TABLE} {{
 mod tests {
     use super::*;
 
-    const RULES: RuleSet =
-        RuleSet { host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None }, port: 8181 };
+    const RULES: RuleSet = RuleSet {
+        host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None },
+        port: 8181,
+        container: false,
+    };
 
     #[test]
     fn nft_replaces_the_whole_table_at_once() {
@@ -172,5 +186,20 @@ mod tests {
         assert!(first.contains("-I PREROUTING 1 -j KIRSA-PREROUTING") && !first.contains("-D "), "{first}");
         let again = RULES.iptables(false, [true; 3]);
         assert!(again.contains("-D PREROUTING -j KIRSA-PREROUTING\n-I PREROUTING 1 -j KIRSA-PREROUTING"), "{again}");
+    }
+
+    /// Another agent's address stays that agent's, unless it was asked for.
+    #[test]
+    fn container_credentials_are_redirected_and_dropped_only_when_asked_for() {
+        let with = RuleSet { container: true, ..RULES };
+        for (with, without) in [
+            (with.nft(), RULES.nft()),
+            (with.iptables(false, [false; 3]) + &with.iptables(true, [false; 3]), RULES.iptables(false, [false; 3])),
+        ] {
+            assert!(!without.contains("169.254.170.23") && !without.contains("fd00:ec2::23"), "{without}");
+            assert!(with.contains("169.254.169.254") && with.contains("fd00:ec2::23"), "{with}");
+            let lines: Vec<&str> = with.lines().filter(|line| line.contains("169.254.170.23")).collect();
+            assert_eq!(lines.len(), 3, "redirect, its twin for the probe, and the drop: {with}");
+        }
     }
 }

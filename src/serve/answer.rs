@@ -8,7 +8,7 @@ use http::{
 use http_body_util::Full;
 
 use super::TOKEN_TTL;
-use crate::{authorise::RoleArn, clock::UnixTime, refusal::Reason};
+use crate::{authorise::RoleArn, clock::UnixTime, intercept::Service, refusal::Reason};
 
 /// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -41,19 +41,38 @@ pub(super) fn token(token: String, ttl: u32) -> Response<Full<Bytes>> {
     response
 }
 
-/// Short and fixed, with a `<` and a newline, so that SDKs that ignore the status cannot take it for a role's name, and
-/// without a word of what is behind it (IMDS-12).
-pub(super) fn refuse(reason: Reason) -> Response<Full<Bytes>> {
+/// Short and fixed, and without a word of what is behind it.
+pub(super) fn refuse(service: Service, reason: Reason) -> Response<Full<Bytes>> {
     let status = StatusCode::from_u16(reason.spec().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-    let body = match status {
+    match service {
+        Service::Metadata => response(status, "text/html", Bytes::from_static(page(status).as_bytes())),
+        // As the EKS Pod Identity agent does: a line of text, which SDKs put into their error.
+        Service::Container => {
+            response(status, "text/plain; charset=utf-8", Bytes::from_static(line(status).as_bytes()))
+        }
+    }
+}
+
+/// With a `<` and a newline, so that SDKs that ignore the status cannot take it for a role's name (IMDS-12).
+fn page(status: StatusCode) -> &'static str {
+    match status {
         StatusCode::BAD_REQUEST => "<html>\n<title>400 - Bad Request</title>\n</html>\n",
         StatusCode::UNAUTHORIZED => "<html>\n<title>401 - Unauthorized</title>\n</html>\n",
         StatusCode::FORBIDDEN => "<html>\n<title>403 - Forbidden</title>\n</html>\n",
         StatusCode::NOT_FOUND => "<html>\n<title>404 - Not Found</title>\n</html>\n",
         StatusCode::METHOD_NOT_ALLOWED => "<html>\n<title>405 - Method Not Allowed</title>\n</html>\n",
         _ => "<html>\n<title>503 - Service Unavailable</title>\n</html>\n",
-    };
-    response(status, "text/html", Bytes::from_static(body.as_bytes()))
+    }
+}
+
+fn line(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::BAD_REQUEST => "the service account token is missing, or is not accepted\n",
+        StatusCode::FORBIDDEN => "Access Denied\n",
+        StatusCode::NOT_FOUND => "there is no such path, or no role for this pod\n",
+        StatusCode::METHOD_NOT_ALLOWED => "Method Not Allowed\n",
+        _ => "Service Unavailable\n",
+    }
 }
 
 fn response(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Full<Bytes>> {

@@ -3,6 +3,8 @@
 
 use std::borrow::Cow;
 
+use crate::intercept::Service;
+
 /// No client asks for more.
 const MAX_SEGMENTS: usize = 12;
 
@@ -21,6 +23,8 @@ pub enum Route<'a> {
     },
     /// Anything else below `meta-data` and `dynamic`, to be found among what is known of the node.
     Metadata(String),
+    /// The one path of the other service.
+    ContainerCredentials,
     NotFound,
 }
 
@@ -34,15 +38,27 @@ impl<'a> Route<'a> {
             Self::IamInfo => "iam_info",
             Self::Credentials { .. } => "credentials",
             Self::Metadata(_) => "metadata",
+            Self::ContainerCredentials => "container_credentials",
             Self::NotFound => "not_found",
         }
     }
 
     /// `target` is the request target without its query, as sent.
+    pub fn of(service: Service, target: &'a str) -> Self {
+        match service {
+            Service::Metadata => Self::parse(target),
+            Service::Container => match decode(target).as_deref().and_then(segments) {
+                Some((segments, 2)) if segments[..2] == ["v1", "credentials"] => Self::ContainerCredentials,
+                _ => Self::NotFound,
+            },
+        }
+    }
+
+    /// Of the metadata service.
     pub fn parse(target: &'a str) -> Self {
         match decode(target) {
-            Some(Cow::Borrowed(path)) => Self::of(path),
-            Some(Cow::Owned(path)) => Route::of(&path).into_owned(),
+            Some(Cow::Borrowed(path)) => Self::found(path),
+            Some(Cow::Owned(path)) => Route::found(&path).into_owned(),
             None => Self::NotFound,
         }
     }
@@ -57,21 +73,13 @@ impl<'a> Route<'a> {
                 Route::Credentials { role: Cow::Owned(role.into_owned()), extended }
             }
             Self::Metadata(path) => Route::Metadata(path),
+            Self::ContainerCredentials => Route::ContainerCredentials,
             Self::NotFound => Route::NotFound,
         }
     }
 
-    /// Several slashes count as one, and a last one as none.
-    fn of(path: &'a str) -> Self {
-        let mut segments = [""; MAX_SEGMENTS];
-        let mut count = 0;
-        for segment in path.split('/').filter(|segment| !segment.is_empty()) {
-            match segments.get_mut(count) {
-                Some(place) if segment != "." && segment != ".." => *place = segment,
-                _ => return Self::NotFound,
-            }
-            count += 1;
-        }
+    fn found(path: &'a str) -> Self {
+        let Some((segments, count)) = segments(path) else { return Self::NotFound };
         let Some((version, rest)) = segments[..count].split_first() else { return Self::Versions };
         if !is_version(version) {
             return Self::NotFound;
@@ -98,6 +106,18 @@ fn is_version(segment: &str) -> bool {
         && segment.len() <= 16
         && segment.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-' || byte == b'.');
     segment == "latest" || dated
+}
+
+/// Several slashes count as one, and a last one as none. `None` for dots, and for more than any client asks for.
+fn segments(path: &str) -> Option<([&str; MAX_SEGMENTS], usize)> {
+    let mut segments = [""; MAX_SEGMENTS];
+    let mut count = 0;
+    for segment in path.split('/').filter(|segment| !segment.is_empty()) {
+        let place = segments.get_mut(count).filter(|_| segment != "." && segment != "..")?;
+        *place = segment;
+        count += 1;
+    }
+    Some((segments, count))
 }
 
 /// Each `%xx` as what it stands for, once. `None` for what no client sends: other than printable ASCII, a slash or a
@@ -170,6 +190,27 @@ mod tests {
             "meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
         ] {
             assert_eq!(Route::parse(&format!("/latest/{path}")), metadata(path));
+        }
+    }
+
+    #[test]
+    fn each_service_has_paths_of_its_own() {
+        for target in ["/v1/credentials", "/v1/credentials/", "//v1//credentials", "/v1/credential%73"] {
+            assert_eq!(Route::of(Service::Container, target), Route::ContainerCredentials, "{target}");
+            assert_eq!(Route::of(Service::Metadata, target), Route::NotFound, "{target}");
+        }
+        for target in [
+            "/",
+            "/v1",
+            "/v2/credentials",
+            "/v1/credentials/x",
+            "/v1%2fcredentials",
+            "/V1/credentials",
+            "/v1/../v1/credentials",
+            "/latest/api/token",
+            "/latest/meta-data/iam/security-credentials/",
+        ] {
+            assert_eq!(Route::of(Service::Container, target), Route::NotFound, "{target}");
         }
     }
 

@@ -18,6 +18,8 @@ pub(crate) enum Way {
     Impersonate,
     Direct,
     Either,
+    /// Constrained impersonation, and container credentials.
+    Container,
     /// Those of the base alone: none to mint.
     Neither,
 }
@@ -31,6 +33,7 @@ impl Way {
             Self::Impersonate => "kirsa",
             Self::Direct => "kirsa-direct",
             Self::Either => "kirsa-either",
+            Self::Container => "kirsa-container",
             Self::Neither => "kirsa-neither",
         }
     }
@@ -41,6 +44,7 @@ impl Way {
             Self::Impersonate => &["components/constrained-impersonation"],
             Self::Direct => &["components/direct-minting"],
             Self::Either => &["components/constrained-impersonation", "components/direct-minting"],
+            Self::Container => &["components/constrained-impersonation", "components/container-credentials"],
             Self::Neither => &[],
         }
     }
@@ -71,7 +75,7 @@ pub(crate) fn granted() -> Result<&'static ApiServer> {
 }
 
 fn grant(server: &ApiServer) -> Result<()> {
-    for way in [Way::Impersonate, Way::Direct, Way::Either, Way::Neither] {
+    for way in [Way::Impersonate, Way::Direct, Way::Either, Way::Container, Way::Neither] {
         for path in way.manifests()? {
             let manifest = in_namespace(&read(&path)?, way.namespace())?;
             blocking(server.apply(&manifest)).context(path)?;

@@ -70,13 +70,22 @@ impl Thief {
             Way::Impersonate => wanted.push((bound.in_name_of_node(&node), 201)),
             Way::Direct => wanted.push((bound, 201)),
             Way::Either => wanted.extend([(bound.clone().in_name_of_node(&node), 201), (bound, 201)]),
+            Way::Container => {
+                let review =
+                    json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": "x"}});
+                let review = Attempt::post("/apis/authentication.k8s.io/v1/tokenreviews", review);
+                wanted.extend([(bound.in_name_of_node(&node), 201), (review, 201)]);
+            }
             Way::Neither => {}
         }
         if way.is_fenced()? {
             // Refused by the policy alone.
             let pod = json!({"apiVersion": "v1", "kind": "Pod", "name": "app", "uid": uid});
             let attempt = Attempt::token_with(&node, "app", json!({"audiences": [], "boundObjectRef": pod}));
-            wanted.push((if way == Way::Impersonate { attempt.in_name_of_node(&node) } else { attempt }, 403));
+            wanted.push((
+                if matches!(way, Way::Impersonate | Way::Container) { attempt.in_name_of_node(&node) } else { attempt },
+                403,
+            ));
         }
         wanted.iter().try_for_each(|(attempt, status)| thief.wait_until(attempt, *status))
     }

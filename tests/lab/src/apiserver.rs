@@ -23,6 +23,7 @@ mod binaries;
 mod manifests;
 mod objects;
 mod pki;
+mod resigned;
 
 pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 const PORT: u16 = 6443;

@@ -28,6 +28,10 @@ pub use pod::{Address, Pod, Shape};
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub const METADATA6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 
+/// Where container credentials are asked for.
+pub const CONTAINER: Ipv4Addr = Ipv4Addr::new(169, 254, 170, 23);
+pub const CONTAINER6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23);
+
 #[derive(Debug)]
 pub struct Node {
     name: String,

@@ -1,0 +1,27 @@
+//! How container credentials come to know whose a token is.
+
+use tracing::{info, warn};
+
+use crate::{
+    doctor,
+    kubernetes::{Identity, Kubernetes, review},
+    serve::container::Tokens,
+};
+
+/// Reviews by the API server, for tokens of that audience; none where container credentials are not served.
+pub(super) fn tokens(kubernetes: &Kubernetes, audience: Option<String>) -> anyhow::Result<Option<Tokens>> {
+    let Some(audience) = audience else { return Ok(None) };
+    info!(audience, "container credentials are served");
+    if let Some(address) = doctor::pod_identity_agent() {
+        warn!(
+            %address,
+            "the EKS Pod Identity agent listens here: pods' connections to it come to this agent instead; remove it, \
+             or leave --container-credentials out"
+        );
+    }
+    let client = kubernetes.calls(Identity::Agent)?;
+    Ok(Some(Tokens::new(Box::new(move |token| {
+        let (client, audience) = (client.clone(), audience.clone());
+        Box::pin(async move { review::pod_of(client, &token, &audience).await })
+    }))))
+}
