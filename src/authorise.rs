@@ -27,6 +27,9 @@ use crate::{
 };
 use terms::Terms;
 
+/// By how much the watch of service accounts may lag behind a live read.
+const WATCH_LAG: Duration = Duration::from_secs(60);
+
 /// Who shares a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum)]
 pub enum Scope {
@@ -134,6 +137,15 @@ impl Authoriser {
     pub fn foresee(&self, workload: &Workload) -> Option<Grant> {
         let account = self.accounts.annotated(workload)?;
         grant(workload.clone(), &account, &self.defaults).ok()
+    }
+
+    /// Whether a grant of earlier would be made now, as far as that is known without asking anybody. An account that
+    /// was read live a moment ago may not be known by the watch yet.
+    pub fn still(&self, grant: &Grant) -> bool {
+        match self.foresee(&grant.workload) {
+            Some(now) => now.key == grant.key,
+            None => grant.age() < WATCH_LAG,
+        }
     }
 
     /// # Errors

@@ -6,7 +6,7 @@ mod slot;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 use moka::sync::Cache as Map;
@@ -20,7 +20,7 @@ use crate::{
     refusal::Refusal,
 };
 pub use budget::Budget;
-use slot::Slot;
+use slot::{Holds, Slot};
 
 /// Slots at most, each of 8 KiB or less. A node runs some hundred pods; what is over this is evicted by use.
 const MAX_SLOTS: u64 = 4_096;
@@ -44,12 +44,20 @@ pub struct Cache {
     of_pod: Mutex<HashMap<PodUid, Vec<Arc<Key>>>>,
     issuer: Arc<dyn Issue>,
     budget: Arc<Budget>,
+    holds: Holds,
     metrics: Metrics,
 }
 
 impl Cache {
-    pub fn new(issuer: Arc<dyn Issue>, budget: Arc<Budget>, metrics: Metrics) -> Self {
-        Self { slots: Map::new(MAX_SLOTS), of_pod: Mutex::default(), issuer, budget, metrics }
+    /// `holds` says whether a grant that was made earlier would be made now: asked before each exchange, so that none
+    /// is for a pod that is gone, or for a role that its service account has no more.
+    pub fn new(
+        issuer: Arc<dyn Issue>,
+        budget: Arc<Budget>,
+        holds: impl Fn(&Grant) -> bool + Send + Sync + 'static,
+        metrics: Metrics,
+    ) -> Self {
+        Self { slots: Map::new(MAX_SLOTS), of_pod: Mutex::default(), issuer, budget, holds: Arc::new(holds), metrics }
     }
 
     /// Fetches ahead of the first request.
@@ -93,15 +101,25 @@ impl Cache {
 
     /// A pod is gone: the sessions that only it could use are dropped, and so zeroed.
     pub fn forget(&self, pod: &PodUid) {
-        let keys = self.of_pod.lock().unwrap_or_else(PoisonError::into_inner).remove(pod).unwrap_or_default();
-        for key in keys {
-            if let Some(slot) = self.slots.get(&key)
-                && slot.leave(pod)
-            {
-                self.slots.invalidate(&key);
+        {
+            let mut of_pod = self.of_pod();
+            for key in of_pod.remove(pod).unwrap_or_default() {
+                if let Some(slot) = self.slots.get(&key)
+                    && slot.leave(pod)
+                {
+                    self.drop_slot(&key, &slot);
+                }
+            }
+            for (key, slot) in self.slots.iter().filter(|(_, slot)| slot.abandoned()) {
+                self.drop_slot(&key, &slot);
             }
         }
         self.count();
+    }
+
+    fn drop_slot(&self, key: &Key, slot: &Slot) {
+        self.slots.invalidate(key);
+        slot.end();
     }
 
     /// What is held and how it stands, without a secret: for `/debug/slots`.
@@ -117,20 +135,28 @@ impl Cache {
     }
 
     fn slot(&self, grant: &Grant) -> Arc<Slot> {
-        let key = grant.key();
-        let slot = self.slots.get(key).unwrap_or_else(|| {
-            self.slots.get_with(key.clone(), || Slot::start(self.issuer.clone(), self.budget.clone()))
-        });
-        if slot.join(grant) {
-            let mut of_pod = self.of_pod.lock().unwrap_or_else(PoisonError::into_inner);
-            let keys = of_pod.entry(grant.workload().uid().clone()).or_default();
+        let (key, uid) = (grant.key(), grant.workload().uid());
+        if let Some(slot) = self.slots.get(key).filter(|slot| slot.has(uid)) {
+            return slot;
+        }
+        let slot = {
+            // Held over both, so that no pod joins a slot that is being dropped.
+            let mut of_pod = self.of_pod();
+            let start = || Slot::start(self.issuer.clone(), self.budget.clone(), self.holds.clone());
+            let slot = self.slots.get_with(key.clone(), start);
+            slot.join(grant);
+            let keys = of_pod.entry(uid.clone()).or_default();
             if !keys.contains(key) {
                 keys.push(key.clone());
             }
-            drop(of_pod);
-            self.count();
-        }
+            slot
+        };
+        self.count();
         slot
+    }
+
+    fn of_pod(&self) -> MutexGuard<'_, HashMap<PodUid, Vec<Arc<Key>>>> {
+        self.of_pod.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn count(&self) {
@@ -144,3 +170,7 @@ impl std::fmt::Debug for Cache {
         f.debug_struct("Cache").field("slots", &self.slots.entry_count()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[path = "cache/model_tests.rs"]
+mod model_tests;

@@ -25,7 +25,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     attribute::{Attributor, cni},
-    authorise::{Accounts, Authoriser},
+    authorise::{Accounts, Authoriser, Grant},
     cache::{Budget, Cache},
     config::{Command, Config, Source},
     doctor,
@@ -178,7 +178,9 @@ pub async fn run(
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
     let budget = Budget::new(config.exchange_rate, config.exchange_burst, metrics.clone());
-    let cache = Arc::new(Cache::new(Arc::new(exchange), budget, metrics.clone()));
+    let (live, roles) = (attributor.clone(), authoriser.clone());
+    let holds = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.still(grant);
+    let cache = Arc::new(Cache::new(Arc::new(exchange), budget, holds, metrics.clone()));
     let described = cache.clone();
     let slots: observe::Page = Arc::new(move || described.describe());
     let duties = Duties::new(listeners.predecessor.as_ref());

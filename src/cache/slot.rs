@@ -40,6 +40,13 @@ const LAST_RESORT: Duration = Duration::from_secs(60);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// By how much the pauses are shorter while a pod waits.
 const HURRY: u32 = 6;
+/// When the API server has refused tokens for as many pods in a row, it is not about the pods.
+const REFUSED_IN_A_ROW: usize = 3;
+/// How long whoever asks for a session that nobody may use any more is told so.
+const GONE: Duration = Duration::from_secs(5);
+
+/// Whether the pod is live, and its service account still has what the grant says.
+pub(super) type Holds = Arc<dyn Fn(&Grant) -> bool + Send + Sync>;
 
 #[derive(Debug)]
 pub(super) struct Slot {
@@ -56,7 +63,14 @@ struct Shared {
     wake: Notify,
     last_used: Mutex<Option<Instant>>,
     /// The pods that share this session: any one of them can stand for it at the API server.
-    grants: Mutex<HashMap<PodUid, Grant>>,
+    pods: Mutex<HashMap<PodUid, Member>>,
+}
+
+#[derive(Debug)]
+struct Member {
+    grant: Grant,
+    /// When the API server last refused a token for this pod for a reason of the pod's own.
+    refused: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -140,9 +154,9 @@ impl State {
 }
 
 impl Slot {
-    pub(super) fn start(issuer: Arc<dyn Issue>, budget: Arc<Budget>) -> Arc<Self> {
+    pub(super) fn start(issuer: Arc<dyn Issue>, budget: Arc<Budget>, holds: Holds) -> Arc<Self> {
         let shared = Arc::new(Shared::default());
-        let keeper = tokio::spawn(shared.clone().keep(issuer, budget));
+        let keeper = tokio::spawn(shared.clone().keep(issuer, budget, holds));
         Arc::new(Self { shared, keeper })
     }
 
@@ -152,7 +166,7 @@ impl Slot {
         let until = |at: Instant| at.saturating_duration_since(Instant::now()).as_secs();
         let held = state.held.as_ref();
         serde_json::json!({
-            "pods": self.shared.grants().len(),
+            "pods": self.shared.pods().len(),
             "access_key_id": held.map(|held| held.credential.access_key_id()),
             "age_seconds": held.map(|held| held.credential.issued_at().elapsed().as_secs()),
             "refresh_in_seconds": held.map(|held| until(held.refresh_at)),
@@ -162,29 +176,39 @@ impl Slot {
         })
     }
 
-    /// True when the pod is new to the session.
-    pub(super) fn join(&self, grant: &Grant) -> bool {
-        let uid = grant.workload().uid();
+    pub(super) fn has(&self, pod: &PodUid) -> bool {
+        self.shared.pods().contains_key(pod)
+    }
+
+    pub(super) fn join(&self, grant: &Grant) {
         {
-            let mut grants = self.shared.grants();
-            if grants.contains_key(uid) {
-                return false;
+            let mut pods = self.shared.pods();
+            if pods.contains_key(grant.workload().uid()) {
+                return;
             }
-            grants.insert(uid.clone(), grant.clone());
+            pods.insert(grant.workload().uid().clone(), Member { grant: grant.clone(), refused: None });
         }
         // What was refused to a former pod says nothing about this one.
-        let of_a_pod = |(refusal, _): &(Refusal, Instant)| is_about_its_pod(refusal);
         if self.shared.state.send_if_modified(|state| state.failure.take_if(|failure| of_a_pod(failure)).is_some()) {
             self.shared.wake.notify_one();
         }
-        true
     }
 
     /// True when that was the last pod of the session.
     pub(super) fn leave(&self, pod: &PodUid) -> bool {
-        let mut grants = self.shared.grants();
-        grants.remove(pod);
-        grants.is_empty()
+        let mut pods = self.shared.pods();
+        pods.remove(pod);
+        pods.is_empty()
+    }
+
+    /// True when its keeper has found that no pod can use it any more.
+    pub(super) fn abandoned(&self) -> bool {
+        self.shared.pods().is_empty() && self.shared.state.borrow().failure.as_ref().is_some_and(of_a_pod)
+    }
+
+    /// Fetches nothing any more, what is under way included: a pod that waits for it is gone.
+    pub(super) fn end(&self) {
+        self.keeper.abort();
     }
 
     /// Sees to it that there are going to be credentials, without waiting.
@@ -267,28 +291,35 @@ impl Drop for Slot {
 }
 
 impl Shared {
-    async fn keep(self: Arc<Self>, issuer: Arc<dyn Issue>, budget: Arc<Budget>) {
+    async fn keep(self: Arc<Self>, issuer: Arc<dyn Issue>, budget: Arc<Budget>, holds: Holds) {
         let mut failures = 0;
+        let mut refused_in_a_row = 0;
         loop {
             self.due().await;
             let turn = self.turn(&budget).await;
-            let Some((pod, grant)) = self.grants().iter().next().map(|(pod, grant)| (pod.clone(), grant.clone()))
-            else {
-                // Its last pod has gone; a new one wakes it.
+            let Some(grant) = self.stand_in(&holds) else {
+                // Nobody may use it any more, so nobody shall; a new pod wakes it.
                 self.satisfied();
+                let nobody = Refusal::new(Reason::PodGone, "no live pod's service account has this role any more");
+                let until = Instant::now() + GONE;
+                self.state.send_replace(State { held: None, failure: Some((nobody, until)) });
                 continue;
             };
             let issued = issuer.issue(&grant).await;
             drop(turn);
             match issued {
                 Ok(credential) => {
-                    failures = 0;
+                    (failures, refused_in_a_row) = (0, 0);
                     self.satisfied();
                     self.state.send_replace(State { held: Some(hold(credential)), failure: None });
                 }
                 Err(refusal) => {
-                    if is_about_its_pod(&refusal) && self.leave_one(&pod) {
-                        continue;
+                    if is_about_its_pod(&refusal) {
+                        refused_in_a_row += 1;
+                        if refused_in_a_row < self.refused(grant.workload().uid()).min(REFUSED_IN_A_ROW) {
+                            continue;
+                        }
+                        refused_in_a_row = 0;
                     }
                     let workload = grant.workload();
                     log_refusal(&refusal, workload.namespace(), workload.pod(), &workload.service_account().name);
@@ -337,8 +368,12 @@ impl Shared {
                     () = woken => {}
                 },
                 Some(held) if wanted || self.used_within(held.lifetime()) => return,
+                Some(held) => tokio::select! {
+                    () = sleep_until(held.credential.expires_at()) => drop(self.state.send_replace(State::default())),
+                    () = woken => {}
+                },
                 None if wanted => return,
-                _ => woken.await,
+                None => woken.await,
             }
         }
     }
@@ -393,18 +428,25 @@ impl Shared {
         self.last_used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|used| used.elapsed() < lifetime)
     }
 
-    /// True when others remain.
-    fn leave_one(&self, pod: &PodUid) -> bool {
-        let mut grants = self.grants();
-        let others = grants.len() > 1;
-        if others {
-            grants.remove(pod);
-        }
-        others
+    /// A pod that the session is asked for in the name of: the one whose last refusal is the longest ago. Those that
+    /// may not use it any more are forgotten.
+    fn stand_in(&self, holds: &Holds) -> Option<Grant> {
+        let mut pods = self.pods();
+        pods.retain(|_, member| holds(&member.grant));
+        pods.values().min_by_key(|member| member.refused).map(|member| member.grant.clone())
     }
 
-    fn grants(&self) -> MutexGuard<'_, HashMap<PodUid, Grant>> {
-        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Notes that this pod was refused; how many pods there are.
+    fn refused(&self, pod: &PodUid) -> usize {
+        let mut pods = self.pods();
+        if let Some(member) = pods.get_mut(pod) {
+            member.refused = Some(Instant::now());
+        }
+        pods.len()
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Member>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -412,6 +454,10 @@ impl Shared {
 /// what it would otherwise not find.
 fn is_about_its_pod(refusal: &Refusal) -> bool {
     matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden)
+}
+
+fn of_a_pod((refusal, _): &(Refusal, Instant)) -> bool {
+    is_about_its_pod(refusal)
 }
 
 fn hold(credential: Credential) -> Held {

@@ -55,7 +55,8 @@ fn grant(pod: &str) -> Grant {
 
 fn slot(script: &Arc<Script>) -> Arc<Slot> {
     pause();
-    let slot = Slot::start(script.clone(), Budget::new(1_000, 1_000, Metrics::new("test").unwrap()));
+    let slot =
+        Slot::start(script.clone(), Budget::new(1_000, 1_000, Metrics::new("test").unwrap()), Arc::new(|_| true));
     slot.join(&grant("a"));
     slot
 }
@@ -271,4 +272,64 @@ async fn recovery_is_noticed_within_seconds_while_a_pod_waits() {
     let began = Instant::now();
     while id(&slot).await.is_err() {}
     assert!(took(began) <= 5_000, "{} ms", took(began));
+}
+
+/// An API server that forbids tokens altogether is not asked in the name of every pod, again with every request.
+#[tokio::test]
+async fn what_is_forbidden_for_three_pods_is_forbidden_for_all_and_remembered() {
+    let script = Script::new((0..1_000).map(|_| (10, Some(Reason::TokenForbidden))));
+    let slot = slot(&script);
+    let pods: Vec<_> = (0..20).map(|number| grant(&format!("p{number}"))).collect();
+    pods.iter().for_each(|pod| slot.join(pod));
+    for round in 1..=3 {
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(9) {
+            for pod in &pods {
+                slot.join(pod);
+                assert_eq!(id(&slot).await, Err(Reason::TokenForbidden));
+            }
+            pass(Duration::from_millis(500)).await;
+        }
+        assert_eq!(script.calls(), round * 3, "three within ten seconds, however often it is asked for");
+        pass(Duration::from_secs(3)).await;
+    }
+    let asked = script.pods.lock().unwrap().clone();
+    let different: std::collections::HashSet<_> = asked.iter().collect();
+    assert_eq!(different.len(), asked.len(), "each time in the name of others: {asked:?}");
+}
+
+/// What nobody uses is not kept beyond its end.
+#[tokio::test]
+async fn what_has_expired_is_dropped_from_memory() {
+    let script = Script::new([]);
+    let slot = slot(&script);
+    slot.want(Urgency::Ahead);
+    pass(HOUR - Duration::from_secs(5)).await;
+    assert!(slot.describe()["access_key_id"].is_string());
+    pass(Duration::from_secs(10)).await;
+    assert!(slot.describe()["access_key_id"].is_null());
+    assert_eq!(script.calls(), 1);
+}
+
+/// The service account's role was changed, or taken away: the pods are there still.
+#[tokio::test]
+async fn a_role_that_no_account_has_any_more_is_not_refreshed_but_dropped() {
+    pause();
+    let script = Script::new([]);
+    let holds = Arc::new(AtomicBool::new(true));
+    let still = holds.clone();
+    let budget = Budget::new(1_000, 1_000, Metrics::new("test").unwrap());
+    let slot = Slot::start(script.clone(), budget, Arc::new(move |_| still.load(Ordering::SeqCst)));
+    slot.join(&grant("a"));
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+    holds.store(false, Ordering::SeqCst);
+    pass(HOUR / 2).await;
+    assert!(slot.describe()["access_key_id"].is_null() && slot.abandoned());
+    let began = Instant::now();
+    assert_eq!(id(&slot).await, Err(Reason::PodGone));
+    assert_eq!(script.calls(), 1);
+    holds.store(true, Ordering::SeqCst);
+    slot.join(&grant("a"));
+    assert_eq!(id(&slot).await, Ok("ASIA2".into()), "it has the role again");
+    assert_eq!(took(began), 0);
 }

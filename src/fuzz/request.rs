@@ -82,7 +82,12 @@ impl Site {
         let server = Server {
             attributor,
             authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
-            cache: Arc::new(Cache::new(Arc::new(Named), Budget::new(1_000, 1_000, metrics.clone()), metrics.clone())),
+            cache: Arc::new(Cache::new(
+                Arc::new(Named),
+                Budget::new(1_000, 1_000, metrics.clone()),
+                |_| true,
+                metrics.clone(),
+            )),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
             metadata: NodeMetadata::new([given]),
             require_imdsv2: false,
