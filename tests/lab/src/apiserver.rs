@@ -1,12 +1,14 @@
-//! A real kube-apiserver with its etcd, one for the whole program, in the base namespace: every node and
-//! pod of the lab reaches it. Knows nothing about kirsa but what any client of the API server needs.
+//! A real kube-apiserver with its etcd, in the base namespace: every node and pod of the lab reaches it. One for the
+//! whole program, and others for tests that stop theirs. Knows nothing about kirsa but what any client of the API
+//! server needs.
 
 use std::fs::{self, DirBuilder};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -22,20 +24,23 @@ use crate::process::Process;
 mod binaries;
 mod manifests;
 mod objects;
+mod outage;
 mod pki;
 mod resigned;
 
 pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+/// Of the first one; the others follow.
 const PORT: u16 = 6443;
-const ETCD: &str = "http://127.0.0.1:2379";
+const ETCD_PORT: u16 = 2379;
 /// A cold start takes 3 s on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Debug)]
 pub struct ApiServer {
+    address: SocketAddr,
     folder: PathBuf,
     admin: PathBuf,
-    process: Process,
+    process: Mutex<Process>,
     etcd: Process,
 }
 
@@ -43,45 +48,35 @@ impl ApiServer {
     /// The program's API server; the first caller waits for its start.
     pub fn get() -> Result<&'static Self> {
         static SERVER: OnceLock<Result<ApiServer>> = OnceLock::new();
-        SERVER.get_or_init(Self::start).as_ref().map_err(|error| anyhow!("the API server: {error:#}"))
+        SERVER.get_or_init(|| Self::start(0)).as_ref().map_err(|error| anyhow!("the API server: {error:#}"))
     }
 
-    fn start() -> Result<Self> {
+    /// One more, with an etcd of its own.
+    pub fn another() -> Result<Self> {
+        static NEXT: AtomicU16 = AtomicU16::new(1);
+        Self::start(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn start(number: u16) -> Result<Self> {
         let binaries = binaries::locate()?;
-        let folder = Path::new(STATE).join("apiserver");
+        let folder = Path::new(STATE).join(format!("apiserver-{number}"));
         DirBuilder::new().mode(0o700).create(&folder)?;
         pki::create(&folder, IpAddr::V4(BASE))?;
 
+        let clients = format!("http://127.0.0.1:{}", etcd_port(number));
         let mut etcd = Command::new(binaries.join("etcd"));
         etcd.arg("--data-dir").arg(folder.join("etcd")).args([
-            format!("--listen-client-urls={ETCD}"),
-            format!("--advertise-client-urls={ETCD}"),
-            "--listen-peer-urls=http://127.0.0.1:2380".into(),
+            format!("--listen-client-urls={clients}"),
+            format!("--advertise-client-urls={clients}"),
+            format!("--listen-peer-urls=http://127.0.0.1:{}", etcd_port(number) + 1),
             "--unsafe-no-fsync".into(),
         ]);
         let etcd = Process::spawn(None, "etcd", etcd)?;
-        let mut apiserver = Command::new(binaries.join("kube-apiserver"));
-        apiserver.current_dir(&folder).args([
-            format!("--bind-address={BASE}"),
-            format!("--advertise-address={BASE}"),
-            format!("--secure-port={PORT}"),
-            format!("--etcd-servers={ETCD}"),
-            format!("--service-account-issuer={ISSUER}"),
-            "--service-cluster-ip-range=10.96.0.0/16".into(),
-            "--tls-cert-file=server.crt".into(),
-            "--tls-private-key-file=server.key".into(),
-            "--client-ca-file=ca.crt".into(),
-            "--service-account-key-file=sa.pub".into(),
-            "--service-account-signing-key-file=sa.key".into(),
-            "--authorization-mode=Node,RBAC".into(),
-            "--enable-admission-plugins=NodeRestriction".into(),
-            "--allow-privileged=true".into(),
-        ]);
-        let process = Process::spawn(None, "kube-apiserver", apiserver)?;
-
+        let address = (BASE, PORT + number).into();
+        let process = Mutex::new(spawn(&binaries, &folder, address, number)?);
         let admin = json!({"client-certificate": folder.join("admin.crt"), "client-key": folder.join("admin.key")});
-        let admin = write_kubeconfig(&folder, "admin", admin)?;
-        let server = Self { folder, admin, process, etcd };
+        let admin = write_kubeconfig(&folder, address, "admin", admin)?;
+        let server = Self { address, folder, admin, process, etcd };
         server.wait_ready()?;
         Ok(server)
     }
@@ -99,7 +94,8 @@ impl ApiServer {
             if runtime.block_on(client.request_text(request)).is_ok() {
                 return Some(Ok(()));
             }
-            let dead = [&self.process, &self.etcd].into_iter().find(|process| process.ended())?;
+            let process = self.process();
+            let dead = [&*process, &self.etcd].into_iter().find(|process| process.ended())?;
             let lines = dead.lines();
             Some(Err(anyhow!("it ended:\n  {}", lines[lines.len().saturating_sub(20)..].join("\n  "))))
         });
@@ -108,7 +104,7 @@ impl ApiServer {
     }
 
     pub fn address(&self) -> SocketAddr {
-        (BASE, PORT).into()
+        self.address
     }
 
     pub fn url(&self) -> String {
@@ -139,8 +135,38 @@ impl ApiServer {
 
     /// A kubeconfig for the holder of `token`.
     pub fn token_kubeconfig(&self, name: &str, token: &str) -> Result<PathBuf> {
-        write_kubeconfig(&self.folder, name, json!({ "token": token }))
+        write_kubeconfig(&self.folder, self.address, name, json!({ "token": token }))
     }
+
+    fn process(&self) -> MutexGuard<'_, Process> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// In the numbers of the ports, for clients and for peers.
+fn etcd_port(number: u16) -> u16 {
+    ETCD_PORT + 2 * number
+}
+
+fn spawn(binaries: &Path, folder: &Path, address: SocketAddr, number: u16) -> Result<Process> {
+    let mut apiserver = Command::new(binaries.join("kube-apiserver"));
+    apiserver.current_dir(folder).args([
+        format!("--bind-address={}", address.ip()),
+        format!("--advertise-address={}", address.ip()),
+        format!("--secure-port={}", address.port()),
+        format!("--etcd-servers=http://127.0.0.1:{}", etcd_port(number)),
+        format!("--service-account-issuer={ISSUER}"),
+        "--service-cluster-ip-range=10.96.0.0/16".into(),
+        "--tls-cert-file=server.crt".into(),
+        "--tls-private-key-file=server.key".into(),
+        "--client-ca-file=ca.crt".into(),
+        "--service-account-key-file=sa.pub".into(),
+        "--service-account-signing-key-file=sa.key".into(),
+        "--authorization-mode=Node,RBAC".into(),
+        "--enable-admission-plugins=NodeRestriction".into(),
+        "--allow-privileged=true".into(),
+    ]);
+    Process::spawn(None, "kube-apiserver", apiserver)
 }
 
 /// A client as a kubeconfig describes it.
@@ -150,14 +176,14 @@ pub async fn client_of(kubeconfig: &Path) -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-fn write_kubeconfig(folder: &Path, name: &str, user: Value) -> Result<PathBuf> {
+fn write_kubeconfig(folder: &Path, address: SocketAddr, name: &str, user: Value) -> Result<PathBuf> {
     let ca = folder.join("ca.crt");
     let kubeconfig = json!({
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{
             "name": "lab",
-            "cluster": {"server": format!("https://{BASE}:{PORT}"), "certificate-authority": ca},
+            "cluster": {"server": format!("https://{address}"), "certificate-authority": ca},
         }],
         "users": [{"name": name, "user": user}],
         "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": name}}],

@@ -46,6 +46,13 @@ impl Response {
         serde_json::from_str(&self.body).with_context(|| format!("not JSON: {:?}", self.body))
     }
 
+    /// When the credentials in this answer expire, in seconds since 1970.
+    pub fn expires(&self) -> Result<i64> {
+        let document = self.json()?;
+        let text = document["Expiration"].as_str().context("an expiration")?;
+        Ok(text.parse::<jiff::Timestamp>().with_context(|| text.to_owned())?.as_second())
+    }
+
     /// The body of a 200; any other status is an error that shows it.
     pub fn ok(self) -> Result<String> {
         if self.status != 200 {

@@ -6,7 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 /// Ask until there is an answer; an error that says what was waited for when `within` has passed.
-pub fn poll<T>(what: &str, within: Duration, mut ask: impl FnMut() -> Option<T>) -> Result<T> {
+pub fn poll<T>(what: &str, within: Duration, ask: impl FnMut() -> Option<T>) -> Result<T> {
+    poll_every(Duration::from_millis(5), what, within, ask)
+}
+
+/// The same where asking costs something, or is itself what is tested.
+pub fn poll_every<T>(pause: Duration, what: &str, within: Duration, mut ask: impl FnMut() -> Option<T>) -> Result<T> {
     let deadline = Instant::now() + within;
     loop {
         if let Some(answer) = ask() {
@@ -15,7 +20,7 @@ pub fn poll<T>(what: &str, within: Duration, mut ask: impl FnMut() -> Option<T>)
         if Instant::now() >= deadline {
             bail!("not within {within:?}: {what}");
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(pause);
     }
 }
 
