@@ -4,7 +4,6 @@
 mod age;
 mod callers;
 mod clock;
-mod errors;
 mod hold;
 mod policies;
 mod redaction;
