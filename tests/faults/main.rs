@@ -4,6 +4,7 @@
 
 mod apiserver;
 mod cluster;
+mod kills;
 mod network;
 mod node;
 mod proxy;
