@@ -4,6 +4,8 @@
 //!
 //! A token may be asked for before anybody knows which pod has the address, and must not wait for that. Such a token
 //! is bound to the address instead, and to pods that existed when it was issued.
+//!
+//! The Common Runtime of AWS has room for a token of 64 bytes and fails with a longer one; those of EC2 have 56.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -31,6 +33,8 @@ pub const KEY_LENGTH: usize = 32;
 /// In the state directory.
 pub const KEY_FILE: &str = "session-token.key";
 const MAC_LENGTH: usize = 32;
+/// The seconds of the epoch, in the bytes that they need for the next 34,000 years.
+const TIME_LENGTH: usize = 5;
 /// How much later than its token a pod may seem to have been created, by the API server's clock.
 const CLOCK_TOLERANCE: u64 = 60;
 
@@ -96,8 +100,8 @@ impl Sessions {
         let expires = now.0 + u64::from(ttl);
         let mac = hmac::sign(&self.key, &message(binding, now.0, expires, workload, source));
         let mut token = vec![binding as u8];
-        token.extend(now.0.to_be_bytes());
-        token.extend(expires.to_be_bytes());
+        token.extend(short(now.0));
+        token.extend(short(expires));
         token.extend(mac.as_ref());
         URL_SAFE_NO_PAD.encode(token)
     }
@@ -114,8 +118,8 @@ impl Sessions {
                 2 => Binding::Address,
                 _ => return None,
             },
-            issued: u64::from_be_bytes(*issued),
-            expires: u64::from_be_bytes(*expires),
+            issued: long(*issued),
+            expires: long(*expires),
             mac: mac.try_into().ok()?,
         };
         (now.0 < session.expires).then_some(session)
@@ -129,6 +133,15 @@ impl Sessions {
         let authentic = hmac::verify(&self.key, &message, &session.mac).is_ok();
         authentic && (session.binding == Binding::Pod || workload.created() <= session.issued + CLOCK_TOLERANCE)
     }
+}
+
+fn short(seconds: u64) -> [u8; TIME_LENGTH] {
+    let [_, _, _, time @ ..] = seconds.to_be_bytes();
+    time
+}
+
+fn long(time: [u8; TIME_LENGTH]) -> u64 {
+    time.iter().fold(0, |seconds, byte| seconds << 8 | u64::from(*byte))
 }
 
 fn message(binding: Binding, issued: u64, expires: u64, pod: Option<&Workload>, source: IpAddr) -> Vec<u8> {
@@ -186,6 +199,7 @@ mod tests {
         let (sessions, pod, source) = parts();
         let token = sessions.issue(Some(&pod), source, 60, NOW);
         assert!(token.bytes().all(|byte| byte.is_ascii_graphic()));
+        assert!(token.len() <= 64, "as long as the Common Runtime can take: {}", token.len());
         assert!(accepts(&sessions, &token, &pod, source, UnixTime(NOW.0 + 59)));
         assert!(!accepts(&sessions, &token, &pod, source, UnixTime(NOW.0 + 60)), "expired");
         let other = Workload::sample("b", "uid-b", "sa");

@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod apiserver;
+pub mod clients;
 pub mod cni;
 pub mod http;
 pub mod imds;

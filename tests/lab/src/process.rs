@@ -1,6 +1,6 @@
 //! A child process, in a given network namespace, whose output can be waited for line by line.
 
-use std::io::{BufRead, BufReader, PipeReader, pipe};
+use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
@@ -37,9 +37,18 @@ struct State {
 impl Process {
     /// Start `command`, in `netns` or else in the base namespace. Standard output and error become one
     /// stream of lines; `LAB_ECHO=1` copies it to the test's own standard error.
-    pub fn spawn(netns: Option<&Netns>, name: &str, mut command: Command) -> Result<Self> {
+    pub fn spawn(netns: Option<&Netns>, name: &str, command: Command) -> Result<Self> {
+        Self::spawn_with(Stdio::null(), netns, name, command)
+    }
+
+    /// The same with a standard input that [`Process::tell`] writes to.
+    pub fn spawn_listening(netns: Option<&Netns>, name: &str, command: Command) -> Result<Self> {
+        Self::spawn_with(Stdio::piped(), netns, name, command)
+    }
+
+    fn spawn_with(stdin: Stdio, netns: Option<&Netns>, name: &str, mut command: Command) -> Result<Self> {
         let (reader, writer) = pipe()?;
-        command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+        command.stdin(stdin).stdout(writer.try_clone()?).stderr(writer);
         let spawned = match netns {
             Some(netns) => netns.run(|| command.spawn()),
             None => command.spawn(),
@@ -96,6 +105,12 @@ impl Process {
             }
             state = self.output.changed.wait_timeout(state, left).expect("no panic while held").0;
         }
+    }
+
+    /// A line for its standard input.
+    pub fn tell(&mut self, line: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().with_context(|| format!("{} does not listen", self.name))?;
+        writeln!(stdin, "{line}").with_context(|| format!("telling {} {line}", self.name))
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {

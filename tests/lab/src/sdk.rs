@@ -71,7 +71,7 @@ fn isolated(program: &Path) -> Command {
 }
 
 /// A program of this crate, from beside the running one, or built there.
-fn built(name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn built(name: &str) -> anyhow::Result<PathBuf> {
     let running = env::current_exe()?;
     let folder = running.ancestors().skip(1).find(|folder| !folder.ends_with("deps"));
     let folder = folder.context("a program in a folder")?;

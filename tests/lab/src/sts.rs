@@ -9,7 +9,9 @@ mod ask;
 mod call;
 mod control;
 mod fault;
+mod identity;
 mod keys;
+mod object;
 mod policy;
 mod protocol;
 mod refusal;
@@ -36,7 +38,9 @@ use crate::listener::Server;
 pub use self::{
     call::{Call, Outcome},
     fault::{Effect, Fault, When},
+    identity::Act,
     keys::{Jwks, Keys},
+    object::{BUCKET, KEY, ObjectStore},
     role::{Role, TrustPolicy},
     session::Session,
     tls::Tls,
@@ -83,6 +87,11 @@ impl StandIn {
         };
         let control = control.map(serve_control).transpose()?;
         Ok(Self { shared, sts, control, scheme })
+    }
+
+    /// Serves an object store that takes the credentials that were issued here.
+    pub fn start_store(&self, listener: TcpListener) -> anyhow::Result<ObjectStore> {
+        ObjectStore::start(listener, Arc::clone(&self.shared))
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -134,6 +143,11 @@ impl StandIn {
     /// Whose credentials these are, without asking over the wire.
     pub fn session(&self, access_key_id: &str) -> Option<Session> {
         self.shared.world().sessions.get(access_key_id).cloned()
+    }
+
+    /// Every request so far, here and at the stores, whose signature was right, in the order of their arrival.
+    pub fn acts(&self) -> Vec<Act> {
+        self.shared.world().acts.clone()
     }
 
     /// Every secret key and session token that was issued, to look for where none may be.

@@ -1,5 +1,7 @@
 //! AWS's SDK for Rust as a pod would use it: prints, as JSON, who its default chain makes the caller.
 
+use std::time::Instant;
+
 use anyhow::Context as _;
 use aws_config::BehaviorVersion;
 use aws_sdk_sts::{config::ProvideCredentials as _, error::DisplayErrorContext};
@@ -19,14 +21,45 @@ enum What {
         #[arg(long)]
         endpoint_url: String,
     },
+    /// The same for the clients of the matrix: at `STS_URL`, each call a line of JSON, the next one for a line that
+    /// comes in.
+    Calls,
     /// Installs the SDKs of the tests that are not part of this program.
     Prepare,
+}
+
+/// With one chain of providers, which keeps its session token, and asks for credentials again for each call.
+async fn calls() -> anyhow::Result<()> {
+    let url = std::env::var("STS_URL")?;
+    let start = Instant::now();
+    let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
+    tell(start, call(&config, &url).await);
+    for _ in std::io::stdin().lines() {
+        let start = Instant::now();
+        tell(start, call(&config, &url).await);
+    }
+    Ok(())
+}
+
+async fn call(config: &aws_config::SdkConfig, url: &str) -> anyhow::Result<()> {
+    let provider = config.credentials_provider().context("a chain of providers")?;
+    let credentials = provider.provide_credentials().await;
+    let credentials = credentials.map_err(|error| anyhow::anyhow!("{}", DisplayErrorContext(error)))?;
+    let sts = aws_sdk_sts::config::Builder::from(config).endpoint_url(url).credentials_provider(credentials).build();
+    let answer = aws_sdk_sts::Client::from_conf(sts).get_caller_identity().send().await;
+    answer.map(|_| ()).map_err(|error| anyhow::anyhow!("{}", DisplayErrorContext(error)))
+}
+
+fn tell(start: Instant, result: anyhow::Result<()>) {
+    let error = result.err().map(|error| format!("{error:#}"));
+    println!("{}", serde_json::json!({ "seconds": start.elapsed().as_secs_f64(), "error": error }));
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     match Args::parse().what {
         What::Identity { endpoint_url } => identity(&endpoint_url).await,
+        What::Calls => calls().await,
         What::Prepare => lab::sdk::prepare(),
     }
 }

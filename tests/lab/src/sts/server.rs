@@ -12,11 +12,10 @@ use super::{
     ask::Ask,
     call::Outcome,
     fault::Effect,
+    identity,
     protocol::{self, Node, Params, text},
     refusal::Refusal,
-    session,
-    signature::Signature,
-    web_identity,
+    session, web_identity,
     world::{Dialect, Shared},
 };
 use crate::listener::{Answer, Body, Peer, answer, full};
@@ -31,7 +30,7 @@ pub(super) async fn handle(shared: Arc<Shared>, peer: Peer, request: Request<Byt
     match (action, params.get("Version")) {
         (WEB_IDENTITY, Some(protocol::VERSION)) => assume(&shared, &peer, &Ask::read(&params)).await,
         (CALLER_IDENTITY, Some(protocol::VERSION)) => {
-            Ok(render(&shared, CALLER_IDENTITY, caller_identity(&shared, &request)))
+            Ok(render(&shared, CALLER_IDENTITY, caller_identity(&shared, &peer, &request)))
         }
         ("", _) => Ok(render(&shared, action, Err(Refusal::by_code("MissingAuthenticationToken")))),
         (_, version) => {
@@ -82,12 +81,8 @@ async fn assume(shared: &Shared, peer: &Peer, ask: &Ask) -> Answer {
     }
 }
 
-fn caller_identity(shared: &Shared, request: &Request<Bytes>) -> Result<Vec<Node>, Refusal> {
-    let signature = Signature::of(request)?;
-    let world = shared.world();
-    let session = world.sessions.get(signature.access_key_id);
-    let session = session.ok_or_else(|| Refusal::by_code("InvalidClientTokenId"))?;
-    signature.verify(request, session, world.now())?;
+fn caller_identity(shared: &Shared, peer: &Peer, request: &Request<Bytes>) -> Result<Vec<Node>, Refusal> {
+    let session = identity::of(shared, peer, request, "sts")?;
     Ok(vec![text("Arn", &session.arn), text("UserId", &session.user_id), text("Account", &session.account)])
 }
 

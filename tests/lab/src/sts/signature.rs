@@ -10,6 +10,7 @@ use jiff::{Timestamp, fmt::strtime};
 use super::{refusal::Refusal, session::Session};
 
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
+const UNSIGNED: &str = "UNSIGNED-PAYLOAD";
 /// How far the clock of a signer may be off.
 const CLOCK_TOLERANCE: i64 = 300;
 
@@ -40,8 +41,14 @@ impl<'a> Signature<'a> {
         })
     }
 
-    /// Checks the request against the session that it says it was signed with.
-    pub(super) fn verify(&self, request: &Request<Bytes>, session: &Session, now: Timestamp) -> Result<(), Refusal> {
+    /// Checks the request to a service against the session that it says it was signed with.
+    pub(super) fn verify(
+        &self,
+        request: &Request<Bytes>,
+        service: &str,
+        session: &Session,
+        now: Timestamp,
+    ) -> Result<(), Refusal> {
         if header_of(request, "x-amz-security-token") != Some(&session.session_token) {
             return Err(Refusal::by_code("InvalidClientTokenId"));
         }
@@ -55,15 +62,15 @@ impl<'a> Signature<'a> {
             let message = format!("Signature expired: {date} is not within 5 min. of {}", basic(now));
             return Err(Refusal::new("SignatureDoesNotMatch", message));
         }
-        let expected = self.compute(request, &session.secret_access_key, date).ok_or_else(incomplete)?;
+        let expected = self.compute(request, service, &session.secret_access_key, date).ok_or_else(incomplete)?;
         constant_time::verify_slices_are_equal(expected.as_bytes(), self.signature.as_bytes())
             .map_err(|_| Refusal::by_code("SignatureDoesNotMatch"))
     }
 
-    fn compute(&self, request: &Request<Bytes>, secret: &str, date: &str) -> Option<String> {
+    fn compute(&self, request: &Request<Bytes>, service: &str, secret: &str, date: &str) -> Option<String> {
         let mut scope = self.scope.split('/');
-        let (day, region, service) = (scope.next()?, scope.next()?, scope.next()?);
-        if scope.next() != Some("aws4_request") || service != "sts" || !date.starts_with(day) {
+        let (day, region) = (scope.next()?, scope.next()?);
+        if scope.next() != Some(service) || scope.next() != Some("aws4_request") || !date.starts_with(day) {
             return None;
         }
         let names: Vec<&str> = self.signed_headers.split(';').collect();
@@ -82,7 +89,7 @@ impl<'a> Signature<'a> {
             request.uri().path(),
             canonical_query(request.uri().query().unwrap_or_default()),
             self.signed_headers,
-            sha256(request.body()),
+            payload(request, service)?,
         );
         let to_sign = format!("{ALGORITHM}\n{date}\n{}\n{}", self.scope, sha256(canonical.as_bytes()));
         let key = [day, region, service, "aws4_request"]
@@ -94,6 +101,13 @@ impl<'a> Signature<'a> {
 
 fn header_of<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
     request.headers().get(name)?.to_str().ok()
+}
+
+/// What stands for the body. S3 lets its clients leave it out of the signature, and has them say so.
+fn payload(request: &Request<Bytes>, service: &str) -> Option<String> {
+    let hash = sha256(request.body());
+    let said = header_of(request, "x-amz-content-sha256").unwrap_or(&hash);
+    (said == hash || (service == "s3" && said == UNSIGNED)).then(|| said.to_owned())
 }
 
 /// Trimmed, with runs of spaces made one.

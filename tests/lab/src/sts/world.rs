@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     call::Log,
     fault::Faults,
+    identity::Act,
     keys::{KeyRing, Keys},
     role::Role,
     session::Sessions,
@@ -66,6 +67,7 @@ pub(super) struct World {
     pub(super) sessions: Sessions,
     pub(super) faults: Faults,
     pub(super) settings: Settings,
+    pub(super) acts: Vec<Act>,
 }
 
 /// A provider with its keys as far as they were fetched.
@@ -110,6 +112,7 @@ impl Shared {
             sessions: Sessions::default(),
             faults: Faults::default(),
             settings,
+            acts: Vec::new(),
         };
         providers.into_iter().for_each(|provider| world.register(provider));
         roles.into_iter().for_each(|role| world.set_role(role));

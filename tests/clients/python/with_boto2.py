@@ -1,0 +1,29 @@
+"""boto 2, which knows IMDSv1 only."""
+
+import os
+import urllib.parse
+
+import python_before_3_10  # noqa: F401
+
+import boto.exception
+from boto.regioninfo import RegionInfo
+from boto.sts import STSConnection
+
+import protocol
+
+address = urllib.parse.urlparse(os.environ["STS_URL"])
+region = RegionInfo(name=os.environ["AWS_REGION"], endpoint=address.hostname)
+
+
+def call():
+    connection = STSConnection(region=region, port=address.port, is_secure=False)
+    connection.num_retries = 0
+    # It finds these in the name of the host, which the stand-in has none of.
+    connection.auth_service_name, connection.auth_region_name = "sts", region.name
+    # It is older than this action, and has a method for those that it has none for.
+    answer = connection.make_request("GetCallerIdentity", {}, "/", "POST")
+    if answer.status != 200:
+        raise boto.exception.BotoServerError(answer.status, answer.reason, answer.read())
+
+
+protocol.run(call)

@@ -1,0 +1,126 @@
+//! One client: how it is started, and whether it is there.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Result, bail};
+
+use crate::{agent::REGION, sts};
+
+/// Which clients are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Set {
+    /// Those that every test run can afford.
+    Quick,
+    All,
+}
+
+/// What runs a client.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Start {
+    /// A script in `tests/clients/python`.
+    Python(&'static str),
+    /// A script in `tests/clients/node`.
+    Node(&'static str),
+    /// The program that the installation built.
+    Built,
+    /// The class `Client` that the installation compiled.
+    Java,
+    /// A shell line that is one call; the exit status tells what came of it.
+    Shell(&'static str),
+    /// The SDK that the lab itself is built with.
+    Lab,
+}
+
+/// A client in one version.
+#[derive(Debug, Clone, Copy)]
+pub struct Client {
+    /// Also that of its folder.
+    pub name: &'static str,
+    pub(super) start: Start,
+    pub(super) quick: bool,
+    /// Whether it knows session tokens.
+    pub knows_imdsv2: bool,
+}
+
+impl Client {
+    pub fn is_in(&self, set: Set) -> bool {
+        self.quick || set == Set::All
+    }
+
+    /// What it is, or why it cannot be run here.
+    pub fn version(&self) -> Result<String> {
+        let folder = self.folder();
+        if let Ok(version) = fs::read_to_string(folder.join("version")) {
+            return Ok(version.trim().to_owned());
+        }
+        match fs::read_to_string(folder.with_added_extension("skipped")) {
+            Ok(reason) => bail!("{}", reason.trim()),
+            Err(_) => bail!("not installed: make clients"),
+        }
+    }
+
+    /// Calls that each end with a line on standard output, the next one when a line comes in; one call without.
+    pub(super) fn talks(&self) -> bool {
+        !matches!(self.start, Start::Shell(_))
+    }
+
+    pub(super) fn command(&self, sts: &str, store: &str) -> Result<Command> {
+        let folder = self.folder();
+        let programs = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("clients");
+        let python = installed().join("python/bin/python");
+        let mut command = match self.start {
+            Start::Python(script) => with(&python, [programs.join("python").join(script)]),
+            Start::Node(script) => with("node", [programs.join("node").join(script)]),
+            Start::Built => Command::new(folder.join("client")),
+            Start::Java => {
+                let mut java = with("java", ["-XX:TieredStopAtLevel=1", "-Xshare:auto", "-cp"]);
+                java.arg(format!("{0}:{0}/lib/*", folder.display())).arg("Client");
+                java
+            }
+            Start::Shell(line) => with("sh", ["-c", line]),
+            Start::Lab => with(crate::sdk::built("sdk-client")?, ["calls"]),
+        };
+        // Nothing that a default chain would ask before the metadata service.
+        command
+            .env_clear()
+            .env("PATH", env::var_os("PATH").unwrap_or_default())
+            .env("HOME", "/nonexistent")
+            .env("AWS_REGION", REGION)
+            .env("AWS_DEFAULT_REGION", REGION)
+            .env("STS_URL", sts)
+            .env("S3_URL", store)
+            .env("BUCKET", sts::BUCKET)
+            .env("KEY", sts::KEY)
+            .env("PYTHON", &python)
+            .env("PYTHONPATH", &folder)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .env("PYTHONUNBUFFERED", "1")
+            .env("NODE_PATH", folder.join("node_modules"))
+            .env("NODE_NO_WARNINGS", "1")
+            .env("PROGRAMS", &programs)
+            .env("CLIENT", &folder);
+        Ok(command)
+    }
+
+    fn folder(&self) -> PathBuf {
+        installed().join(self.name)
+    }
+}
+
+fn with<S: AsRef<std::ffi::OsStr>>(
+    program: impl AsRef<std::ffi::OsStr>,
+    arguments: impl IntoIterator<Item = S>,
+) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command
+}
+
+fn installed() -> PathBuf {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository.join("target"), PathBuf::from).join("clients")
+}

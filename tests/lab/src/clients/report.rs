@@ -1,0 +1,86 @@
+//! The matrix as people read it.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context, Result};
+
+use super::{
+    cell::{Cell, Verdict},
+    client::Client,
+    condition::Condition,
+};
+
+const BEGIN: &str = "<!-- begin: make clients writes this -->";
+const END: &str = "<!-- end -->";
+
+/// Everything that was seen.
+#[derive(Debug, Default)]
+pub struct Report {
+    rows: Vec<(Client, String, Vec<(Condition, Cell)>)>,
+    skipped: Vec<(Client, String)>,
+}
+
+impl Report {
+    pub fn add(&mut self, client: Client, version: String, cells: Vec<(Condition, Cell)>) {
+        self.rows.push((client, version, cells));
+    }
+
+    pub fn skip(&mut self, client: Client, reason: String) {
+        self.skipped.push((client, reason));
+    }
+
+    /// Where a client did otherwise than its condition has it.
+    pub fn misses(&self) -> Vec<String> {
+        let mut misses = Vec::new();
+        for (client, _, cells) in &self.rows {
+            for (condition, cell) in cells {
+                let wanted = condition.is_to_succeed(client.knows_imdsv2);
+                let why = match &cell.verdict {
+                    Verdict::OwnRole if wanted => continue,
+                    Verdict::OwnRole => "succeeded",
+                    Verdict::CleanFailure(_) if !wanted => continue,
+                    Verdict::CleanFailure(why) | Verdict::Wrong(why) => why,
+                };
+                misses.push(format!("{}, {}, {:.1} s: {why}", client.name, condition.title(), cell.took.as_secs_f64()));
+            }
+        }
+        misses
+    }
+
+    /// As a table in Markdown, which is aligned for a terminal too.
+    pub fn table(&self) -> String {
+        let heads = Condition::ALL.map(Condition::title);
+        let mut lines = vec![[vec!["client".into()], heads.to_vec()].concat()];
+        for (client, version, cells) in &self.rows {
+            let text =
+                |condition: Condition| cells.iter().find(|(known, _)| *known == condition).map(|(_, c)| c.text());
+            let cells = Condition::ALL.map(|condition| text(condition).unwrap_or_default());
+            let _ = client;
+            lines.push([vec![version.clone()], cells.to_vec()].concat());
+        }
+        let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..=heads.len()).map(width).collect();
+        let mut table = String::new();
+        for (number, line) in lines.iter().enumerate() {
+            let cells = line.iter().zip(&widths).map(|(cell, width)| format!(" {cell:width$} "));
+            let _ = writeln!(table, "|{}|", cells.collect::<Vec<_>>().join("|"));
+            if number == 0 {
+                let rules = widths.iter().map(|width| "-".repeat(width + 2));
+                let _ = writeln!(table, "|{}|", rules.collect::<Vec<_>>().join("|"));
+            }
+        }
+        table
+    }
+
+    /// What stood out, for the terminal.
+    pub fn skipped(&self) -> Vec<String> {
+        self.skipped.iter().map(|(client, reason)| format!("skipped: {}: {reason}", client.name)).collect()
+    }
+}
+
+/// The page with the table in the place of the one that it has.
+pub fn into_page(page: &str, report: &Report) -> Result<String> {
+    let (before, rest) = page.split_once(BEGIN).context("no mark where the table begins")?;
+    let (_, after) = rest.split_once(END).context("no mark where the table ends")?;
+    Ok(format!("{before}{BEGIN}\n{}{END}{after}", report.table()))
+}
