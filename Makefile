@@ -48,7 +48,7 @@ e2e-first-act: ## 1,000 pods whose first act is a credentials request, on that c
 image: ## Build the container image with buildah or docker, and print its size.
 	daemonset/image.sh
 
-setup: ## Install what the tests need: Debian packages, and kube-apiserver and etcd built with Go.
+setup: ## Install what the tests need: Debian packages, and kube-apiserver, etcd, helm, ... built with Go.
 	tests/setup.sh
 
 fmt: ## Format the code.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Get what the tests and the demo need beside Rust: Debian packages, Go, and with it kube-apiserver and etcd.
+# Get what the tests and the demo need beside Rust: Debian packages, Go, and with it kube-apiserver, etcd, and what
+# reads the manifests (helm, kustomize, promtool).
 # Says what it does; says and does nothing where everything is there. Run it as often as you like.
 #   setup.sh            everything
 #   setup.sh packages   Debian packages only: all that the demo needs
 #   setup.sh e2e        these and what the cluster and the image need (tests/e2e.sh); it builds the cluster by itself
-#   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd: then neither Go nor a build is needed
+#   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd, and maybe the others: these are not built
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 PATH=$PATH:/usr/sbin:/sbin
@@ -61,12 +62,15 @@ if [ "${1:-}" = e2e ]; then find_go; exit; fi
 (cd "$repo" && cargo run --quiet --package lab --bin sdk-client -- prepare) ||
   say "the Python SDKs cannot be had: their tests will be skipped"
 
-if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
-  for name in etcd kube-apiserver; do
-    [ -x "$KUBEBUILDER_ASSETS/$name" ] || die "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, where there is no $name"
-  done
-  exit
-fi
+wanted=()
+for name in etcd kube-apiserver helm kustomize promtool; do
+  [ -x "${KUBEBUILDER_ASSETS:-/nonexistent}/$name" ] && continue
+  case $name in etcd | kube-apiserver)
+    [ -z "${KUBEBUILDER_ASSETS:-}" ] || die "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, where there is no $name" ;;
+  esac
+  wanted+=("$name")
+done
+[ ${#wanted[@]} -gt 0 ] || exit 0
 
 find_go
-"$repo/tests/cluster/build.sh" etcd kube-apiserver
+"$repo/tests/cluster/build.sh" "${wanted[@]}"

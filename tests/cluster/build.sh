@@ -15,13 +15,13 @@ exec 9>"$out/.lock"; flock 9
 version=$(sed -n 's/^\s*k8s.io\/kubernetes v\([^ ]*\).*/\1/p' "$here/go.mod")
 stamp=k8s.io/component-base/version
 
-build() { # name module-folder package ldflags
-  local name=$1 dir=$2 package=$3 flags=$4 sum
+build() { # name module-folder package ldflags [tags]
+  local name=$1 dir=$2 package=$3 flags=$4 tags=${5:-} sum
   sum=$(cat "$dir/go.mod" "$dir/go.sum" | sha256sum | cut -d' ' -f1)
   [ -x "$out/$name" ] && [ "$(cat "$out/.$name.sum" 2>/dev/null)" = "$sum" ] && return
   go=${go:-$("$here/find-go.sh")}
   echo "building $name (minutes, the first time)" >&2
-  (cd "$dir" && CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -buildvcs=false -mod=readonly -ldflags "$flags" -o "$out/$name" "$package") >&2
+  (cd "$dir" && CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -buildvcs=false -mod=readonly -tags "$tags" -ldflags "$flags" -o "$out/$name" "$package") >&2
   echo "$sum" >"$out/.$name.sum"
 }
 
@@ -35,6 +35,10 @@ for name in "$@"; do
     etcd) build "$name" "$here/etcd" go.etcd.io/etcd/server/v3 "-s -w" ;;
     containerd | containerd-shim-runc-v2 | ctr)
       build "$name" "$here/containerd" "github.com/containerd/containerd/v2/cmd/$name" "-s -w" ;;
+    helm) build "$name" "$here/tools" helm.sh/helm/v4/cmd/helm "-s -w" ;;
+    kustomize) build "$name" "$here/tools" sigs.k8s.io/kustomize/kustomize/v5 "-s -w" ;;
+    # Without its ways to discover targets, which are most of it.
+    promtool) build "$name" "$here/tools" github.com/prometheus/prometheus/cmd/promtool "-s -w" remove_all_sd ;;
     *) echo "build.sh: no such binary: $name" >&2; exit 2 ;;
   esac
 done

@@ -17,6 +17,7 @@ pub mod process;
 pub mod sdk;
 pub mod site;
 pub mod sts;
+pub mod tools;
 pub mod workloads;
 
 #[doc(hidden)]
