@@ -1,0 +1,225 @@
+//! The Helm chart: with the same switches, the same objects as kustomize makes of the base and its components.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value};
+
+use crate::base::variables_of_the_agent;
+use crate::{find, folder, known, kustomize, objects, printed, run, server, text};
+
+/// Values, and the components that do the same.
+const SWITCHES: [(&str, &[&str]); 7] = [
+    ("", &["constrained-impersonation"]),
+    ("minting=direct", &["direct-minting"]),
+    ("startupTaint=true", &["constrained-impersonation", "startup-taint"]),
+    ("metrics.enabled=true", &["constrained-impersonation", "metrics"]),
+    ("intercept=iptables", &["constrained-impersonation", "iptables"]),
+    ("intercept=cilium", &["constrained-impersonation", "cilium"]),
+    (
+        "minting=direct,startupTaint=true,metrics.enabled=true,intercept=iptables",
+        &["direct-minting", "startup-taint", "metrics", "iptables"],
+    ),
+];
+
+/// The agent's variables that are no values: where it runs, what the switches say, and what needs no cluster.
+const NO_VALUES: [&str; 7] =
+    ["NODE_NAME", "HOST_IP", "KIRSA_INTERCEPT", "KIRSA_MINT", "KIRSA_STARTUP_TAINT", "KIRSA_WORKLOADS", "KUBECONFIG"];
+
+pub(crate) fn path() -> String {
+    folder("chart").display().to_string()
+}
+
+fn template(values: &str) -> Result<Vec<Value>> {
+    let printed = printed("helm", &["template", "kirsa", &path(), "--namespace=kirsa", "--set", values])?;
+    objects(&printed).with_context(|| values.to_owned())
+}
+
+/// By kind and name. The hash in a ConfigMap's name, as kustomize has it, is the checksum in the pods' annotation here.
+fn index(objects: Vec<Value>) -> BTreeMap<String, Value> {
+    let unhashed = |name: &mut Value| {
+        if name.as_str().is_some_and(|name| name.starts_with("kirsa-")) {
+            *name = "kirsa".into();
+        }
+    };
+    let mut index = BTreeMap::new();
+    for mut object in objects {
+        match object["kind"].as_str() {
+            Some("ConfigMap") => unhashed(&mut object["metadata"]["name"]),
+            Some("DaemonSet") => {
+                unhashed(&mut object["spec"]["template"]["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"])
+            }
+            _ => {}
+        }
+        let key = format!("{} {}", object["kind"], object["metadata"]["name"]);
+        assert!(index.insert(key.clone(), object).is_none(), "{key} twice");
+    }
+    index
+}
+
+fn take(object: &mut Value, member: &str) -> Map<String, Value> {
+    let taken = object.as_object_mut().and_then(|object| object.remove(member));
+    taken.and_then(|taken| taken.as_object().cloned()).unwrap_or_default()
+}
+
+/// What Helm adds, and nothing else: labels everywhere, a checksum, and what keeps the namespace.
+fn without_what_helm_adds(key: &str, kustomized: &mut Value, templated: &mut Value) -> Result<()> {
+    let added = ["name", "part-of", "managed-by"].map(|label| format!("app.kubernetes.io/{label}"));
+    let wanted = take(&mut kustomized["metadata"], "labels");
+    let mut labels = take(&mut templated["metadata"], "labels");
+    for (label, value) in &wanted {
+        ensure!(labels.remove(label).as_ref() == Some(value), "{key} lacks {label}={value}");
+    }
+    labels.retain(|label, _| label != "helm.sh/chart" && !added.contains(label));
+    ensure!(labels.is_empty(), "{key}: {labels:?}");
+    if templated["kind"] == "Namespace" {
+        let annotations = take(&mut templated["metadata"], "annotations");
+        ensure!(Value::from(annotations) == serde_json::json!({"helm.sh/resource-policy": "keep"}));
+    }
+    if templated["kind"] == "DaemonSet" {
+        let annotations = templated["spec"]["template"]["metadata"]["annotations"].as_object_mut();
+        annotations.and_then(|annotations| annotations.remove("kirsa.dev/config")).context("the checksum")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn each_switch_makes_the_objects_that_its_component_makes() -> Result<()> {
+    for (values, components) in SWITCHES {
+        let mut kustomized = index(kustomize::with(components)?);
+        let mut templated = index(template(values)?);
+        let names = |objects: &BTreeMap<String, Value>| objects.keys().cloned().collect::<BTreeSet<_>>();
+        assert_eq!(names(&kustomized), names(&templated), "{values}");
+        for (key, kustomized) in &mut kustomized {
+            let templated = templated.get_mut(key).context("the same names")?;
+            without_what_helm_adds(key, kustomized, templated)?;
+            assert_eq!(kustomized, templated, "{values}: {key}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_defaults_are_what_kubectl_apply_installs() -> Result<()> {
+    assert_eq!(index(kustomize::build("")?), index(kustomize::with(SWITCHES[0].1)?));
+    let used: BTreeSet<&str> = SWITCHES.iter().flat_map(|(_, components)| components.iter().copied()).collect();
+    let all = kustomize::components()?;
+    assert_eq!(used, all.iter().map(String::as_str).collect(), "a component that no switch stands for");
+    let chart: Value = serde_saphyr::from_str(&text(&folder("chart/Chart.yaml"))?)?;
+    assert_eq!((&chart["version"], &chart["appVersion"]), (&env!("CARGO_PKG_VERSION").into(), &chart["version"]));
+    Ok(())
+}
+
+/// The links in files/ become what they lead to: an archive needs no repository.
+#[test]
+fn an_archive_of_the_chart_is_whole() -> Result<()> {
+    printed("helm", &["package", &path(), "--destination", lab::namespace::STATE])?;
+    let archive = format!("{}/kirsa-{}.tgz", lab::namespace::STATE, env!("CARGO_PKG_VERSION"));
+    let values = SWITCHES[SWITCHES.len() - 1].0;
+    let unpacked = objects(&printed("helm", &["template", "kirsa", &archive, "--namespace=kirsa", "--set", values])?)?;
+    assert_eq!(index(unpacked), index(template(values)?));
+    Ok(())
+}
+
+#[test]
+fn lint_finds_nothing() -> Result<()> {
+    for values in ["metrics.enabled=true", "intercept=cilium,minting=direct,startupTaint=true"] {
+        printed("helm", &["lint", "--strict", "--quiet", &path(), "--set", values])?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_api_server_accepts_every_switch_and_value() -> Result<()> {
+    let server = server().await?;
+    let more = [
+        "intercept=none",
+        "audiences={sts.amazonaws.com,minio},agent.audience=minio,agent.stsEndpointUrl=http://minio:9000",
+        "minting=direct,audiences={sts.amazonaws.com,minio},agent.region=eu-central-1",
+        "agent.cniResults=none,agent.stateDir=/opt/kirsa,agent.adminAddress=10.0.0.1:9000,agent.drain=30",
+        "image.repository=registry:5000/kirsa,image.pullSecrets[0].name=registry,resources.limits.memory=1Gi",
+        "nodeSelector.a=b,priorityClassName=high,updateStrategy.type=OnDelete,podAnnotations.a=b",
+        "tolerations[0].key=a,tolerations[0].operator=Exists,dnsPolicy=ClusterFirstWithHostNet",
+    ];
+    for values in SWITCHES.iter().map(|(values, _)| *values).chain(more) {
+        server.apply_dry_run(&known(&template(values)?)).await.with_context(|| values.to_owned())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn every_flag_is_a_value_and_every_value_reaches_the_agent() -> Result<()> {
+    let values: Value = serde_saphyr::from_str(&text(&folder("chart/values.yaml"))?)?;
+    let flags = values["agent"].as_object().context("agent")?;
+    let set: Vec<String> = flags.keys().map(|flag| format!("agent.{flag}={}", sample(flag))).collect();
+    let templated = template(&set.join(","))?;
+    let data = find(&templated, "ConfigMap")?["data"].as_object().context("its data")?;
+    let pod = &find(&templated, "DaemonSet")?["spec"]["template"]["spec"];
+    let env = pod["containers"][0]["env"].as_array().context("its environment")?;
+    let region = env.iter().find(|variable| variable["name"] == "AWS_REGION").context("the region")?;
+    assert_eq!(*region, serde_json::json!({"name": "AWS_REGION", "value": sample("region")}));
+
+    let mut reached: BTreeSet<String> = data.keys().cloned().chain(["AWS_REGION".into()]).collect();
+    reached.extend(NO_VALUES.map(str::to_owned));
+    assert_eq!(reached, variables_of_the_agent()?);
+    assert_eq!(data["KIRSA_MAX_CONNECTIONS"], "2000000");
+    assert_eq!(pod["terminationGracePeriodSeconds"], 2_000_005);
+    let mounts: Vec<&Value> =
+        pod["containers"][0]["volumeMounts"].as_array().context("mounts")?.iter().map(|at| &at["mountPath"]).collect();
+    assert_eq!(mounts, ["/opt/state", "/opt"], "the folders that the agent looks into are mounted there");
+    Ok(())
+}
+
+/// A valid value that is no default.
+fn sample(flag: &str) -> &'static str {
+    match flag {
+        "region" => "eu-central-1",
+        "stsEndpointUrl" => "https://sts.example",
+        "audience" => "sts.amazonaws.com",
+        "annotationPrefix" => "example.com",
+        "sessionDuration" | "port" => "7200",
+        "sessionScope" => "pod",
+        "requireImdsv2" => "true",
+        "cniResults" => "/opt/results",
+        "stateDir" => "/opt/state",
+        "nodeMetadata" => "none",
+        "nodeMetadataValue" => "meta-data/mac=00",
+        "adminAddress" => "0.0.0.0:9000",
+        "logFormat" => "text",
+        "logLevel" => "debug",
+        _ => "2000000",
+    }
+}
+
+#[test]
+fn a_wrong_value_is_refused_by_its_name() -> Result<()> {
+    for (values, named) in [
+        ("intercept=ebpf", "'/intercept'"),
+        ("minting=auto", "'/minting'"),
+        ("metrics.enabled=yes", "'/metrics/enabled'"),
+        ("agent.sessionDuration=900", "'/agent/sessionDuration'"),
+        ("agent.sesionDuration=3600", "'sesionDuration'"),
+        ("agent.region=EU", "'/agent/region'"),
+        ("agent.adminAddress=8182", "'/agent/adminAddress'"),
+        ("image.tga=1", "'tga'"),
+        ("resources.limit.memory=1Mi", "'limit'"),
+        ("updateStrategy.type=Recreate", "'/updateStrategy/type'"),
+        ("audiences={}", "'/audiences/0'"),
+        ("nodeselector.a=b", "'nodeselector'"),
+        ("agent.audience=minio", "agent.audience must be one of audiences"),
+    ] {
+        let output = run("helm", &["template", &path(), "--set", values])?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && stderr.contains(named), "{values}: {stderr}");
+    }
+    for (version, values, named) in [
+        ("1.35.0", "", "set minting=direct"),
+        ("1.34.2", "minting=direct", "agent.region must be set"),
+        ("1.29.0", "minting=direct,agent.region=eu-central-1", "incompatible with Kubernetes"),
+    ] {
+        let output = run("helm", &["template", &path(), "--kube-version", version, "--set", values])?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && stderr.contains(named), "{version} {values}: {stderr}");
+    }
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! The base and its components, as the real kustomize puts them together.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{folder, objects, printed, text};
+
+/// The objects of a folder under daemonset/.
+pub(crate) fn build(path: &str) -> Result<Vec<Value>> {
+    let folder = folder(path);
+    objects(&printed("kustomize", &["build", folder.to_str().context("UTF-8")?])?)
+}
+
+/// The objects of an overlay: the base and some components.
+pub(crate) fn with(components: &[&str]) -> Result<Vec<Value>> {
+    // kustomize takes no absolute paths.
+    let root = format!("../../..{}", folder("").display());
+    let overlay = Path::new(lab::namespace::STATE).join(format!("overlay-{}", components.join("+")));
+    fs::create_dir_all(&overlay)?;
+    let mut kustomization = format!("resources: [{root}/base]\ncomponents:\n");
+    for component in components {
+        kustomization.push_str(&format!("- {root}/components/{component}\n"));
+    }
+    fs::write(overlay.join("kustomization.yaml"), kustomization)?;
+    objects(&printed("kustomize", &["build", overlay.to_str().context("UTF-8")?])?)
+}
+
+pub(crate) fn components() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder("components"))? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    ensure!(names.len() >= 6, "{names:?}");
+    names.sort();
+    Ok(names)
+}
+
+/// The file itself.
+pub(crate) fn kustomization(path: &str) -> Result<Value> {
+    let file = folder(path).join("kustomization.yaml");
+    serde_saphyr::from_str(&text(&file)?).with_context(|| file.display().to_string())
+}
