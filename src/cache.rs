@@ -7,6 +7,7 @@ mod slot;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use moka::sync::Cache as Map;
@@ -132,6 +133,11 @@ impl Cache {
             entry
         };
         self.slots.iter().map(describe).collect()
+    }
+
+    /// How long until the first of the sessions in use expires. Those that nobody uses are left to expire.
+    pub fn first_expiry(&self) -> Option<Duration> {
+        self.slots.iter().filter_map(|(_, slot)| slot.left_in_use()).min()
     }
 
     fn slot(&self, grant: &Grant) -> Arc<Slot> {

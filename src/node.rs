@@ -181,7 +181,8 @@ pub async fn run(
     let (live, roles) = (attributor.clone(), authoriser.clone());
     let holds = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.still(grant);
     let cache = Arc::new(Cache::new(Arc::new(exchange), budget, holds, metrics.clone()));
-    let described = cache.clone();
+    let (described, expiring) = (cache.clone(), cache.clone());
+    metrics.ask_credentials_left(move || expiring.first_expiry());
     let slots: observe::Page = Arc::new(move || described.describe());
     let duties = Duties::new(listeners.predecessor.as_ref());
     let handover = Handover::new(&config.state_dir, listeners.sockets(), duties.clone())?;

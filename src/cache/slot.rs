@@ -176,6 +176,13 @@ impl Slot {
         })
     }
 
+    /// How long what is held lasts, if it is used and so has to be refreshed.
+    pub(super) fn left_in_use(&self) -> Option<Duration> {
+        let state = self.shared.state.borrow();
+        let held = state.held.as_ref()?;
+        self.shared.used_within(held.lifetime()).then(|| held.left())
+    }
+
     pub(super) fn has(&self, pod: &PodUid) -> bool {
         self.shared.pods().contains_key(pod)
     }

@@ -333,3 +333,27 @@ async fn a_role_that_no_account_has_any_more_is_not_refreshed_but_dropped() {
     assert_eq!(id(&slot).await, Ok("ASIA2".into()), "it has the role again");
     assert_eq!(took(began), 0);
 }
+
+/// What `kirsa_credentials_left_seconds` says, and its alert relies on.
+#[tokio::test]
+async fn what_is_in_use_has_half_its_life_left_unless_refreshing_fails_and_what_is_unused_does_not_count() {
+    let script = Script::new([(10, None)]);
+    let slot = slot(&script);
+    assert_eq!(slot.left_in_use(), None, "nothing is held");
+    slot.want(Urgency::Ahead);
+    pass(Duration::from_secs(1)).await;
+    assert_eq!(slot.left_in_use(), None, "prefetched, and asked for by nobody");
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+    for _ in 0..120 {
+        pass(Duration::from_secs(60)).await;
+        assert!(slot.left_in_use().unwrap() > MIN_LEFT, "{:?}", slot.left_in_use());
+        slot.want(Urgency::Waiting);
+    }
+    (0..10_000).for_each(|_| script.then(10, Some(Reason::StsUnavailable)));
+    pass(Duration::from_secs(50 * 60)).await;
+    let left = slot.left_in_use().unwrap();
+    assert!(left < Duration::from_secs(15 * 60), "{left:?}");
+    slot.want(Urgency::Waiting);
+    pass(Duration::from_secs(20 * 60)).await;
+    assert_eq!(slot.left_in_use(), Some(Duration::ZERO), "and the pod still asks");
+}

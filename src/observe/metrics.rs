@@ -1,6 +1,9 @@
 //! The metrics. Labels are bounded by enums and `&'static str`: no address, path or object name becomes one.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
 
 use prometheus::{
     Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -62,6 +65,8 @@ pub struct Metrics {
     pub cache_hits: IntCounter,
     pub cache_misses: IntCounter,
     pub cache_entries: IntGauge,
+    credentials_left: GaugeVec,
+    left: Arc<OnceLock<Left>>,
     silence: GaugeVec,
     heard: Arc<Mutex<Vec<(&'static str, Heard)>>>,
     pub rule_applied: IntCounter,
@@ -121,6 +126,14 @@ impl Metrics {
                 "Credentials that had to be waited for"
             )),
             cache_entries: register!(IntGauge::new("kirsa_cache_entries", "Sessions that are held")),
+            credentials_left: register!(GaugeVec::new(
+                Opts::new(
+                    "kirsa_credentials_left_seconds",
+                    "Seconds until the first of the sessions in use expires; absent while none is in use"
+                ),
+                &[]
+            )),
+            left: Arc::default(),
             silence: register!(GaugeVec::new(
                 Opts::new("kirsa_watch_silence_seconds", "Seconds since the API server was last heard on a watch"),
                 &["watch"]
@@ -203,6 +216,12 @@ impl Metrics {
         }
     }
 
+    /// What to ask, whenever metrics are read, for the time until the first of the sessions in use expires.
+    pub fn ask_credentials_left(&self, left: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
+        // Of two caches the first one would be asked; there is one.
+        let _ = self.left.set(Left(Box::new(left)));
+    }
+
     /// A watch whose silence is measured from now on.
     pub fn watch(&self, name: &'static str) -> Heard {
         let heard = Heard(Arc::new(Mutex::new(Instant::now())));
@@ -216,9 +235,21 @@ impl Metrics {
         for (name, heard) in &*self.heard.lock().unwrap_or_else(PoisonError::into_inner) {
             self.silence.with_label_values(&[name]).set(heard.silence().as_secs_f64());
         }
+        self.credentials_left.reset();
+        if let Some(left) = self.left.get().and_then(|left| left.0()) {
+            self.credentials_left.with_label_values::<&str>(&[]).set(left.as_secs_f64());
+        }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)
+    }
+}
+
+struct Left(Box<dyn Fn() -> Option<Duration> + Send + Sync>);
+
+impl fmt::Debug for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Left")
     }
 }
 

@@ -106,5 +106,7 @@ fn a_new_entry_has_its_credentials_before_its_first_request() -> Result<()> {
     site.sts.inject(Fault::always(Effect::NoAnswer));
     session(&site, &late, &credentials(&late)?)?;
     ensure!(agent.metric("kirsa_cache_misses_total", &[])? == 0.0);
+    let left = agent.metric("kirsa_credentials_left_seconds", &[])?;
+    ensure!((3_000.0..=3_600.0).contains(&left), "of the session that is in use now: {left} s");
     agent.stop()
 }

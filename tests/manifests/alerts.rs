@@ -1,24 +1,119 @@
-//! The alerts of components/metrics.
+//! The alerts of components/metrics: raised by what they are for, silent otherwise, about metrics that there are.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use kirsa::observe::Metrics;
+use serde_json::Value;
 
-use crate::{find, kustomize, text};
+use crate::{find, kustomize, printed, text};
+
+/// Of kube-state-metrics.
+const FOREIGN: [&str; 1] = ["kube_daemonset_status_number_unavailable"];
+
+fn rules() -> Result<Value> {
+    Ok(find(&kustomize::with(&["metrics"])?, "PrometheusRule")?["spec"].clone())
+}
+
+fn each(rules: &Value) -> Vec<&Value> {
+    let groups = rules["groups"].as_array().into_iter().flatten();
+    groups.flat_map(|group| group["rules"].as_array().into_iter().flatten()).collect()
+}
+
+fn repository(path: &str) -> Result<String> {
+    text(&Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
+}
 
 #[test]
-fn alerts_ask_for_metrics_that_the_agent_has() -> Result<()> {
-    let source = text(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/observe/metrics.rs"))?;
-    let rules = find(&kustomize::with(&["metrics"])?, "PrometheusRule")?.to_string();
-    let names: BTreeSet<&str> = rules
-        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
-        .filter(|word| word.starts_with("kirsa_"))
+fn each_alert_is_raised_by_what_it_is_for_and_none_where_all_is_well() -> Result<()> {
+    let rules = rules()?;
+    let folder = Path::new(lab::namespace::STATE).join("alerts");
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join("rules.yaml"), rules.to_string())?;
+    let cases = repository("tests/manifests/alerts.yaml")?;
+    fs::write(folder.join("alerts.yaml"), &cases)?;
+    let path = |file: &str| folder.join(file).display().to_string();
+    printed("promtool", &["check", "rules", "--lint=all", "--lint-fatal", &path("rules.yaml")])?;
+    printed("promtool", &["test", "rules", &path("alerts.yaml")])?;
+    for alert in each(&rules) {
+        let name = alert["alert"].as_str().context("only alerts")?;
+        let raised = format!("alertname=\"{name}\", alertstate=\"firing\"");
+        ensure!(cases.contains(&raised), "no case raises {name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn each_alert_says_what_to_do_and_is_in_the_documentation() -> Result<()> {
+    let documentation = repository("docs/troubleshooting.md")?;
+    let rules = rules()?;
+    for alert in each(&rules) {
+        let name = alert["alert"].as_str().context("a name")?;
+        ensure!(documentation.contains(&format!("| `{name}` |")), "{name} is not in docs/troubleshooting.md");
+        let annotation = |name: &str| alert["annotations"][name].as_str().unwrap_or_default().len();
+        ensure!(annotation("summary") > 20 && annotation("description") > 60, "{alert}");
+        ensure!(["critical", "warning"].contains(&alert["labels"]["severity"].as_str().unwrap_or_default()), "{alert}");
+    }
+    let named = documentation.split('`').filter(|word| word.starts_with("Kirsa")).collect::<BTreeSet<_>>();
+    assert_eq!(named.len(), each(&rules).len(), "an alert of the documentation is none: {named:?}");
+    Ok(())
+}
+
+/// Every series that an expression names, with its labels, as the agent registers it; every outcome and reason is a
+/// row of the table of refusals.
+#[test]
+fn alerts_ask_for_metrics_and_labels_that_the_agent_has() -> Result<()> {
+    let source = repository("src/observe/metrics.rs")?;
+    let rules = rules()?;
+    let expressions: Vec<&str> = each(&rules).iter().filter_map(|rule| rule["expr"].as_str()).collect();
+    let word = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+    let names: BTreeSet<&str> = expressions
+        .iter()
+        .flat_map(|expression| expression.split(word))
+        .filter(|word| word.starts_with("kirsa_") || word.starts_with("kube_"))
         .collect();
-    ensure!(names.len() > 5, "{names:?}");
-    for name in names {
+    ensure!(names.len() > 8, "{names:?}");
+    for name in names.into_iter().filter(|name| !FOREIGN.contains(name)) {
         let metric = name.trim_end_matches("_count").trim_end_matches("_bucket");
         ensure!(source.contains(&format!("\"{metric}\"")), "{metric} is no metric of the agent's");
     }
+    let table = repository("src/refusal.rs")?;
+    let labels = [("outcome=~\"", &table), ("outcome=\"", &table), ("reason=\"", &table)];
+    let labels = labels.into_iter().chain([("step=\"", &source), ("urgency!=\"", &source)]);
+    for (label, known) in labels {
+        for expression in &expressions {
+            let values = expression.split(label).skip(1).filter_map(|rest| rest.split('"').next());
+            for value in values.flat_map(|values| values.split('|')) {
+                ensure!(known.contains(&format!("\"{value}\"")), "{label}{value}: the agent has no such value");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Absent where nothing is in use: no series, no alert.
+#[test]
+fn the_time_until_the_first_expiry_is_asked_for_at_each_scrape() -> Result<()> {
+    let metrics = Metrics::new("test")?;
+    let shown = || -> Result<Option<String>> {
+        let text = String::from_utf8(metrics.render()?)?;
+        let line = text.lines().find(|line| line.starts_with("kirsa_credentials_left_seconds "));
+        Ok(line.map(str::to_owned))
+    };
+    assert_eq!(shown()?, None);
+    let left = std::sync::Arc::new(std::sync::Mutex::new(None));
+    let asked = left.clone();
+    metrics.ask_credentials_left(move || *asked.lock().expect("no panic while held"));
+    assert_eq!(shown()?, None);
+    for (seconds, line) in
+        [(90, Some("kirsa_credentials_left_seconds 90")), (0, Some("kirsa_credentials_left_seconds 0"))]
+    {
+        *left.lock().expect("no panic while held") = Some(std::time::Duration::from_secs(seconds));
+        assert_eq!(shown()?.as_deref(), line);
+    }
+    *left.lock().expect("no panic while held") = None;
+    assert_eq!(shown()?, None);
     Ok(())
 }
