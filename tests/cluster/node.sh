@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Start the machine node<n>, or start it again: then its disk is what the last one left. up.sh calls it.
 #   node.sh N
+#   TAINTS=, BOOT_RULES=    as it joins: taints to register with, nftables rules that a node image loads at boot
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
 n=$1 name=node$1
 address=10.250.0.$n
+taints=${TAINTS:-$taints}
 machine_start "$name"
 disk=$state/$name/disk
 
-# A cable to the network outside, made in the two machines and never in this one.
+# A cable to the network outside, made in the two machines and never in this one. After a crash the kernel is still
+# taking the old one down.
+on vpc ip link del "$name" 2>/dev/null || true
 ip link add eth0 netns "$(machine_pid "$name")" type veth peer name "$name" netns "$(machine_pid vpc)"
 on vpc ip link set "$name" master vpc0 up
 on "$name" ip link set eth0 up
@@ -78,7 +82,7 @@ featureGates: {KubeletInUserNamespace: true}
 T
 
 daemon "$name" containerd "$bin/containerd" -c "$state/$name/containerd.toml"
-wait_for 30 "containerd (see $state/$name/log/containerd.log)" on "$name" "$bin/ctr" version
+wait_for 60 "containerd (see $state/$name/log/containerd.log)" on "$name" "$bin/ctr" version
 "$cluster/images.sh" "$name"
 daemon "$name" proxy "$bin/kube-proxy" --kubeconfig="$state/proxy.kubeconfig" --hostname-override="$name" --proxy-mode="$proxy_mode" \
   --cluster-cidr="$pods" --conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0 --conntrack-tcp-timeout-close-wait=0

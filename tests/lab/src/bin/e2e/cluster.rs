@@ -19,6 +19,8 @@ const STS: &str = "127.0.0.1:9912";
 const CANARY: &str = "127.0.0.1:9913";
 const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 const ACCOUNT: &str = "111122223333";
+const HOLD: &str = "kirsa.dev/e2e";
+const SCRIPT_SECONDS: &str = "240";
 /// Where the scenarios' own objects live.
 pub const NAMESPACE: &str = "e2e";
 
@@ -72,12 +74,24 @@ impl Cluster {
 
     /// A script of `tests/cluster`.
     pub fn script(&self, name: &str, args: &[&str]) -> anyhow::Result<String> {
-        let mut command = Command::new(self.scripts.join(name));
-        command.args(args).env("KIRSA_CLUSTER", &self.state);
+        self.script_with(name, args, &[])
+    }
+
+    /// The same with variables of its environment.
+    pub fn script_with(&self, name: &str, args: &[&str], variables: &[(&str, &str)]) -> anyhow::Result<String> {
+        // None of them may wait for ever for a node that is gone.
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=5", SCRIPT_SECONDS]).arg(self.scripts.join(name));
+        command.args(args).env("KIRSA_CLUSTER", &self.state).envs(variables.iter().copied());
         let output = command.output().with_context(|| name.to_owned())?;
         let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         ensure!(output.status.success(), "{name} {}: {}: {error}{out}", args.join(" "), output.status);
         Ok(out.into_owned())
+    }
+
+    /// Whether it has IPv6 beside IPv4.
+    pub fn dual_stack(&self) -> anyhow::Result<bool> {
+        Ok(fs::read_to_string(self.state.join("settings"))?.lines().any(|line| line == "dual=yes"))
     }
 
     /// The folder of the repository that the scripts are in.
@@ -88,6 +102,11 @@ impl Cluster {
     /// A file of a node's disk, as this process sees it.
     pub fn disk(&self, node: &str, path: &str) -> PathBuf {
         self.state.join(node).join("disk").join(path.trim_start_matches('/'))
+    }
+
+    /// The log of a program of a machine.
+    pub fn log(&self, machine: &str, program: &str) -> String {
+        self.state.join(machine).join("log").join(program).with_extension("log").display().to_string()
     }
 
     /// While the redirect is not there on purpose, pods do reach the metadata service.
@@ -182,9 +201,26 @@ impl Cluster {
         }
     }
 
+    /// Keeps the agent away from every node that is not labelled by [`Cluster::admit_agent`].
+    pub fn hold_agent(&self) -> anyhow::Result<()> {
+        let hold = json!({ "spec": { "template": { "spec": { "nodeSelector": { HOLD: "admitted" } } } } }).to_string();
+        self.kubectl(&["-n", "kirsa", "patch", "daemonset", "kirsa", "-p", &hold]).map(drop)
+    }
+
+    pub fn admit_agent(&self, node: &str) -> anyhow::Result<()> {
+        self.kubectl(&["label", "node", node, &format!("{HOLD}=admitted"), "--overwrite"]).map(drop)
+    }
+
+    /// The DaemonSet as it was before [`Cluster::hold_agent`].
+    pub fn release_agent(&self, node: &str) -> anyhow::Result<()> {
+        let release = json!({ "spec": { "template": { "spec": { "nodeSelector": null } } } }).to_string();
+        self.kubectl(&["-n", "kirsa", "patch", "daemonset", "kirsa", "-p", &release])?;
+        self.kubectl(&["label", "node", node, &format!("{HOLD}-")]).map(drop)
+    }
+
     /// Until every node has a Ready agent of the current version.
     pub fn agent_ready(&self) -> anyhow::Result<()> {
-        self.kubectl(&["-n", "kirsa", "rollout", "status", "daemonset/kirsa", "--timeout=120s"]).map(drop)
+        self.kubectl(&["-n", "kirsa", "rollout", "status", "daemonset/kirsa", "--timeout=180s"]).map(drop)
     }
 
     /// The agent's pod on a node.

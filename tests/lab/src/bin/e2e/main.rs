@@ -5,6 +5,7 @@ mod cluster;
 mod control;
 mod figures;
 mod pods;
+mod recovery;
 mod scenario;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
@@ -25,21 +26,35 @@ struct Args {
     /// Seconds of the address-reuse scenario.
     #[arg(long, default_value_t = 300)]
     churn: u64,
-    /// Only these scenarios.
+    /// Runs none of them, and counts them as skipped for this reason.
+    #[arg(long)]
+    skip: Option<String>,
+    /// Only these scenarios, in this order.
     scenarios: Vec<String>,
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
+    let mut wanted: Vec<_> = scenario::ALL.iter().collect();
+    if !args.scenarios.is_empty() {
+        let known: Vec<_> = scenario::ALL.iter().chain(scenario::ON_REQUEST).collect();
+        wanted.clear();
+        for name in &args.scenarios {
+            let Some(one) = known.iter().find(|(known, _)| known == name) else {
+                let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+                anyhow::bail!("no scenario {name}: there are {}", names.join(", "));
+            };
+            wanted.push(one);
+        }
+    }
+    if let Some(reason) = args.skip {
+        wanted.iter().for_each(|(name, _)| println!("skipped {name}: {reason}"));
+        return Ok(sum(0, 0, wanted.len()));
+    }
     let cluster = Cluster::open(&args.state)?;
     let scale = Scale { first_act: args.first_act, churn: args.churn };
-    let wanted = |name: &str| args.scenarios.is_empty() || args.scenarios.iter().any(|one| one == name);
-    if let Some(unknown) = args.scenarios.iter().find(|name| !scenario::ALL.iter().any(|(known, _)| known == name)) {
-        let names: Vec<&str> = scenario::ALL.iter().map(|(name, _)| *name).collect();
-        anyhow::bail!("no scenario {unknown}: there are {}", names.join(", "));
-    }
     let (mut passed, mut failed) = (0, 0);
-    for (name, run) in scenario::ALL.iter().filter(|(name, _)| wanted(name)) {
+    for (name, run) in wanted {
         eprintln!("--- {name}");
         let start = Instant::now();
         cluster.excuse_leaks()?;
@@ -58,9 +73,20 @@ fn main() -> anyhow::Result<ExitCode> {
             Err(error) => {
                 failed += 1;
                 println!("FAILED {name} ({seconds} s): {error:#}");
+                cluster.tell_state();
+                if let Err(error) = cluster.recover() {
+                    println!("FAILED: the cluster is of no use for another scenario: {error:#}");
+                    break;
+                }
             }
         }
     }
-    println!("{passed} passed, {failed} failed");
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(sum(passed, failed, 0))
+}
+
+/// The last line, in the words of cargo's test runner, so that whoever adds its lines up counts these too.
+fn sum(passed: usize, failed: usize, skipped: usize) -> ExitCode {
+    let (verdict, code) = if failed == 0 { ("ok", ExitCode::SUCCESS) } else { ("FAILED", ExitCode::FAILURE) };
+    println!("test result: {verdict}. {passed} passed; {failed} failed; {skipped} ignored");
+    code
 }

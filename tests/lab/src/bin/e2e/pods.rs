@@ -141,11 +141,14 @@ pub struct Job {
     pub account: String,
     pub script: String,
     pub host_network: bool,
+    /// Tolerates every taint.
+    pub tolerant: bool,
 }
 
 impl Job {
     pub fn new(name: &str, account: &str, script: &str) -> Self {
-        Self { name: name.to_owned(), account: account.to_owned(), script: script.to_owned(), host_network: false }
+        let (name, account, script) = (name.to_owned(), account.to_owned(), script.to_owned());
+        Self { name, account, script, host_network: false, tolerant: true }
     }
 }
 
@@ -155,6 +158,7 @@ impl Cluster {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), NAMESPACE);
         let mut pods = Vec::new();
         for job in jobs {
+            let tolerations = if job.tolerant { json!([{ "operator": "Exists" }]) } else { json!([]) };
             pods.push(serde_json::from_value::<Pod>(json!({
                 "metadata": { "name": job.name },
                 "spec": {
@@ -163,7 +167,7 @@ impl Cluster {
                     "restartPolicy": "Never",
                     "terminationGracePeriodSeconds": 0,
                     "hostNetwork": job.host_network,
-                    "tolerations": [{ "operator": "Exists" }],
+                    "tolerations": tolerations,
                     "containers": [{
                         "name": "job", "image": "kirsa-box:1", "imagePullPolicy": "Never",
                         "command": ["sh", "-c", job.script]

@@ -1,5 +1,6 @@
 //! The scenarios, in the order in which they are run.
 
+mod agent_lost;
 mod first_act;
 mod host_network;
 mod newcomer;
@@ -9,8 +10,10 @@ mod reboot;
 mod removal;
 mod reuse;
 mod rights;
+mod rollback;
 mod rollout;
 mod smoke;
+mod startup_taint;
 
 use crate::cluster::Cluster;
 
@@ -29,13 +32,19 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("first-act", first_act::run),
     ("rights", rights::run),
     ("rollout", rollout::run),
+    ("rollback", rollback::run),
+    ("agent-lost", agent_lost::run),
     ("pressure", pressure::run),
     ("host-network", host_network::run),
     ("reuse", reuse::run),
     ("reboot", reboot::run),
     ("removal", removal::run),
     ("newcomer", newcomer::run),
+    ("startup-taint", startup_taint::run),
 ];
+
+/// Those that are run when they are named only.
+pub const ON_REQUEST: &[(&str, Scenario)] = &[("first-act-without-records", first_act::without_records)];
 
 /// What an old SDK does (boto2): asks for the role's name, then for its credentials, each once and with a timeout of
 /// one second. Leaves in `$key` the access key id, or exits 1 and says what failed.

@@ -16,14 +16,37 @@ use std::{
 use anyhow::{Context as _, ensure};
 
 use super::{ASK, Scale};
-use crate::{cluster::Cluster, figures::spread, pods::Job};
+use crate::{
+    cluster::Cluster,
+    figures::{head, row, spread},
+    pods::Job,
+};
 
 const AT_ONCE: usize = 20;
 /// About what AWS's regional endpoints take.
 const STS_TAKES: Duration = Duration::from_millis(120);
 
+/// With the node's CNI records: every one of them is served.
 pub fn run(cluster: &Cluster, scale: &Scale) -> anyhow::Result<String> {
     cluster.agent_ready()?;
+    let figures = measure(cluster, scale)?;
+    ensure!(figures.failed.is_empty(), "{}: {:?}", figures.told(), figures.failed);
+    Ok(figures.told())
+}
+
+/// By what the API server shows alone: a measurement, in which not all can be served.
+pub fn without_records(cluster: &Cluster, scale: &Scale) -> anyhow::Result<String> {
+    let set = |variable: &str| -> anyhow::Result<()> {
+        cluster.kubectl(&["-n", "kirsa", "set", "env", "daemonset/kirsa", variable])?;
+        cluster.agent_ready()
+    };
+    set("KIRSA_CNI_RESULTS=none")?;
+    let figures = measure(cluster, scale);
+    set("KIRSA_CNI_RESULTS-")?;
+    Ok(figures?.told())
+}
+
+fn measure(cluster: &Cluster, scale: &Scale) -> anyhow::Result<Figures> {
     cluster.sts_takes(STS_TAKES)?;
     cluster.forget_sts_calls()?;
     // An identity each: nobody can have another's by luck.
@@ -57,7 +80,8 @@ pub fn run(cluster: &Cluster, scale: &Scale) -> anyhow::Result<String> {
         }
         cluster.clear()?;
     }
-    figures.tell(cluster, &records.end())
+    figures.show(cluster, &records.end())?;
+    Ok(figures)
 }
 
 #[derive(Default)]
@@ -68,10 +92,25 @@ struct Figures {
     answer: Vec<f64>,
     bound: Vec<f64>,
     shown: Vec<f64>,
+    /// Had their credentials before they asked.
+    warm: usize,
 }
 
 impl Figures {
-    fn tell(self, cluster: &Cluster, records: &HashMap<String, f64>) -> anyhow::Result<String> {
+    fn total(&self) -> usize {
+        self.answer.len() + self.failed.len()
+    }
+
+    fn told(&self) -> String {
+        let (served, total, warm) = (self.answer.len(), self.total(), self.warm);
+        format!(
+            "{served} of {total} have their own credentials, {warm} warm; answered in {}",
+            spread(self.answer.clone())
+        )
+    }
+
+    /// Each interval, as a table.
+    fn show(&mut self, cluster: &Cluster, records: &HashMap<String, f64>) -> anyhow::Result<()> {
         let mut ready = Vec::new();
         for call in cluster.sts_calls()? {
             let name = call.role_arn.rsplit('/').next().unwrap_or_default();
@@ -81,23 +120,18 @@ impl Figures {
                 ready.push((start - done) * 1e3);
             }
         }
-        let warm = ready.iter().filter(|early| **early > 0.0).count();
+        self.warm = ready.iter().filter(|early| **early > 0.0).count();
         let record = self.uids.iter().filter_map(|(uid, start)| Some((start - records.get(uid)?) * 1e3)).collect();
         let late = self.shown.iter().filter(|after| **after > 800.0).count();
-        let total = self.answer.len() + self.failed.len();
-        eprintln!("first act of {total} pods, {AT_ONCE} at once; times before (+) the first instruction:");
-        eprintln!("  bound to the node        {}", spread(self.bound));
-        eprintln!("  CNI record written       {}", spread(record));
-        eprintln!("  credentials in hand      {}", spread(ready));
-        eprintln!("after the first instruction:");
-        eprintln!("  both answers there       {}", spread(self.answer.clone()));
-        eprintln!("  address at the API server {}; {late} later than 800 ms", spread(self.shown));
-        ensure!(self.failed.is_empty(), "{} of {total} without credentials: {:?}", self.failed.len(), self.failed);
-        Ok(format!(
-            "{} of {total} have their own credentials, {warm} warm; answered in {}",
-            self.answer.len(),
-            spread(self.answer)
-        ))
+        eprintln!("first act of {} pods, {AT_ONCE} at once; {late} were shown later than 800 ms", self.total());
+        eprintln!("{}", head("ms before the first instruction"));
+        eprintln!("{}", row("bound to the node", self.bound.clone()));
+        eprintln!("{}", row("credentials in hand", ready));
+        eprintln!("{}", row("CNI record written", record));
+        eprintln!("{}", head("ms after the first instruction"));
+        eprintln!("{}", row("both answers there", self.answer.clone()));
+        eprintln!("{}", row("address shown by the API server", self.shown.clone()));
+        Ok(())
     }
 }
 

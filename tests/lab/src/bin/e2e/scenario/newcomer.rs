@@ -3,7 +3,6 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use serde_json::json;
 
 use super::{ASK, Scale};
 use crate::{
@@ -14,14 +13,9 @@ use crate::{
 pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
     cluster.agent_ready()?;
     cluster.identities(&["early".to_owned()])?;
-    // The agent may not come to the node until it is told to.
-    let hold = |key: &str| {
-        json!({ "spec": { "template": { "spec": { "nodeSelector": { "kirsa.dev/e2e": key } } } } }).to_string()
-    };
-    cluster.kubectl(&["label", "node", "node1", "kirsa.dev/e2e=", "--overwrite"])?;
-    cluster.kubectl(&["-n", "kirsa", "patch", "daemonset", "kirsa", "-p", &hold("later")])?;
+    cluster.hold_agent()?;
     let outcome = boot(cluster);
-    cluster.kubectl(&["label", "node", "node1", "kirsa.dev/e2e=later", "--overwrite"])?;
+    cluster.admit_agent("node1")?;
     let served = outcome.and_then(|()| {
         cluster.agent_ready()?;
         let ended = cluster.pods.ended(&["early".to_owned()], Duration::from_secs(60))?;
@@ -33,17 +27,7 @@ pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
         ensure!(role == Some(Cluster::role_arn("early")), "{message} was issued for {role:?}");
         Ok(refused)
     });
-    cluster.kubectl(&[
-        "-n",
-        "kirsa",
-        "patch",
-        "daemonset",
-        "kirsa",
-        "--type=json",
-        "-p",
-        r#"[{"op": "remove", "path": "/spec/template/spec/nodeSelector"}]"#,
-    ])?;
-    cluster.kubectl(&["label", "node", "node1", "kirsa.dev/e2e-"])?;
+    cluster.release_agent("node1")?;
     cluster.agent_ready()?;
     cluster.clear()?;
     Ok(format!(
@@ -57,12 +41,7 @@ fn boot(cluster: &Cluster) -> anyhow::Result<()> {
     let rules = cluster.manifests("daemonset/boot/kirsa-boot.nft");
     ensure!(fs::exists(&rules)?, "{rules}");
     // As its systemd unit does it, before the kubelet.
-    let boot = std::process::Command::new(cluster.manifests("tests/cluster/node.sh"))
-        .arg("1")
-        .env("KIRSA_CLUSTER", &cluster.state)
-        .env("BOOT_RULES", &rules)
-        .output()?;
-    ensure!(boot.status.success(), "{}", String::from_utf8_lossy(&boot.stderr));
+    cluster.script_with("node.sh", &["1"], &[("BOOT_RULES", &rules)])?;
     let script = format!("{ASK} n=0; until ask; do n=$((n + 1)); sleep 0.1; done; say $n $key");
     cluster.start(&[Job::new("early", "early", &script)])?;
     cluster.pods.wait("an early pod", Duration::from_secs(60), |seen| {

@@ -1,16 +1,22 @@
-//! What happens to a node: the agent killed, the runtime and the kubelet restarted, connection tracking flushed.
+//! What happens to a node: the runtime and the kubelet restarted, rules and connection tracking flushed, drained.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 
 use super::{ASK, Scale, smoke::own_credentials};
-use crate::{cluster::Cluster, pods::Job};
+use crate::{
+    cluster::{Cluster, now},
+    pods::Job,
+};
+
+/// Seconds after which a connection that died in silence must have been noticed.
+const FLUSH_FORGOTTEN: f64 = 120.0;
+/// Pods that start at once.
+const ROUND: usize = 10;
 
 pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
     cluster.agent_ready()?;
-    killed(cluster)?;
-
     for part in ["kubelet", "containerd"] {
         let agent = restarts(cluster)?;
         cluster.script("restart.sh", &["node1", part])?;
@@ -31,50 +37,41 @@ pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
     })();
     cluster.kubectl(&["uncordon", "node1"])?;
     drained?;
-    let tries = flushed(cluster).context("after a flush of connection tracking")?;
+    let (refused, seconds) = flushed(cluster).context("after a flush of connection tracking")?;
     Ok(format!(
-        "killed, rules flushed, kubelet and containerd restarted, node drained: credentials go on; after a flush of \
-         connection tracking at attempt {tries}"
+        "rules flushed, kubelet and containerd restarted, node drained: credentials go on; after a flush of connection \
+         tracking {refused} new pods were refused in {seconds:.0} s"
     ))
 }
 
-/// The agent's own connections to the API server end without a word: they are translated by kube-proxy.
-fn flushed(cluster: &Cluster) -> anyhow::Result<u64> {
+/// The agent's own connections to the API server end without a word: they are translated by kube-proxy. Until it has
+/// noticed, it knows new pods by what it asks for one by one. How many were refused their first request, until two
+/// rounds were not.
+fn flushed(cluster: &Cluster) -> anyhow::Result<(usize, f64)> {
+    let names: Vec<String> = (0..ROUND).map(|n| format!("flushed-{n}")).collect();
+    cluster.identities(&names)?;
+    let script = format!("{ASK} ask || exit 1; say $key");
+    let jobs: Vec<Job> = names.iter().map(|name| Job::new(name, name, &script)).collect();
     cluster.on("node1", &["conntrack", "-F"])?;
-    cluster.identities(&["flushed".to_owned()])?;
-    let script =
-        format!("{ASK} n=1; until ask; do n=$((n + 1)); [ $n -lt 20 ] || exit 1; sleep 0.5; done; say $n $key");
-    let (message, code) = cluster.run(Job::new("flushed", "flushed", &script))?;
-    ensure!(code == 0, "{message}");
-    let (tries, key) = message.trim().split_once(' ').context("a count and a key")?;
-    ensure!(cluster.issued()?.remove(key) == Some(Cluster::role_arn("flushed")), "{message}");
-    Ok(tries.parse()?)
-}
-
-/// A request in flight is reset; then a pod is refused at once, and reaches nobody else; afterwards it is served.
-fn killed(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.identities(&["killed".to_owned()])?;
-    let script = format!(
-        "{ASK} ask || exit 1; touch /asking
-        while :; do
-          answer=$(timeout 1 wget -q -O - $imds 2>&1) || case $answer in *refused*) break ;; *reset* | *'getting response'*) ;; *) say $answer; exit 1 ;; esac
-        done
-        until ask; do sleep 0.1; done; say $key"
-    );
-    cluster.start(&[Job::new("killed", "killed", &script)])?;
-    cluster.until("a pod that asks", Duration::from_secs(30), || {
-        Ok(cluster.kubectl(&["-n", "e2e", "exec", "killed", "--", "ls", "/asking"]).ok())
-    })?;
-    let before = restarts(cluster)?;
-    cluster.on("node1", &["pkill", "-KILL", "-xo", "kirsa"])?;
-    let ended = cluster.pods.ended(&["killed".to_owned()], Duration::from_secs(60))?;
-    let (_, message, code) = ended.first().context("a pod")?;
-    ensure!(*code == 0, "with the agent killed: {message}");
-    let role = cluster.issued()?.remove(message.trim());
-    ensure!(role == Some(Cluster::role_arn("killed")), "{message} was issued for {role:?}");
-    ensure!(restarts(cluster)? == before + 1, "the agent was not restarted");
-    cluster.clear()?;
-    cluster.agent_ready()
+    let start = now();
+    let (mut refused, mut good, mut last) = (0, 0, start);
+    while good < 2 {
+        ensure!(now() < start + FLUSH_FORGOTTEN, "{refused} pods were refused, the last after {:.0} s", last - start);
+        cluster.start(&jobs)?;
+        let ended = cluster.pods.ended(&names, Duration::from_secs(120))?;
+        good += 1;
+        for (name, (_, message, code)) in names.iter().zip(ended) {
+            if code == 0 {
+                let role = cluster.issued()?.remove(message.trim());
+                ensure!(role == Some(Cluster::role_arn(name)), "{name} was given credentials of {role:?}");
+            } else {
+                ensure!(message.contains("503"), "{name}: {message}");
+                (refused, good, last) = (refused + 1, 0, now());
+            }
+        }
+        cluster.clear()?;
+    }
+    Ok((refused, last - start))
 }
 
 /// How often the agent's container on node1 was restarted.
