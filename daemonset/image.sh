@@ -2,6 +2,7 @@
 # Build kirsa's image (Dockerfile) with buildah or docker into target/image/kirsa.tar and print its size.
 #   IMAGE=localhost/kirsa:0.1.0   the name in the archive
 #   KIRSA_BINARY=PATH             a static binary that exists already, instead of building one
+#   PROFILE=release|quick         cargo's; quick compiles in a fraction of the time and is for trying, not for shipping
 #   ENGINE=buildah|docker         default: the first that is there
 #   LIMIT=10000000                bytes, compressed; more is an error
 set -euo pipefail
@@ -10,6 +11,7 @@ work=$repo/target/image root=$repo/target/image/rootfs
 version=$(sed -n '/^\[package\]/,/^\[/s/^version = "\(.*\)"/\1/p' "$repo/Cargo.toml")
 image=${IMAGE:-localhost/kirsa:$version}
 limit=${LIMIT:-10000000}
+profile=${PROFILE:-release}
 say() { echo "image: $*" >&2; }
 die() { say "$*"; exit 1; }
 
@@ -22,8 +24,8 @@ binary() {
   local triple; triple=$(uname -m)-unknown-linux-musl
   # aws-lc is C: it needs musl's headers as well (Debian: musl-tools).
   command -v musl-gcc >/dev/null || die "musl-gcc is missing: apt-get install musl-tools"
-  (cd "$repo" && env "CC_${triple//-/_}=musl-gcc" cargo build --release --locked --target "$triple" --bin kirsa >&2)
-  echo "$repo/target/$triple/release/kirsa"
+  (cd "$repo" && env "CC_${triple//-/_}=musl-gcc" cargo build --profile "$profile" --locked --target "$triple" --bin kirsa >&2)
+  echo "$repo/target/$triple/$profile/kirsa"
 }
 
 # A file to the place where it is here, once; links become files, folders are merged into /usr as Debian does.

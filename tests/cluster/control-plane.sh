@@ -66,7 +66,7 @@ daemon vpc apiserver "$bin/kube-apiserver" --etcd-servers=http://127.0.0.1:2379 
   --service-account-key-file="$pki/sa.pub" --service-account-signing-key-file="$pki/sa.key" \
   --kubelet-preferred-address-types=InternalIP \
   --kubelet-client-certificate="$pki/to-kubelet.crt" --kubelet-client-key="$pki/to-kubelet.key"
-wait_for 60 "API server (see $state/vpc/log/apiserver.log)" kubectl get --raw /readyz
+wait_for 120 "API server (see $state/vpc/log/apiserver.log)" kubectl get --raw /readyz
 daemon vpc controller-manager "$bin/kube-controller-manager" --kubeconfig="$state/controller-manager.kubeconfig" \
   --service-account-private-key-file="$pki/sa.key" --root-ca-file="$pki/ca.crt" --use-service-account-credentials \
   --controllers='*,-node-ipam-controller' --leader-elect=false

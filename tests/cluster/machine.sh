@@ -27,14 +27,14 @@ machine_start() { # name
   # Booted now, by its own clock: so starting it again is a reboot, with what a reboot leaves behind.
   setsid unshare --mount --net --pid --uts --ipc --time --boottime "-${up%.*}" --fork --kill-child \
     "$cluster/machine-init.sh" "$dir" "$1" </dev/null >>"$dir/init.log" 2>&1 &
-  wait_for 10 "machine $1 (see $dir/init.log)" machine_runs "$1"
+  wait_for 30 "machine $1 (see $dir/init.log)" machine_runs "$1"
 }
 
 machine_stop() { # name
   machine_runs "$1" 2>/dev/null || return 0
   local pid; pid=$(machine_pid "$1")
   kill -KILL "$pid" 2>/dev/null || true
-  wait_for 20 "end of machine $1" gone "$pid"
+  wait_for 60 "end of machine $1" gone "$pid"
   rm -f "$state/$1/pid"
 }
 gone() { ! kill -0 "$1"; }
@@ -54,11 +54,17 @@ daemon() { # machine name command...: in the background, its output and its numb
 daemon_stop() { # machine name [signal]
   local number; number=$(cat "$state/$1/$2.pid")
   on "$1" kill "-${3:-TERM}" "$number"
-  wait_for 20 "end of $2" daemon_gone "$1" "$number"
+  wait_for 60 "end of $2" daemon_gone "$1" "$number"
 }
 daemon_gone() { ! on "$1" kill -0 "$2"; }
 
 kubectl() { on vpc "$bin/kubectl" --kubeconfig "$state/admin.kubeconfig" "$@"; }
+
+# What kubelet, kube-proxy and containerd like to set for a whole machine.
+tunables() {
+  sysctl -a 2>/dev/null | grep -E \
+    '^(vm\.(overcommit_memory|panic_on_oom)|kernel\.(panic|panic_on_oops|keys\.root_.*)|net\.ipv[46]\.(ip_forward|conf\.(all|default)\..*)|net\.bridge\..*) ='
+}
 
 # kubelet makes its cgroups below one of ours, in every hierarchy that there is.
 cgroups() {
@@ -86,7 +92,7 @@ cgroup_remove() { # path
   for top in $(cgroups); do
     [ -d "$top/$1" ] || continue
     # A process that was killed leaves its cgroup a moment later than its namespace.
-    wait_for 20 "empty cgroup $top/$1" cgroup_rmdir "$top/$1"
+    wait_for 60 "empty cgroup $top/$1" cgroup_rmdir "$top/$1"
   done
 }
 cgroup_rmdir() { find "$1" -depth -type d -exec rmdir {} + 2>/dev/null; [ ! -d "$1" ]; }

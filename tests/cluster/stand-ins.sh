@@ -13,5 +13,5 @@ daemon vpc sts "$lab/lab-sts" --listen 10.250.0.254:8080 --control 127.0.0.1:991
 canary=(--listen 169.254.169.254:80)
 [ "$dual" = no ] || canary+=(--listen "[fd00:ec2::254]:80")
 daemon vpc canary "$lab/lab-canary" "${canary[@]}" --control 127.0.0.1:9913
-wait_for 10 "STS stand-in (see $state/vpc/log/sts.log)" on vpc curl -sf http://127.0.0.1:9912/_control/settings
-wait_for 10 "canary (see $state/vpc/log/canary.log)" on vpc curl -sf http://127.0.0.1:9913/hits
+wait_for 30 "STS stand-in (see $state/vpc/log/sts.log)" on vpc curl -sf http://127.0.0.1:9912/_control/settings
+wait_for 30 "canary (see $state/vpc/log/canary.log)" on vpc curl -sf http://127.0.0.1:9913/hits

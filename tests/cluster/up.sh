@@ -41,6 +41,7 @@ pod_mask=${POD_MASK:-24}
 taints=${TAINTS:-}
 cgroup=kirsa-$(basename "$state" | tr -dc 'a-zA-Z0-9-')
 T
+tunables >"$state/tunables.new"; mv "$state/tunables.new" "$state/tunables"
 trap 'code=$?; [ $code = 0 ] || { say "failed: logs are in $state/*/log"; }' EXIT
 
 "$cluster/control-plane.sh"
@@ -48,8 +49,8 @@ trap 'code=$?; [ $code = 0 ] || { say "failed: logs are in $state/*/log"; }' EXI
 for n in $(seq "$nodes"); do "$cluster/node.sh" "$n"; done
 node_ready() { kubectl wait --for=condition=Ready "node/node$1" --timeout=5s; }
 for n in $(seq "$nodes"); do
-  wait_for 60 "Ready node$n (see $state/node$n/log)" node_ready "$n"
+  wait_for 120 "Ready node$n (see $state/node$n/log)" node_ready "$n"
 done
 # Until then no pod is admitted.
-wait_for 30 "default service account" kubectl get serviceaccount default
+wait_for 60 "default service account" kubectl get serviceaccount default
 say "$nodes node(s) Ready: $cluster/enter.sh node1, $cluster/enter.sh kubectl get pods -A; $cluster/down.sh ends it"
