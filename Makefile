@@ -1,6 +1,6 @@
 # Every target has a sentence; `make` prints them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz e2e e2e-first-act image setup fmt
+.PHONY: help demo test lint bench fuzz e2e e2e-first-act e2e-shapes image setup fmt
 
 # The lab's child processes get the agent's binary by this name.
 CARGO ?= cargo
@@ -39,11 +39,15 @@ fuzz: $(TOOLS)/cargo-fuzz ## Feed a kind of input with libFuzzer (needs g++): ma
 
 e2e: ## Deploy the image on a one-node cluster of real parts and run the scenarios (needs root). KEEP=1 leaves it running.
 	@tests/setup.sh e2e
-	KEEP=$(KEEP) tests/e2e.sh
+	KEEP=$(KEEP) tests/e2e.sh $(SCENARIOS)
 
 e2e-first-act: ## 1,000 pods whose first act is a credentials request, on that cluster (needs root).
 	@tests/setup.sh e2e
-	FIRST_ACT=1000 tests/e2e.sh first-act
+	FIRST_ACT=$(or $(FIRST_ACT),1000) tests/e2e.sh first-act
+
+e2e-shapes: ## Each shape of pods' network with each mode of kube-proxy, on clusters of their own (needs root).
+	@tests/setup.sh e2e
+	tests/e2e-shapes.sh
 
 image: ## Build the container image with buildah or docker, and print its size.
 	daemonset/image.sh
