@@ -35,7 +35,7 @@ fi
 
 case $cni in
   ptp) shape='"type":"ptp","ipMasq":false' ;;
-  bridge) shape='"type":"bridge","bridge":"cni0","isGateway":true,"ipMasq":false' ;;
+  bridge) shape='"type":"bridge","bridge":"cni0","isGateway":true,"forceAddress":true,"ipMasq":false' ;;
   routed) shape='"type":"routed"' ;;
   *) die "CNI=$cni: must be ptp, bridge or routed" ;;
 esac

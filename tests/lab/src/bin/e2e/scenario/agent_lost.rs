@@ -62,7 +62,10 @@ fn starve(cluster: &Cluster) -> anyhow::Result<()> {
         limit=16384
         for try in $(seq 600); do
           [ -d /proc/$agent ] || exit 0
-          while [ $limit -gt 512 ] && echo $((limit - 256))k 2>/dev/null >$file; do limit=$((limit - 256)); done
+          # Down to the last page: whatever of the program is not in memory then cannot be read in either.
+          for step in 256 32 4; do
+            while [ $limit -gt 512 ] && echo $((limit - step))k 2>/dev/null >$file; do limit=$((limit - step)); done
+          done
           for n in 1 2 3 4 5 6 7 8; do curl -s -m 1 -o /dev/null http://127.0.0.1:8182/metrics & done
           wait
         done
