@@ -20,7 +20,7 @@ demo: ## Show the main job on this machine: three pods, a redirect, an STS; no c
 	@target/debug/demo $(if $(KEEP),--keep)
 
 test: setup ## Install what the tests need, then run all of them, on real parts.
-	$(CARGO) test --workspace --lib --bins --tests
+	$(CARGO) test --workspace --no-fail-fast --lib --bins --tests
 
 lint: $(TOOLS)/cargo-deny ## Format, clippy, and what may be in the dependency tree.
 	$(CARGO) fmt --all --check
