@@ -1,6 +1,6 @@
 # Every target has a sentence; `make` prints them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz e2e e2e-first-act e2e-shapes image setup fmt
+.PHONY: help demo test clients lint bench fuzz e2e e2e-first-act e2e-shapes image setup fmt
 
 # The lab's child processes get the agent's binary by this name.
 CARGO ?= cargo
@@ -21,6 +21,11 @@ demo: ## Show the main job on this machine: three pods, a redirect, an STS; no c
 
 test: setup ## Install what the tests need, then run all of them, on real parts.
 	$(CARGO) test --workspace --no-fail-fast --lib --bins --tests
+
+clients: ## Run real AWS clients of every age in every condition; the matrix goes into docs/clients.md. ONLY=name for some.
+	@tests/setup.sh clients
+	@$(CARGO) build --quiet --package kirsa --package lab --bins
+	@target/debug/clients $(if $(ONLY),--only $(ONLY),--page docs/clients.md)
 
 lint: $(TOOLS)/cargo-deny ## Format, clippy, and what may be in the dependency tree.
 	$(CARGO) fmt --all --check

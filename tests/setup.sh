@@ -5,6 +5,7 @@
 #   setup.sh            everything
 #   setup.sh packages   Debian packages only: all that the demo needs
 #   setup.sh e2e        these and what the cluster and the image need (tests/e2e.sh); it builds the cluster by itself
+#   setup.sh clients    Go, and the AWS clients of the matrix (tests/clients/install.sh)
 #   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd, and maybe the others: these are not built
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -57,10 +58,18 @@ find_go() {
   "$repo/tests/cluster/find-go.sh" >/dev/null
 }
 if [ "${1:-}" = e2e ]; then find_go; exit; fi
+if [ "${1:-}" = clients ]; then
+  (find_go) || say "the clients in Go cannot be built"
+  exec "$repo/tests/clients/install.sh"
+fi
 
 # pip has no network inside the tests' namespaces. Without PyPI the tests of the Python SDKs say that they are skipped.
 (cd "$repo" && cargo run --quiet --package lab --bin sdk-client -- prepare) ||
   say "the Python SDKs cannot be had: their tests will be skipped"
+
+# The tests of clients say which ones they have to do without, and why.
+(find_go) || say "the clients in Go cannot be built"
+"$repo/tests/clients/install.sh" quick
 
 wanted=()
 for name in etcd kube-apiserver helm kustomize promtool; do

@@ -83,7 +83,7 @@ fn run(
         while let Some((client, version)) = next() {
             eprintln!("{}: {version}", client.name);
             let cells = row(client, agent, conditions).with_context(|| client.name)?;
-            report.lock().expect("no panic while held").add(*client, version, cells);
+            report.lock().expect("no panic while held").add(*client, &version, cells);
         }
         Ok(())
     };

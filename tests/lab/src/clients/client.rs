@@ -27,9 +27,11 @@ pub(super) enum Start {
     Node(&'static str),
     /// The program that the installation built.
     Built,
+    /// The same; it is one call, whose exit status tells what came of it.
+    Once,
     /// The class `Client` that the installation compiled.
     Java,
-    /// A shell line that is one call; the exit status tells what came of it.
+    /// A shell line that is one call as well.
     Shell(&'static str),
     /// The SDK that the lab itself is built with.
     Lab,
@@ -65,7 +67,7 @@ impl Client {
 
     /// Calls that each end with a line on standard output, the next one when a line comes in; one call without.
     pub(super) fn talks(&self) -> bool {
-        !matches!(self.start, Start::Shell(_))
+        !matches!(self.start, Start::Shell(_) | Start::Once)
     }
 
     pub(super) fn command(&self, sts: &str, store: &str) -> Result<Command> {
@@ -75,7 +77,7 @@ impl Client {
         let mut command = match self.start {
             Start::Python(script) => with(&python, [programs.join("python").join(script)]),
             Start::Node(script) => with("node", [programs.join("node").join(script)]),
-            Start::Built => Command::new(folder.join("client")),
+            Start::Built | Start::Once => Command::new(folder.join("client")),
             Start::Java => {
                 let mut java = with("java", ["-XX:TieredStopAtLevel=1", "-Xshare:auto", "-cp"]);
                 java.arg(format!("{0}:{0}/lib/*", folder.display())).arg("Client");

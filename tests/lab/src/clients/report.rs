@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result};
 
 use super::{
+    catalogue::CLIENTS,
     cell::{Cell, Verdict},
     client::Client,
     condition::Condition,
@@ -13,16 +14,22 @@ use super::{
 const BEGIN: &str = "<!-- begin: make clients writes this -->";
 const END: &str = "<!-- end -->";
 
+/// A client, its version, and what came of it.
+type Row = (Client, String, Vec<(Condition, Cell)>);
+
 /// Everything that was seen.
 #[derive(Debug, Default)]
 pub struct Report {
-    rows: Vec<(Client, String, Vec<(Condition, Cell)>)>,
+    rows: Vec<Row>,
     skipped: Vec<(Client, String)>,
 }
 
 impl Report {
-    pub fn add(&mut self, client: Client, version: String, cells: Vec<(Condition, Cell)>) {
+    pub fn add(&mut self, client: Client, version: &str, cells: Vec<(Condition, Cell)>) {
+        let version = version.trim_start_matches("github.com/").to_owned();
         self.rows.push((client, version, cells));
+        // Whichever came to its end first.
+        self.rows.sort_by_key(|(client, ..)| CLIENTS.iter().position(|known| known.name == client.name));
     }
 
     pub fn skip(&mut self, client: Client, reason: String) {

@@ -24,7 +24,7 @@ const SINCE_BINDING: Duration = Duration::from_secs(1);
 
 /// `agent` is the binary of the agent. The conditions are met in the order of [`Condition::ALL`].
 pub fn row(client: &Client, agent: &Path, wanted: &[Condition]) -> Result<Vec<(Condition, Cell)>> {
-    let mut row = Row::new(client, agent)?;
+    let mut row = Row::new(client, agent, wanted)?;
     let agent = row.site.start()?;
     // A pod that is bound without a role and gets one later is not fetched ahead. The agent knows none of them from
     // its start, or it would look again at a moment of its choice.
@@ -52,19 +52,17 @@ struct Row<'a> {
     client: &'a Client,
     site: Site,
     store: ObjectStore,
-    pods: Vec<(Condition, Pod)>,
+    pods: Vec<Pod>,
     agent: Option<Agent>,
 }
 
 impl<'a> Row<'a> {
-    fn new(client: &'a Client, agent: &Path) -> Result<Self> {
+    fn new(client: &'a Client, agent: &Path, wanted: &[Condition]) -> Result<Self> {
         let site = Site::new(agent)?;
         let store = site.sts.start_store(TcpListener::bind((BASE, 0))?)?;
         let mut row = Self { client, site, store, pods: Vec::new(), agent: None };
-        for condition in Condition::ALL {
-            if condition != Condition::Warm {
-                row.pods.push((condition, row.site.stranger(&row.name(condition))?));
-            }
+        for condition in wanted.iter().filter(|condition| **condition != Condition::Warm) {
+            row.pods.push(row.site.stranger(&row.name(*condition))?);
         }
         Ok(row)
     }
@@ -77,8 +75,8 @@ impl<'a> Row<'a> {
 
     fn pod(&self, condition: Condition) -> &Pod {
         let name = self.name(condition);
-        let pod = self.pods.iter().find(|(_, pod)| pod.name() == name);
-        &pod.expect("a pod for each condition").1
+        let pod = self.pods.iter().find(|pod| pod.name() == name);
+        pod.expect("a pod for each condition, and what is warm was cold before")
     }
 
     fn is_late(&self, condition: Condition) -> bool {
@@ -97,7 +95,10 @@ impl<'a> Row<'a> {
             self.agent = agent;
             return Ok(cell);
         }
-        ensure!(cell.verdict == Verdict::OwnRole, "before the restart: {cell:?}");
+        if cell.verdict != Verdict::OwnRole {
+            self.agent = agent;
+            return Ok(Cell { verdict: Verdict::Wrong(format!("before the restart: {:?}", cell.verdict)), ..cell });
+        }
         agent.map(Agent::stop).transpose()?;
         let agent = self.site.start()?;
         let mark = self.site.sts.acts().len();
