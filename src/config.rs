@@ -17,7 +17,10 @@ use crate::{
     intercept::{Backend, HostAddresses, Limits},
     kubernetes::Mint,
     observe::LogFormat,
-    serve::upstream::{self, ALLOWABLE},
+    serve::{
+        imdsv2::{Namespaces, Required},
+        upstream::{self, ALLOWABLE},
+    },
 };
 
 /// Below this, SDKs such as botocore refetch on every call, or stretch what is left and sign with dead keys.
@@ -202,10 +205,20 @@ struct RunArgs {
     /// Exchanges that may come at once, after a while without any.
     #[arg(long, env = "KIRSA_EXCHANGE_BURST", default_value_t = 50, value_name = "N", help_heading = "Credentials")]
     exchange_burst: u32,
-    /// Refuse IMDSv1 (requests without a session token). Breaks boto2, botocore before 1.13, the JavaScript SDK
+    /// Refuse IMDSv1 (requests without a session token), of all pods. Breaks boto2, botocore before 1.13, the JavaScript SDK
     /// before 2.575, the Go SDK before 1.25 and s3fs.
     #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]
     require_imdsv2: bool,
+    /// Refuse it of the pods of these namespaces: names with commas between, a * at the end of one for any ending.
+    /// The annotation kirsa.dev/require-imdsv2 adds service accounts to them, and takes none away.
+    #[arg(
+        long,
+        env = "KIRSA_REQUIRE_IMDSV2_NAMESPACES",
+        value_delimiter = ',',
+        value_name = "NAME[,NAME*]",
+        help_heading = "Credentials"
+    )]
+    require_imdsv2_namespaces: Vec<String>,
 
     /// Serve container credentials too, as EKS Pod Identity does, at http://169.254.170.23/v1/credentials and
     /// http://[fd00:ec2::23]/v1/credentials, to pods that present a service account token of their own. Needs
@@ -289,7 +302,7 @@ pub struct Config {
     pub session_scope: Scope,
     pub exchange_rate: u32,
     pub exchange_burst: u32,
-    pub require_imdsv2: bool,
+    pub require_imdsv2: Required,
     /// The audience of the tokens that pods present for container credentials, where those are served.
     pub container_audience: Option<String>,
     pub metadata: Metadata,
@@ -453,7 +466,10 @@ impl TryFrom<RunArgs> for Config {
             session_scope: args.session_scope,
             exchange_rate: args.exchange_rate,
             exchange_burst: args.exchange_burst,
-            require_imdsv2: args.require_imdsv2,
+            require_imdsv2: Required {
+                everywhere: args.require_imdsv2,
+                namespaces: namespaces(&args.require_imdsv2_namespaces)?,
+            },
             container_audience: args.container_credentials.then_some(args.container_audience),
             metadata: metadata(args.node_metadata, args.node_metadata_value)?,
             admin_address: args.admin_address,
@@ -488,6 +504,18 @@ fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
         }
     }
     Ok(host)
+}
+
+fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
+    let read = |name: &String| match Namespaces::parse(name) {
+        Some(namespaces) => Ok(namespaces),
+        None => wrong(
+            "require-imdsv2-namespaces",
+            format_args!("{name:?}"),
+            "must be the name of a namespace, or the beginning of some with a * after it, such as shop,team-*",
+        ),
+    };
+    given.iter().map(read).collect()
 }
 
 fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
@@ -565,6 +593,7 @@ mod tests {
             ("--host-ip=127.0.0.1", "--host-ip 127.0.0.1"),
             ("--host-ip=node1", "node1"),
             ("--port=0", "--port 0"),
+            ("--require-imdsv2-namespaces=a,B", "--require-imdsv2-namespaces \"B\": must be the name of a namespace"),
             ("--region=EU", "--region EU"),
             ("--audience=a b", "--audience"),
             ("--container-audience=", "--container-audience"),

@@ -205,7 +205,7 @@ pub async fn run(
         cache,
         sessions,
         metadata,
-        require_imdsv2: config.require_imdsv2,
+        require_imdsv2: config.require_imdsv2.clone(),
         container,
         metrics: metrics.clone(),
         refusals: observe::RefusalLog::default(),

@@ -115,7 +115,8 @@ impl Reason {
                 401,
                 None,
                 Level::INFO,
-                "IMDSv2 is required here: update the SDK, or allow IMDSv1 (--require-imdsv2, kirsa.dev/require-imdsv2)",
+                "IMDSv2 is required here: update the SDK, or allow IMDSv1 (--require-imdsv2, \
+                 --require-imdsv2-namespaces, kirsa.dev/require-imdsv2)",
             ),
             Self::SessionInvalid => row(
                 "session_invalid",

@@ -7,6 +7,7 @@
 mod answer;
 mod caller;
 pub mod container;
+pub mod imdsv2;
 pub mod route;
 pub mod session;
 pub mod upstream;
@@ -62,7 +63,7 @@ pub struct Server {
     pub cache: Arc<Cache>,
     pub sessions: Sessions,
     pub metadata: Arc<NodeMetadata>,
-    pub require_imdsv2: bool,
+    pub require_imdsv2: imdsv2::Required,
     /// Where container credentials are served.
     pub container: Option<Tokens>,
     pub metrics: Metrics,
@@ -262,7 +263,7 @@ impl Server {
 
     fn session(&self, peer: &Peer, headers: &HeaderMap, workload: Option<&Workload>) -> Result<(), Refusal> {
         let Some(token) = headers.get(&TOKEN) else {
-            return if self.require_imdsv2 { Err(Reason::SessionRequired.into()) } else { Ok(()) };
+            return if self.require_imdsv2.of(workload) { Err(Reason::SessionRequired.into()) } else { Ok(()) };
         };
         let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
         match workload {

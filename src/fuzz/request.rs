@@ -22,6 +22,7 @@ use crate::{
     serve::{
         Server,
         container::{Reviewing, Tokens},
+        imdsv2,
         session::{KEY_LENGTH, Sessions},
         upstream::NodeMetadata,
     },
@@ -90,7 +91,7 @@ impl Site {
             )),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
             metadata: NodeMetadata::new([given]),
-            require_imdsv2: false,
+            require_imdsv2: imdsv2::Required::default(),
             container: Some(Tokens::new(Box::new(review))),
             metrics: metrics.clone(),
             refusals: RefusalLog::default(),

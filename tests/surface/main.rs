@@ -6,6 +6,7 @@ mod documents;
 mod drain;
 mod framing;
 mod hostile;
+mod imdsv2;
 mod limits;
 mod metadata;
 mod smuggling;
