@@ -1,6 +1,7 @@
 //! Interception, through the real binary and real rules: a pod's connection to the metadata address reaches the agent
 //! or nobody, in every shape of pod network, with nft and with iptables, over IPv4 and IPv6.
 
+mod addresses;
 mod site;
 
 use std::io::ErrorKind;

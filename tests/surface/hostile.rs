@@ -1,9 +1,12 @@
 //! Requests that nobody sends in good faith. Each has its exact answer; none of them reaches STS, the node's own
 //! metadata service or another pod's credentials, and the agent serves the next one as if nothing had been.
 
+use std::net::SocketAddr;
+
 use anyhow::{Result, ensure};
 use lab::agent::field;
-use lab::http::{CREDENTIALS_PATH, TOKEN_TTL, Wire};
+use lab::http::{CREDENTIALS_PATH, TOKEN, TOKEN_TTL, Wire};
+use lab::net::{METADATA, METADATA6};
 
 use super::{credentials, get, get_with, opens_the_session_of, role, site};
 
@@ -135,6 +138,33 @@ fn requests() -> Vec<(String, Answer)> {
         (put.replace("1.1", "1.0") + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", Status(400)),
         (format!("{put}Content-Length: 1000000000000\r\n\r\n"), Status(400)),
         (format!("{put}X-Forwarded-For: 10.0.0.1\r\n\r\n"), Status(403)),
+        (format!("{put}X-Forwarded-For: \r\n\r\n"), Status(403)),
+        // A prior-knowledge HTTP/2 client, with its first frame.
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".into(), Closed),
+        (format!("GET {L} HTTP/3.0\r\n{HOST}\r\n"), Status(400)),
+        (format!("GET {L} HTTP/1.10\r\n{HOST}\r\n"), Status(400)),
+        (format!("GET  {L} HTTP/1.1\r\n{HOST}\r\n"), Status(400)),
+        (format!("\r\n\r\nGET {L} HTTP/1.1\r\n{HOST}\r\n"), Status(200)),
+        (format!("GET {L} HTTP/1.1\nHost: 169.254.169.254\n\n"), Status(200)),
+        (format!("GET {L} HTTP/1.1\r\n{HOST}: x\r\n\r\n"), Status(400)),
+        (format!("GET {L} HTTP/1.1\r\n{HOST}no-colon\r\n\r\n"), Status(400)),
+        (format!("GET {L} HTTP/1.1\r\n{HOST}X: a\rb\r\n\r\n"), Status(400)),
+        (format!("{put}Content-Length: 0x1\r\n\r\na"), Status(400)),
+        (format!("{put}Content-Length: 1 1\r\n\r\na"), Status(400)),
+        (format!("{put}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n"), Status(400)),
+        (format!("{put}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"), Status(400)),
+        (format!("{put}Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n"), Status(400)),
+        (format!("{put}Transfer-Encoding: chunked\r\n\r\n-1\r\n"), Status(400)),
+        (format!("{put}Transfer-Encoding: chunked\r\n\r\n1\nx\r\n0\r\n\r\n"), Status(400)),
+        (format!("{put}Expect: 200-ok\r\n\r\n"), Status(200)),
+        (format!("GET {L} HTTP/1.1\r\n{HOST}{TOKEN}: INVALID\r\n\r\n"), Status(401)),
+        // A trailer is no header.
+        (
+            format!("GET {L} HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n0\r\n{TOKEN}: INVALID\r\n\r\n"),
+            Status(200),
+        ),
+        // Of the other service, which is another address.
+        (format!("GET /v1/credentials HTTP/1.1\r\n{HOST}Authorization: e30.e30.c2ln\r\n\r\n"), Status(404)),
     ]
 }
 
@@ -149,8 +179,11 @@ fn every_hostile_request_has_its_answer_and_asks_nobody() -> Result<()> {
     // The agent's own reading, which no request causes.
     agent.wait_for_log(|entry| field(entry, "message") == Some("node metadata read"))?;
     let hits = site.hits();
-    for (bytes, expected) in paths().into_iter().chain(requests()) {
-        let mut wire = Wire::connect(&reader)?;
+    let families = [(METADATA, 80).into()].into_iter().chain(reader.ip6().map(|_| (METADATA6, 80).into()));
+    let families: Vec<SocketAddr> = families.collect();
+    let rows = paths().into_iter().chain(requests());
+    for ((bytes, expected), address) in rows.flat_map(|row| families.iter().map(move |to| (row.clone(), *to))) {
+        let mut wire = Wire::connect_to(&reader, address)?;
         // A server that has seen enough may close before all is sent.
         let _ = wire.send(&bytes);
         let response = wire.response();

@@ -9,6 +9,7 @@ mod hostile;
 mod imdsv2;
 mod limits;
 mod metadata;
+mod oracle;
 mod smuggling;
 mod paths;
 mod session;

@@ -49,6 +49,7 @@ fn a_request_that_is_hidden_in_a_body_is_not_answered() -> Result<()> {
             ensure!(!next.as_ref().is_ok_and(|next| next.body != "latest"), "{framing}: {head}: {next:?}");
         }
     }
+    site.no_pod_got_outside()?;
     agent.stop()
 }
 
@@ -66,6 +67,7 @@ fn pipelined_requests_are_answered_one_by_one_and_a_wrong_one_ends_it() -> Resul
     opens_the_session_of(&site, "reader", &wire.response()?)?;
     ensure!(wire.response()?.status == 400);
     wire.closed()?;
+    site.no_pod_got_outside()?;
     agent.stop()
 }
 
@@ -81,6 +83,7 @@ fn a_request_may_come_byte_by_byte() -> Result<()> {
         }
         ensure!(wire.response()?.status == 200, "{request}");
     }
+    site.no_pod_got_outside()?;
     agent.stop()
 }
 
@@ -107,6 +110,7 @@ fn a_body_that_never_ends_is_not_waited_for() -> Result<()> {
     let mut wire = Wire::open(&reader, put_with("Content-Length: 10\r\n\r\n"))?;
     let (answer, took) = timed(|| wire.response());
     ensure!(answer?.status == 400 && took < PATIENCE, "{took:?}");
+    site.no_pod_got_outside()?;
     agent.stop()
 }
 

@@ -2,7 +2,7 @@
 //! sends.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -15,7 +15,12 @@ pub struct Wire(BufReader<TcpStream>);
 
 impl Wire {
     pub fn connect(pod: &Pod) -> Result<Self> {
-        let stream = pod.connect((METADATA, 80)).with_context(|| format!("connecting from {}", pod.name()))?;
+        Self::connect_to(pod, (METADATA, 80))
+    }
+
+    /// To another address than that of IPv4.
+    pub fn connect_to(pod: &Pod, address: impl Into<SocketAddr>) -> Result<Self> {
+        let stream = pod.connect(address).with_context(|| format!("connecting from {}", pod.name()))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         Ok(Self(BufReader::new(stream)))
