@@ -166,6 +166,24 @@ impl Model {
         }
     }
 
+    /// The pod is one of the session's from now on.
+    fn joins(&self, grant: &Grant, used: bool) {
+        let mut world = self.world();
+        if !world.holds(grant) {
+            return;
+        }
+        let session = world.sessions.entry(name(grant)).or_default();
+        if session.pods.insert(grant.workload().uid().clone()) {
+            session.denied_until = session.denied_until.filter(|_| session.pods.len() > 1);
+        }
+        if used {
+            if session.used.is_none_or(|used| used.elapsed() >= LIFETIME) {
+                session.in_use = Some(Instant::now());
+            }
+            session.used = Some(Instant::now());
+        }
+    }
+
     /// What a caller was given.
     fn answered(&self, grant: &Grant, asked: Instant, answer: Result<Arc<Credential>, Refusal>) {
         let mut world = self.world();
@@ -177,7 +195,9 @@ impl Model {
             Ok(credential) => {
                 let left = credential.expires_at().saturating_duration_since(Instant::now());
                 let opens = world.issued.get(credential.access_key_id()).cloned();
-                let enough = if world.fine_for() > LIFETIME { LIFETIME / 2 } else { Duration::from_secs(60) };
+                // Whoever is gone by now may have waited for an exchange that nobody needs any more.
+                let well = world.fine_for() > LIFETIME && world.holds(grant);
+                let enough = if well { LIFETIME / 2 } else { Duration::from_secs(60) };
                 if opens.as_ref() != Some(&name) || left < enough {
                     world.wrong.push(format!("{name} was given {opens:?} with {left:?} left"));
                 }
@@ -288,28 +308,10 @@ impl Run {
         Grant::sample(self.seats[seat].clone(), &role)
     }
 
-    /// The pod is one of the session's from now on.
-    fn joins(&self, grant: &Grant, used: bool) {
-        let mut world = self.model.world();
-        if !world.holds(grant) {
-            return;
-        }
-        let session = world.sessions.entry(name(grant)).or_default();
-        if session.pods.insert(grant.workload().uid().clone()) {
-            session.denied_until = session.denied_until.filter(|_| session.pods.len() > 1);
-        }
-        if used {
-            if session.used.is_none_or(|used| used.elapsed() >= LIFETIME) {
-                session.in_use = Some(Instant::now());
-            }
-            session.used = Some(Instant::now());
-        }
-    }
-
     fn asks(&mut self, grant: Grant, patience: Duration) {
-        self.joins(&grant, true);
         let (model, cache) = (self.model.clone(), self.cache.clone());
         self.callers.spawn(async move {
+            model.joins(&grant, true);
             let asked = Instant::now();
             if let Ok(answer) = tokio::time::timeout(patience, cache.get(&grant, asked + HOLD)).await {
                 model.answered(&grant, asked, answer);
@@ -318,9 +320,9 @@ impl Run {
     }
 
     fn lists(&mut self, grant: Grant) {
-        self.joins(&grant, true);
         let (model, cache) = (self.model.clone(), self.cache.clone());
         self.callers.spawn(async move {
+            model.joins(&grant, true);
             let asked = Instant::now();
             let standing = cache.standing(&grant, asked + LIST_HOLD).await;
             let mut world = model.world();
@@ -341,6 +343,7 @@ impl Run {
             for session in world.sessions.values_mut() {
                 session.pods.remove(former.workload().uid());
             }
+            world.forget_the_abandoned();
         }
         self.cache.forget(former.workload().uid());
         self.former.push(former);
@@ -366,7 +369,7 @@ impl Run {
             }
             45..50 => {
                 let grant = self.grant(seat);
-                self.joins(&grant, false);
+                self.model.joins(&grant, false);
                 self.cache.prefetch(&grant);
             }
             50..54 => self.leaves(seat),
@@ -377,8 +380,9 @@ impl Run {
                 }
             }
             56..58 => {
-                let number = self.rng(|rng| rng.usize(0..3));
-                self.model.world().roles[seat % ACCOUNTS] = number;
+                let mut world = self.model.world();
+                world.roles[seat % ACCOUNTS] = world.rng.usize(0..3);
+                world.forget_the_abandoned();
             }
             58..62 => {
                 let mut world = self.model.world();
@@ -395,9 +399,7 @@ impl Run {
         for _ in 0..self.rng(|rng| rng.u32(0..4)) {
             tokio::task::yield_now().await;
         }
-        let mut world = self.model.world();
-        world.forget_the_abandoned();
-        world.check();
+        self.model.world().check();
     }
 }
 
