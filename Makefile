@@ -1,6 +1,6 @@
 # Every target has a sentence; `make` prints them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test clients lint bench fuzz e2e e2e-first-act e2e-shapes image setup fmt
+.PHONY: help demo test clients lint bench soak fuzz e2e e2e-first-act e2e-shapes image setup fmt
 
 # The lab's child processes get the agent's binary by this name.
 CARGO ?= cargo
@@ -41,6 +41,11 @@ fuzz: $(TOOLS)/cargo-fuzz ## Feed a kind of input with libFuzzer (needs g++): ma
 	@mkdir -p target/fuzz/corpus/$(TARGET)
 	PATH="$(CURDIR)/$(TOOLS):$$PATH" CARGO_TARGET_DIR=target/fuzz $(CARGO) fuzz run --sanitizer $(SANITIZER) $(TARGET) \
 		target/fuzz/corpus/$(TARGET) fuzz/corpus/$(TARGET) -- -max_total_time=$(SECONDS)
+
+soak: ## A node at work: 250 pods that ask as SDKs do, come and go; who got what is checked. MINUTES=5
+	@tests/setup.sh
+	@$(CARGO) build --quiet --package kirsa --package lab --bins
+	@target/debug/soak --minutes $(or $(MINUTES),5)
 
 e2e: ## Deploy the image on a one-node cluster of real parts and run the scenarios (needs root). KEEP=1 leaves it running.
 	@tests/setup.sh e2e

@@ -8,6 +8,7 @@ mod kills;
 mod network;
 mod node;
 mod proxy;
+mod soak;
 mod sts;
 
 use std::time::Duration;

@@ -16,6 +16,7 @@ pub mod poll;
 pub mod process;
 pub mod sdk;
 pub mod site;
+pub mod soak;
 pub mod sts;
 pub mod tools;
 pub mod workloads;
