@@ -3,6 +3,7 @@
 //! asked, and that it heals by itself. `docs/failures.md` says the same in words.
 
 mod apiserver;
+mod bounds;
 mod cluster;
 mod kills;
 mod network;
