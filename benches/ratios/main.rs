@@ -9,6 +9,7 @@
 mod binaries;
 mod cold;
 mod cost;
+mod fair;
 mod load;
 mod report;
 mod site;
@@ -68,5 +69,11 @@ fn measure(binaries: &Binaries) -> Result<Report> {
     report.cold_calls = cold::herd(&site)?;
     report.loaded = cost::memory(agent.process().id())?;
     agent.stop()?;
+
+    eprintln!("bench: a quiet pod beside a hot one, and restarts");
+    for _ in 0..ROUNDS {
+        report.quiet.push(fair::quiet_beside_hot(&binaries.kirsa)?);
+    }
+    report.restart_gaps = fair::restart_gaps(&binaries.kirsa, ROUNDS)?;
     Ok(report)
 }

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::cold::{CALLERS, Calls};
 use crate::cost::Memory;
+use crate::fair::Quiet;
 use crate::load::Warm;
 
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ pub(crate) struct Report {
     pub(crate) warm: BTreeMap<usize, Rounds>,
     pub(crate) cold_overhead: Vec<Duration>,
     pub(crate) cold_calls: Calls,
+    pub(crate) quiet: Vec<Quiet>,
+    pub(crate) restart_gaps: Vec<Duration>,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +83,8 @@ impl Report {
             "cold_callers": CALLERS,
             "cold_callers_token_requests": self.cold_calls.token_requests,
             "cold_callers_sts_calls": self.cold_calls.sts,
+            "quiet_p99_beside_hot_ratio": round(self.quiet_beside() / self.quiet_alone()),
+            "restart_gap_ms": round(median(self.restart_gaps.iter().map(milliseconds))),
         })
     }
 
@@ -113,7 +118,19 @@ impl Report {
             Some(Aim::Exactly(1.0)),
         );
         row(&format!("{CALLERS} cold callers: STS calls"), calls.sts as f64, None, Some(Aim::Exactly(1.0)));
+        let beside = self.quiet_beside();
+        row("quiet pod's p99, us: beside a hot one, alone", beside, Some(self.quiet_alone()), Some(Aim::AtMost(2.0)));
+        let gap = median(self.restart_gaps.iter().map(milliseconds));
+        row("restart: longest silence, ms", gap, None, None);
         rows
+    }
+
+    fn quiet_alone(&self) -> f64 {
+        median(self.quiet.iter().map(|quiet| microseconds(&quiet.alone)))
+    }
+
+    fn quiet_beside(&self) -> f64 {
+        median(self.quiet.iter().map(|quiet| microseconds(&quiet.beside)))
     }
 }
 
