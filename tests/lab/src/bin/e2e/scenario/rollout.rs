@@ -1,4 +1,4 @@
-//! A new version while pods keep asking.
+//! A new version while pods keep asking: none of them is refused, since it takes over the listening sockets.
 
 use std::time::Duration;
 
@@ -9,8 +9,6 @@ use crate::{cluster::Cluster, pods::Job};
 
 const LOADS: usize = 4;
 const SECONDS: u64 = 40;
-/// Seconds without an agent: the kubelet ends one and starts the next.
-const GAP: f64 = 5.0;
 
 /// Asks for its credentials fifty times a second, as no SDK does: what fails here would have failed one.
 fn load() -> String {
@@ -53,8 +51,6 @@ pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
         whys.extend(words.next().map(|why| why.trim().to_owned()).filter(|why| !why.is_empty()));
     }
     let told = format!("{failed} of {asked} requests failed while the agent was replaced, over {:.0} ms", gap * 1e3);
-    // Refused at once, and by nobody else: what an SDK takes for "try again".
-    ensure!(whys.iter().all(|why| why.contains("refused")), "{told}: {whys:?}");
-    ensure!(gap < GAP, "{told}");
+    ensure!(failed == 0, "{told}: {whys:?}");
     Ok(told)
 }
