@@ -97,7 +97,7 @@ struct RunArgs {
     #[arg(
         long,
         env = "KIRSA_MAX_CONNECTIONS",
-        default_value_t = 4_096,
+        default_value_t = 2_048,
         value_name = "N",
         help_heading = "Interception"
     )]

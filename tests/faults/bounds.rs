@@ -15,7 +15,10 @@ use super::{Held, PATIENCE, each, list, site};
 /// Per source, by default.
 const CONNECTIONS: usize = 64;
 /// hyper's buffers and the task of a connection, at most, in KiB.
-const OF_A_CONNECTION: u64 = 48;
+const OF_A_CONNECTION: u64 = 32;
+/// Of all sources, by default; and what they may cost, in KiB, so that the manifest's limit of 96 MiB holds the rest too.
+const ALL_CONNECTIONS: u64 = 2_048;
+const OF_ALL_CONNECTIONS: u64 = 64 << 10;
 /// Of one that is held, in KiB.
 const OF_A_SESSION: u64 = 16;
 /// What an allocator may keep of what was given back, in KiB.
@@ -98,6 +101,8 @@ fn connections_cost_no_more_than_their_buffers() -> Result<()> {
     })?;
     println!("{count} connections: {grown} KiB");
     ensure!(grown <= count as u64 * OF_A_CONNECTION + SLACK, "{count} connections: {grown} KiB");
+    let all = grown * ALL_CONNECTIONS / count as u64;
+    ensure!(all <= OF_ALL_CONNECTIONS + SLACK, "all connections together would be {all} KiB");
     open.clear();
     open_connections(&agent, 0)?;
     // The same again needs nothing that the first time did not.
