@@ -38,8 +38,8 @@ pub use monitor::RuleChanges;
 pub use probe::{Probe, connect_marked};
 pub use rule::{Backend, HostAddresses};
 pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, Service};
-pub use source::Share;
 use source::Sources;
+pub use source::{MAX_DELAY, Share};
 
 /// Connections that are told "too many" at once.
 const TURNED_AWAY: usize = 64;

@@ -31,7 +31,7 @@ use crate::{
     cache::{Cache, Standing},
     clock::UnixTime,
     exchange::Credential,
-    intercept::{Accepted, Peer, Service, Share},
+    intercept::{Accepted, MAX_DELAY, Peer, Service, Share},
     observe::{Metrics, Outcome, RefusalLog},
     refusal::{Reason, Refusal},
 };
@@ -122,7 +122,11 @@ impl Server {
         match caller.share.request() {
             Some(Duration::ZERO) => {}
             Some(delay) => tokio::time::sleep(delay).await,
-            None => return Err(Reason::TooManyRequests.into()),
+            None => {
+                // As long as the last one that is not refused: a client in a tight loop would only ask faster.
+                tokio::time::sleep(MAX_DELAY).await;
+                return Err(Reason::TooManyRequests.into());
+            }
         }
         let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
         match (peer.service(), &head.method, route) {

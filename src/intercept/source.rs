@@ -14,7 +14,7 @@ use super::Limits;
 use crate::observe::Metrics;
 
 /// A request that is over the rate is held this long at most: SDKs bear a delay better than a refusal, but not long.
-const MAX_DELAY: Duration = Duration::from_millis(300);
+pub const MAX_DELAY: Duration = Duration::from_millis(300);
 /// Sources that are remembered before those that have been quiet are forgotten.
 const REMEMBERED: usize = 1_024;
 
