@@ -26,10 +26,12 @@ use serde_json::Value;
 
 lab::enter!();
 
-/// Enough for anything that the agent does on a busy machine, the longest pause between two tries included.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// In seconds: about the shortest session that the agent takes. It is refreshed when 48 to 58 of them have passed.
-const LIFETIME: u32 = 122;
+/// Enough for anything that the agent does on a busy machine, the longest pause between two tries included, and the time
+/// until a refresh is due.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// In seconds. It is refreshed when 58 to 69 of them have passed, so that a refresh that fails after 4 s has failed well
+/// before the last minute begins, at 84.
+const LIFETIME: u32 = 144;
 /// Between looks at what is served.
 const LOOK: Duration = Duration::from_secs(1);
 /// In seconds: what has less left is not served.
