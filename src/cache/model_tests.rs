@@ -390,6 +390,18 @@ impl Run {
                     if world.rng.bool() { Weather::Fine } else { WEATHERS[world.rng.usize(0..WEATHERS.len())] };
                 (world.weather, world.since) = (weather, Instant::now());
             }
+            62..68 => {
+                // To where what is in hand is about to expire.
+                let end = {
+                    let mut world = self.model.world();
+                    let ends = world.sessions.values().filter_map(|session| session.issued).max();
+                    let before = Duration::from_secs(world.rng.u64(0..120));
+                    ends.map(|issued| issued + LIFETIME - before)
+                };
+                if let Some(end) = end.filter(|end| *end > Instant::now()) {
+                    tokio::time::sleep_until(end).await;
+                }
+            }
             _ => {
                 let most = [10, 1_000, 10_000, 120_000, 2_400_000][self.rng(|rng| rng.usize(0..5))];
                 sleep(Duration::from_millis(self.rng(|rng| rng.u64(0..=most)))).await;
