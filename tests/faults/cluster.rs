@@ -12,7 +12,7 @@ use lab::issuer::subject;
 use lab::namespace::BASE;
 use lab::net::{Node, Pod, Shape};
 use lab::poll::{poll, poll_every};
-use lab::sts::{Config, Keys, Provider, Role, StandIn};
+use lab::sts::{Config, Effect, Fault, Keys, Provider, Role, StandIn};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -81,6 +81,11 @@ impl Cluster {
         let shown = self.api.set_pod_status(NAMESPACE, name, "Running", &ips);
         self.runtime.block_on(shown)?;
         Ok(pod)
+    }
+
+    /// STS throttles whoever asks for the pod's role.
+    pub(super) fn throttle(&self, pod: &Pod) {
+        self.sts.inject(Fault::always(Effect::error("Throttling")).of_role(&arn(pod.name())));
     }
 
     /// Its service account has a role now, which nobody has asked for yet.
