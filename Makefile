@@ -1,6 +1,6 @@
 # Every target has a sentence; `make` prints them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test clients lint bench soak fuzz e2e e2e-first-act e2e-shapes image setup fmt
+.PHONY: help demo test clients lint bench simulate soak fuzz e2e e2e-first-act e2e-shapes image setup fmt
 
 # The lab's child processes get the agent's binary by this name.
 CARGO ?= cargo
@@ -46,6 +46,10 @@ soak: ## A node at work: 250 pods that ask as SDKs do, come and go; who got what
 	@tests/setup.sh
 	@$(CARGO) build --quiet --package kirsa --package lab --bins
 	@target/debug/soak --minutes $(or $(MINUTES),5)
+
+simulate: ## What 5,000 nodes ask of STS and the API server. NODES=, LIVES=, PODS=, ACCOUNTS=, STS_MILLIS=, SESSION=
+	NODES=$(NODES) LIVES=$(LIVES) PODS=$(PODS) ACCOUNTS=$(ACCOUNTS) STS_MILLIS=$(STS_MILLIS) SESSION=$(SESSION) \
+		$(CARGO) test --lib -- --ignored --exact --nocapture node::simulation::report::simulate
 
 e2e: ## Deploy the image on a one-node cluster of real parts and run the scenarios (needs root). KEEP=1 leaves it running.
 	@tests/setup.sh e2e

@@ -21,6 +21,8 @@ use crate::{
     refusal::Refusal,
 };
 pub use budget::Budget;
+#[cfg(test)]
+pub(crate) use slot::REFRESH;
 use slot::{Holds, Slot};
 
 /// Slots at most, each of 8 KiB or less. A node runs some hundred pods; what is over this is evicted by use.

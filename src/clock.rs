@@ -41,6 +41,15 @@ pub fn suspended() -> Duration {
     boottime.saturating_sub(now(ClockId::CLOCK_MONOTONIC))
 }
 
+/// Where in a range of times something happens, from 0 to 1: anywhere, so that nodes, sessions and tries do not meet.
+pub fn jitter() -> f64 {
+    #[cfg(test)]
+    if let Some(everywhere) = tests::NO_JITTER.get() {
+        return everywhere;
+    }
+    fastrand::f64()
+}
+
 /// Days since the epoch to a date of the proleptic Gregorian calendar, counting in 400-year eras that begin on
 /// 1 March, so that the leap day is the last of its year.
 fn civil_from_days(days: u64) -> (u64, u64, u64) {
@@ -55,8 +64,13 @@ fn civil_from_days(days: u64) -> (u64, u64, u64) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    thread_local! {
+        /// The same place for all, on this thread: to see what jitter is good for.
+        pub(crate) static NO_JITTER: std::cell::Cell<Option<f64>> = const { std::cell::Cell::new(None) };
+    }
 
     #[test]
     fn dates_are_written_as_every_sdk_reads_them() {

@@ -27,6 +27,8 @@ use crate::{
 pub const MIN_SESSION: u32 = 1_800;
 /// The longest session that STS grants for a role.
 pub const MAX_SESSION: u32 = 43_200;
+/// Exchanges of a node, per second and at once: docs/capacity.md says what thousands of nodes make of it.
+pub const EXCHANGES: (u32, u32) = (20, 50);
 
 #[derive(Debug, Parser)]
 #[command(name = "kirsa", version, about, max_term_width = 100)]
@@ -200,10 +202,10 @@ struct RunArgs {
     session_scope: Scope,
     /// Exchanges per second that this node makes at most, each of them one TokenRequest and one call of STS. Pods that
     /// wait come before those that are going to, and these before refreshes.
-    #[arg(long, env = "KIRSA_EXCHANGE_RATE", default_value_t = 20, value_name = "N", help_heading = "Credentials")]
+    #[arg(long, env = "KIRSA_EXCHANGE_RATE", default_value_t = EXCHANGES.0, value_name = "N", help_heading = "Credentials")]
     exchange_rate: u32,
     /// Exchanges that may come at once, after a while without any.
-    #[arg(long, env = "KIRSA_EXCHANGE_BURST", default_value_t = 50, value_name = "N", help_heading = "Credentials")]
+    #[arg(long, env = "KIRSA_EXCHANGE_BURST", default_value_t = EXCHANGES.1, value_name = "N", help_heading = "Credentials")]
     exchange_burst: u32,
     /// Refuse IMDSv1 (requests without a session token), of all pods. Breaks boto2, botocore before 1.13, the JavaScript SDK
     /// before 2.575, the Go SDK before 1.25 and s3fs.

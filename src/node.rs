@@ -4,6 +4,8 @@ mod ahead;
 mod container;
 mod follow;
 mod redirect;
+#[cfg(test)]
+mod simulation;
 
 use std::{
     future::Future,

@@ -23,7 +23,7 @@ use super::{Attributor, Event, LiveRead, PodUid, pod::SlimPod};
 /// Small pages, so that a relist of full-size pods never needs much memory at once.
 const PAGE: u32 = 50;
 /// Ends a watch from the server's side; kube-apiserver's own default is 30 to 60 minutes.
-const WATCH_SECONDS: u32 = 240;
+pub(crate) const WATCH_SECONDS: u32 = 240;
 /// Between tries, with jitter, so that a node's agents do not all come back at once.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 

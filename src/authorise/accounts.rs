@@ -30,6 +30,8 @@ use crate::{
     refusal::{Reason, Refusal},
 };
 
+/// Ends a watch from the server's side, as that of pods.
+pub(crate) const WATCH_SECONDS: u32 = 240;
 /// How long a live read's answer holds, unless the watch tells of the account before.
 const LIVE_READ_HOLDS: Duration = Duration::from_secs(10);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -157,7 +159,7 @@ impl Accounts {
     /// Follows all service accounts until dropped, and passes on what each event meant.
     pub async fn follow(&self, client: Client, role_annotation: &str, told: impl Fn(Told)) {
         let accounts: Api<PartialObjectMeta<ServiceAccount>> = Api::all(client);
-        let config = watcher::Config::default().any_semantic().timeout(240).page_size(200);
+        let config = watcher::Config::default().any_semantic().timeout(WATCH_SECONDS).page_size(200);
         let mut events = std::pin::pin!(watcher(accounts, config));
         let mut pause = BACKOFF.0;
         while let Some(event) = events.next().await {

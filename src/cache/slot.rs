@@ -31,7 +31,7 @@ use crate::{
 
 /// Refreshed when this much of the lifetime has passed, so that half of it is left whenever all is well: botocore
 /// stretches what has less than 15 to 25 minutes left, and then signs with dead keys (boto/botocore#2670).
-const REFRESH: (f64, f64) = (0.40, 0.48);
+pub(crate) const REFRESH: (f64, f64) = (0.40, 0.48);
 /// In normal operation nothing with less left is served.
 const MIN_LEFT: Duration = Duration::from_secs(30 * 60);
 /// In an outage, what has more left than this: SDKs may use credentials to their last second.
@@ -469,14 +469,14 @@ fn of_a_pod((refusal, _): &(Refusal, Instant)) -> bool {
 
 fn hold(credential: Credential) -> Held {
     let lifetime = credential.expires_at().duration_since(credential.issued_at());
-    let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * fastrand::f64();
+    let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * clock::jitter();
     let refresh_at = credential.issued_at() + lifetime.mul_f64(share);
     Held { credential: Arc::new(credential), refresh_at, suspended: clock::suspended() }
 }
 
 fn backoff(failures: u32) -> Duration {
     let ceiling = BACKOFF.0.saturating_mul(1 << failures.min(16)).min(BACKOFF.1);
-    ceiling.mul_f64(fastrand::f64()).max(BACKOFF.0 / 10)
+    ceiling.mul_f64(clock::jitter()).max(BACKOFF.0 / 10)
 }
 
 #[cfg(test)]

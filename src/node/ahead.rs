@@ -8,6 +8,7 @@ use crate::{
     attribute::{Attributor, Change, ServiceAccountName, Workload},
     authorise::Authoriser,
     cache::Cache,
+    clock,
     observe::Condition,
 };
 
@@ -55,7 +56,7 @@ impl FetchAhead {
             Change::Bound(workload) => {
                 let this = self.clone();
                 tokio::spawn(async move {
-                    tokio::time::sleep(within.mul_f64(fastrand::f64())).await;
+                    tokio::time::sleep(within.mul_f64(clock::jitter())).await;
                     if this.attributor.is_live(workload.uid()) {
                         this.fetch(&workload);
                     }
