@@ -1,6 +1,6 @@
 //! Credentials before the first request, and none after the last pod.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -33,9 +33,17 @@ impl FetchAhead {
         known.0.met().await;
         known.1.met().await;
         // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
-        // ask STS in the same second.
+        // ask STS in the same second. One moment for each session: of one for each pod, the first would be early.
+        let mut moments = HashMap::new();
         while let Ok(change) = pods.try_recv() {
-            self.take(change, START_WINDOW);
+            let after = match &change {
+                Change::Bound(workload) => {
+                    let session = self.authoriser.foresee(workload).map(|grant| grant.key().clone());
+                    *moments.entry(session).or_insert_with(|| START_WINDOW.mul_f64(clock::jitter()))
+                }
+                Change::Gone(_) => Duration::ZERO,
+            };
+            self.take(change, after);
         }
         loop {
             tokio::select! {
@@ -49,14 +57,14 @@ impl FetchAhead {
         }
     }
 
-    fn take(&self, change: Change, within: Duration) {
+    fn take(&self, change: Change, after: Duration) {
         match change {
             Change::Gone(pod) => self.cache.forget(&pod),
-            Change::Bound(workload) if within.is_zero() => self.fetch(&workload),
+            Change::Bound(workload) if after.is_zero() => self.fetch(&workload),
             Change::Bound(workload) => {
                 let this = self.clone();
                 tokio::spawn(async move {
-                    tokio::time::sleep(within.mul_f64(clock::jitter())).await;
+                    tokio::time::sleep(after).await;
                     if this.attributor.is_live(workload.uid()) {
                         this.fetch(&workload);
                     }

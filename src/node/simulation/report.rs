@@ -123,6 +123,15 @@ fn jitter_spreads_a_restart_of_all_agents_and_the_refreshes_after_it() {
     assert!(spread * 5 <= bunched, "refreshes: {spread} instead of {bunched} in a second");
 }
 
+/// By pods, the first of four to be drawn would fetch for all, and most sessions at the beginning of the window.
+#[test]
+fn a_restart_is_spread_by_sessions_however_many_pods_share_one() {
+    let site = Site { pods: 20, ..small(true) };
+    let played = play(Scenario::Rollout(100), &site, NODES, NODES);
+    let first = played.in_all(Duration::ZERO..Duration::from_secs(5));
+    assert!(first <= SESSIONS * 55 / 100, "{first} of {SESSIONS} in the first 5 of 13 s");
+}
+
 /// IMDS-20: half a session is left at least, so an outage as long as that is seen by nobody.
 #[test]
 fn half_an_hour_without_sts_is_seen_by_no_pod_and_its_end_brings_no_rush() {
