@@ -4,6 +4,7 @@
 mod caller_identity;
 mod control;
 mod faults;
+mod object;
 mod tokens;
 mod validation;
 
