@@ -46,26 +46,26 @@ fn every_client_refreshes_after_the_agent_was_restarted() -> Result<()> {
 /// IMDS-5
 #[test]
 fn with_imdsv2_required_those_that_know_it_go_on_and_the_others_fail() -> Result<()> {
-    all(Condition::ImdsV2Required, |client, cell| if client.knows_imdsv2 { is_own(cell) } else { is_failure(cell, 10) })
+    all(Condition::ImdsV2Required, |client, cell| if client.knows_imdsv2 { is_own(cell) } else { is_failure(cell, 20) })
 }
 
 /// IMDS-24: and none of them finds the node's credentials instead. What is measured here has the time that an
 /// interpreter takes in it, and that of other programs.
 #[test]
 fn without_a_role_every_client_fails_at_once() -> Result<()> {
-    all(Condition::NoRole, |_, cell| is_failure(cell, 10))
+    all(Condition::NoRole, |_, cell| is_failure(cell, 20))
 }
 
 /// IMDS-26: no client aborts, which is what the Common Runtime does when credentials fail behind a good role list.
 #[test]
 fn a_client_whose_role_is_denied_fails_at_once() -> Result<()> {
-    all(Condition::Denied, |_, cell| is_failure(cell, 15))
+    all(Condition::Denied, |_, cell| is_failure(cell, 20))
 }
 
 /// IMDS-27: in whatever time its retries take.
 #[test]
 fn a_client_whose_sts_is_down_fails_in_the_end() -> Result<()> {
-    all(Condition::StsDown, |_, cell| is_failure(cell, 45))
+    all(Condition::StsDown, |_, cell| is_failure(cell, 55))
 }
 
 /// IMDS-18

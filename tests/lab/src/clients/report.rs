@@ -36,8 +36,15 @@ impl Report {
         self.skipped.push((client, reason));
     }
 
-    /// Where a client did otherwise than its condition has it.
-    pub fn misses(&self) -> Vec<String> {
+    /// Another try, in the place of the first one.
+    pub fn replace(&mut self, client: Client, condition: Condition, cell: Cell) {
+        let row = self.rows.iter_mut().find(|(known, ..)| known.name == client.name);
+        let cells = row.map(|(_, _, cells)| cells).into_iter().flatten();
+        cells.filter(|(known, _)| *known == condition).for_each(|(_, known)| *known = cell.clone());
+    }
+
+    /// Where a client did otherwise than its condition has it, and how.
+    pub fn misses(&self) -> Vec<(Client, Condition, String)> {
         let mut misses = Vec::new();
         for (client, _, cells) in &self.rows {
             for (condition, cell) in cells {
@@ -48,7 +55,8 @@ impl Report {
                     Verdict::CleanFailure(_) if !wanted => continue,
                     Verdict::CleanFailure(why) | Verdict::Wrong(why) => why,
                 };
-                misses.push(format!("{}, {}, {:.1} s: {why}", client.name, condition.title(), cell.took.as_secs_f64()));
+                let (title, seconds) = (condition.title(), cell.took.as_secs_f64());
+                misses.push((*client, *condition, format!("{}, {title}, {seconds:.1} s: {why}", client.name)));
             }
         }
         misses
