@@ -131,14 +131,16 @@ async fn live(site: &Site, life: &Life) -> Calls {
     let (attributor, changes) = Attributor::new(metrics.clone());
     file::apply(&workloads, &attributor);
     let budget = Budget::new(EXCHANGES.0, EXCHANGES.1, metrics.clone());
-    let cache = Arc::new(Cache::new(upstream.clone(), budget, metrics));
+    let cache = Arc::new(Cache::new(upstream.clone(), budget, |_| true, metrics));
 
     let readiness = Readiness::default();
     let known = (readiness.condition("pods"), readiness.condition("service accounts"));
     known.0.set(true);
     known.1.set(true);
     let ahead = FetchAhead { attributor, authoriser: authoriser.clone(), cache: cache.clone() };
-    let ahead = tokio::spawn(ahead.run(changes, known));
+    // No service account changes its role.
+    let (_, accounts) = tokio::sync::mpsc::unbounded_channel();
+    let ahead = tokio::spawn(ahead.run(changes, accounts, known));
 
     let outcome = Rc::new(Cell::new((0, Duration::ZERO)));
     for pod in 0..site.pods {
