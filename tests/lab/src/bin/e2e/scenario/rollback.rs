@@ -60,9 +60,14 @@ pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
 fn back_and_forth(cluster: &Cluster) -> anyhow::Result<()> {
     let exec = |what: &[&str]| cluster.kubectl(&[&["-n", NAMESPACE, "exec", "keeper", "--"], what].concat());
     let before = |version: &str| {
+        let ended = || cluster.pods.wait("its end", Duration::ZERO, |seen| seen.get("keeper")?.ended.clone());
         cluster.until("a session token", Duration::from_secs(60), || {
-            Ok(exec(&["ls", &format!("/before-{version}")]).ok().map(drop))
-        })
+            // Exits early only with something to say.
+            if let Ok((message, _)) = ended() {
+                return Ok(Some(Err(anyhow::anyhow!("{message}"))));
+            }
+            Ok(exec(&["ls", &format!("/before-{version}")]).ok().map(|_| Ok(())))
+        })?
     };
     before("former")?;
     cluster.kubectl(&["-n", "kirsa", "set", "image", "daemonset/kirsa", &format!("kirsa={FORMER}")])?;
