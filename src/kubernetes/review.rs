@@ -7,7 +7,7 @@ use kube::{Api, Client, api::PostParams};
 
 use crate::refusal::{Reason, Refusal};
 
-/// What the API server says of the pod that a token is bound to (Kubernetes >= 1.22).
+/// What the API server says of the pod that a token is bound to (Kubernetes reference, "Managing Service Accounts").
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
 /// The UID of the pod that the token is bound to; empty for a token that is bound to none.

@@ -34,8 +34,9 @@ const REVIEW: Duration = Duration::from_secs(3);
 const GOOD: Duration = Duration::from_secs(10);
 /// Shorter, since the API server may learn of a new pod later than we do.
 const BAD: Duration = Duration::from_secs(2);
-/// Tokens of one pod that are under review or remembered at once. A pod has one, and for a moment its successor.
-const TOKENS_OF_POD: usize = 4;
+/// Tokens of one pod that are under review or remembered at once. EKS's webhook gives a pod one for all its containers;
+/// others may give each its own.
+const TOKENS_OF_POD: usize = 8;
 /// Pods that are remembered before those without a review that holds are forgotten.
 const PODS: usize = 256;
 
