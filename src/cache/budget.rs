@@ -2,6 +2,10 @@
 //!
 //! One exchange is one TokenRequest and one AssumeRoleWithWebIdentity, so one budget bounds both. STS grants an
 //! account some hundred calls a second in a region, which thousands of nodes share.
+//!
+//! When exchange after exchange fails in ways that may pass, something upstream is away for all sessions: then one of
+//! them at a time is tried, ever more rarely, for the whole node; and when it is back, all nodes must not come at once.
+//! Pods that wait are not held up by that.
 
 use std::{
     cmp::Reverse,
@@ -15,10 +19,20 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use crate::observe::{Metrics, Urgency};
+use crate::{
+    observe::{Metrics, Urgency},
+    refusal::{Memory, Refusal},
+};
 
 /// Exchanges that are under way at once; each may take four seconds.
 const CONCURRENT: usize = 32;
+
+/// So many failures in a row, of whichever sessions, are no matter of one session.
+const TROUBLE: u32 = 5;
+/// Between two tries of the whole node in trouble: full jitter over this range, doubled with each failure.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Between two exchanges after that, at most, until nobody is left in the queue.
+const RECOVERY: Duration = Duration::from_secs(6);
 
 /// A token bucket with a queue in order of urgency.
 #[derive(Debug)]
@@ -38,6 +52,12 @@ struct State {
     running: usize,
     queue: BTreeSet<Ticket>,
     next: u64,
+    /// Exchanges in a row that failed and may pass.
+    failures: u32,
+    /// Something upstream has just come back.
+    recovering: bool,
+    /// In trouble and after it, no exchange that nobody waits for begins before.
+    resume: Instant,
 }
 
 /// Most urgent first, then first come.
@@ -49,8 +69,17 @@ pub(super) struct Turn(Arc<Budget>);
 
 impl Budget {
     pub fn new(rate: u32, burst: u32, metrics: Metrics) -> Arc<Self> {
-        let state =
-            State { tokens: burst.into(), counted: Instant::now(), running: 0, queue: BTreeSet::new(), next: 0 };
+        let now = Instant::now();
+        let state = State {
+            tokens: burst.into(),
+            counted: now,
+            running: 0,
+            queue: BTreeSet::new(),
+            next: 0,
+            failures: 0,
+            recovering: false,
+            resume: now,
+        };
         Arc::new(Self {
             rate: rate.into(),
             burst: burst.into(),
@@ -88,6 +117,11 @@ impl Budget {
         if state.queue.first() != Some(ticket) || state.running >= CONCURRENT {
             return Begin::WhenOthersHave;
         }
+        let in_trouble = state.failures >= TROUBLE;
+        let held_back = (in_trouble || state.recovering) && ticket.0 != Reverse(Urgency::Waiting);
+        if held_back && now < state.resume {
+            return Begin::InABit(state.resume - now);
+        }
         if state.tokens < 1.0 {
             return Begin::InABit(
                 Duration::from_secs_f64((1.0 - state.tokens) / self.rate).max(Duration::from_millis(1)),
@@ -95,6 +129,11 @@ impl Budget {
         }
         state.tokens -= 1.0;
         state.running += 1;
+        if held_back {
+            // One at a time: in trouble, the next when this one has failed and its pause is over.
+            state.resume = now + if in_trouble { PAUSE.1 } else { RECOVERY.mul_f64(fastrand::f64()) };
+            state.recovering &= state.queue.len() > 1;
+        }
         Begin::Now
     }
 
@@ -132,6 +171,24 @@ impl Drop for Place<'_> {
     }
 }
 
+impl Turn {
+    /// The exchange has ended, and how.
+    pub(super) fn ended(self, refusal: Option<&Refusal>) {
+        let mut state = self.0.state();
+        // A definite no is an answer, too.
+        if refusal.is_some_and(|refusal| refusal.reason.spec().memory == Memory::Backoff) {
+            state.failures = state.failures.saturating_add(1);
+            let doublings = state.failures.saturating_sub(TROUBLE).min(16);
+            let ceiling = PAUSE.0.saturating_mul(1 << doublings).min(PAUSE.1);
+            state.resume = Instant::now() + ceiling.mul_f64(fastrand::f64());
+        } else if state.failures >= TROUBLE {
+            (state.failures, state.recovering, state.resume) = (0, true, Instant::now());
+        } else {
+            state.failures = 0;
+        }
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
         self.0.state().running -= 1;
@@ -142,6 +199,7 @@ impl Drop for Turn {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::refusal::Reason;
 
     fn budget(rate: u32, burst: u32) -> Arc<Budget> {
         Budget::new(rate, burst, Metrics::new("test").unwrap())
@@ -174,6 +232,60 @@ mod tests {
             task.await.unwrap();
         }
         assert_eq!(*order.lock().unwrap(), [Urgency::Waiting, Urgency::Ahead, Urgency::Refresh]);
+    }
+
+    /// Twenty sessions that are due, and nothing that answers for half an hour.
+    #[tokio::test(start_paused = true)]
+    async fn in_an_outage_the_node_tries_one_session_at_a_time_and_ever_more_rarely() {
+        let budget = budget(20, 50);
+        let away = Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let tries = Arc::new(Mutex::new(Vec::new()));
+        let began = Instant::now();
+        let sessions: Vec<_> = (0..20)
+            .map(|_| {
+                let (budget, away, tries) = (budget.clone(), away.clone(), tries.clone());
+                tokio::spawn(async move {
+                    loop {
+                        let turn = budget.turn(Urgency::Refresh).await;
+                        sleep(Duration::from_millis(100)).await;
+                        tries.lock().unwrap().push(began.elapsed());
+                        let failed = away.load(std::sync::atomic::Ordering::SeqCst);
+                        turn.ended(failed.then(|| Reason::StsUnavailable.into()).as_ref());
+                        if !failed {
+                            return;
+                        }
+                        sleep(Duration::from_secs(15).mul_f64(fastrand::f64())).await;
+                    }
+                })
+            })
+            .collect();
+        sleep(Duration::from_secs(1_800)).await;
+        let tried = std::mem::take(&mut *tries.lock().unwrap());
+        assert!((100..300).contains(&tried.len()), "{} tries in half an hour", tried.len());
+        // Whoever waits is let through, and fails or succeeds by itself.
+        let asked = Instant::now();
+        budget.turn(Urgency::Waiting).await.ended(Some(&Reason::StsUnavailable.into()));
+        assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+
+        away.store(false, std::sync::atomic::Ordering::SeqCst);
+        let back = Instant::now();
+        for session in sessions {
+            session.await.unwrap();
+        }
+        let took = back.elapsed().as_secs();
+        assert!((20..180).contains(&took), "twenty sessions, 3 s apart on average: {took} s");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_session_that_fails_holds_up_no_other() {
+        let budget = budget(20, 50);
+        for _ in 0..100 {
+            budget.turn(Urgency::Waiting).await.ended(Some(&Reason::StsUnavailable.into()));
+            let began = Instant::now();
+            budget.turn(Urgency::Refresh).await.ended(None);
+            assert!(began.elapsed() < Duration::from_millis(100));
+            budget.turn(Urgency::Refresh).await.ended(Some(&Reason::AccessDenied.into()));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -313,7 +313,7 @@ impl Shared {
                 continue;
             };
             let issued = issuer.issue(&grant).await;
-            drop(turn);
+            turn.ended(issued.as_ref().err());
             match issued {
                 Ok(credential) => {
                     (failures, refused_in_a_row) = (0, 0);
