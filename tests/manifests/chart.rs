@@ -9,22 +9,31 @@ use crate::base::variables_of_the_agent;
 use crate::{find, folder, known, kustomize, objects, printed, run, server, text};
 
 /// Values, and the components that do the same.
-const SWITCHES: [(&str, &[&str]); 7] = [
+const SWITCHES: [(&str, &[&str]); 8] = [
     ("", &["constrained-impersonation"]),
     ("minting=direct", &["direct-minting"]),
     ("startupTaint=true", &["constrained-impersonation", "startup-taint"]),
+    ("containerCredentials=true", &["constrained-impersonation", "container-credentials"]),
     ("metrics.enabled=true", &["constrained-impersonation", "metrics"]),
     ("intercept=iptables", &["constrained-impersonation", "iptables"]),
     ("intercept=cilium", &["constrained-impersonation", "cilium"]),
     (
-        "minting=direct,startupTaint=true,metrics.enabled=true,intercept=iptables",
-        &["direct-minting", "startup-taint", "metrics", "iptables"],
+        "minting=direct,startupTaint=true,containerCredentials=true,metrics.enabled=true,intercept=iptables",
+        &["direct-minting", "startup-taint", "container-credentials", "metrics", "iptables"],
     ),
 ];
 
 /// The agent's variables that are no values: where it runs, what the switches say, and what needs no cluster.
-const NO_VALUES: [&str; 7] =
-    ["NODE_NAME", "HOST_IP", "KIRSA_INTERCEPT", "KIRSA_MINT", "KIRSA_STARTUP_TAINT", "KIRSA_WORKLOADS", "KUBECONFIG"];
+const NO_VALUES: [&str; 8] = [
+    "NODE_NAME",
+    "HOST_IP",
+    "KIRSA_INTERCEPT",
+    "KIRSA_MINT",
+    "KIRSA_STARTUP_TAINT",
+    "KIRSA_CONTAINER_CREDENTIALS",
+    "KIRSA_WORKLOADS",
+    "KUBECONFIG",
+];
 
 pub(crate) fn path() -> String {
     folder("chart").display().to_string()
@@ -180,6 +189,8 @@ fn sample(flag: &str) -> &'static str {
         "sessionDuration" | "port" => "7200",
         "sessionScope" => "pod",
         "requireImdsv2" => "true",
+        "requireImdsv2Namespaces" => "shop",
+        "containerAudience" => "pods.eks.amazonaws.com",
         "cniResults" => "/opt/results",
         "stateDir" => "/opt/state",
         "nodeMetadata" => "none",
