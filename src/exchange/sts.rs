@@ -67,8 +67,9 @@ impl Sts {
     fn config(region: String, endpoint: Option<String>) -> Builder {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(CONNECT_TIMEOUT)
-            .operation_attempt_timeout(DEADLINE)
-            .operation_timeout(DEADLINE)
+            // The exchange's own deadline comes first, always, so that a silent STS is told in one way.
+            .operation_attempt_timeout(2 * DEADLINE)
+            .operation_timeout(2 * DEADLINE)
             .build();
         let mut config = Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
