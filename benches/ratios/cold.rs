@@ -1,4 +1,5 @@
-//! Cold callers: a service account whose role was changed a moment ago, so that nobody has credentials of it yet.
+//! Cold callers: a service account whose role was changed a moment ago. The agent fetches for it at once, from an STS
+//! that takes so long that all have asked before it answers.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -8,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use lab::agent::Agent;
 use lab::http::CREDENTIALS_PATH;
 use lab::net::METADATA;
-use lab::poll::{poll, timed};
+use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
 use crate::site::Site;
@@ -26,22 +27,24 @@ pub(crate) struct Calls {
     pub(crate) sts: usize,
 }
 
-/// What the agent adds to token and STS, as its own histogram has them.
+/// From the answer of STS to the answer to the pod that waits for it.
 pub(crate) fn overhead(site: &Site, agent: &Agent) -> Result<Vec<Duration>> {
-    let exchange = || -> Result<f64> { agent.metric("kirsa_exchange_seconds_sum", &[]) };
+    let waited = || -> Result<f64> { agent.metric("kirsa_cache_misses_total", &[]) };
     let mut samples = Vec::new();
     for number in 0..SAMPLES {
         let role = format!("cold-{number}");
+        site.sts.inject(Fault::always(Effect::delay(STS_DELAY)).of_role(&site.arn(&role)));
         give(site, &role)?;
         let mut client = site.cold_pod.imds();
         // On an open connection: its making is not what is measured.
         ensure!(client.get("/").send()?.status == 200);
-        let before = exchange()?;
-        let (answer, took) = timed(|| client.get(&format!("{CREDENTIALS_PATH}{role}")).send());
+        let before = waited()?;
+        let answer = client.get(&format!("{CREDENTIALS_PATH}{role}")).send();
+        let call = site.sts.calls_for(&site.arn(&role)).pop().context("a call of STS")?;
+        let since = call.age();
         answer?.ok().context(role)?;
-        let spent = Duration::from_secs_f64(exchange()? - before);
-        ensure!(!spent.is_zero(), "it was not cold");
-        samples.push(took.saturating_sub(spent));
+        ensure!(waited()? == before + 1.0, "it was not cold");
+        samples.push(since.saturating_sub(STS_DELAY));
     }
     Ok(samples)
 }
@@ -50,8 +53,8 @@ pub(crate) fn overhead(site: &Site, agent: &Agent) -> Result<Vec<Duration>> {
 pub(crate) fn herd(site: &Site) -> Result<Calls> {
     let role = "herd";
     site.sts.inject(Fault::always(Effect::delay(STS_DELAY)).of_role(&site.arn(role)));
-    give(site, role)?;
     let before = site.token_requests()?;
+    give(site, role)?;
     let mut callers: Vec<TcpStream> =
         (0..CALLERS).map(|_| site.cold_pod.connect((METADATA, 80))).collect::<std::io::Result<_>>()?;
     let request = format!("GET {CREDENTIALS_PATH}{role} HTTP/1.1\r\nHost: {METADATA}\r\nConnection: close\r\n\r\n");

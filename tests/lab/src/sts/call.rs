@@ -26,6 +26,13 @@ pub struct Call {
     pub outcome: Option<Outcome>,
 }
 
+impl Call {
+    /// How long ago it came.
+    pub fn age(&self) -> Duration {
+        Timestamp::now().duration_since(self.at).unsigned_abs()
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
