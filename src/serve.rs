@@ -214,8 +214,9 @@ impl Server {
             Some(credential) => credential,
             None => self.cache.get(&known.grant, until).await?,
         };
-        // A last look: the address may have changed hands while this request was held.
-        if self.editions() != known.editions && self.attributor.peek(peer)? != known.workload {
+        // A last look: the address may have changed hands while this request was held. What else is told of the pod
+        // meanwhile, such as that address, makes no other pod of it.
+        if self.editions() != known.editions && self.attributor.peek(peer)?.uid() != known.workload.uid() {
             return Err(Refusal::new(Reason::UnknownPod, format!("{} lost its address meanwhile", known.workload)));
         }
         Ok(credential)

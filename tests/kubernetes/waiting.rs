@@ -9,6 +9,7 @@ use kube::api::{Patch, PatchParams};
 use lab::http::{CREDENTIALS_PATH, TOKEN, Wire};
 use lab::net::Pod;
 use lab::poll::timed;
+use lab::sts::{Effect, Fault};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -36,6 +37,25 @@ fn credentials_are_there_before_the_first_request() -> Result<()> {
     ensure!(agent.metric("kirsa_cache_hits_total", &[])? == 1.0);
     ensure!(agent.metric("kirsa_cache_misses_total", &[])? == 0.0);
     ensure!(site.calls("app").len() == 1);
+    agent.stop()
+}
+
+/// The kubelet reports the address while the first request is held: it is the same pod still.
+#[test]
+fn a_request_is_held_through_what_is_told_of_its_pod_meanwhile() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    site.sts.inject(Fault::always(Effect::delay(Duration::from_secs(2))).of_role(&arn("app")));
+    let agent = site.start()?;
+    let uid = site.bind("app-0", "app")?;
+    let pod = site.join("app-0")?;
+    site.records()?.add(&site.sandbox("app-0", &uid), &pod)?;
+    wait_for_metric(&agent, "kirsa_cni_records", &[("state", "in_use")], 1.0)?;
+    let path = format!("{CREDENTIALS_PATH}{}", role("app"));
+    let mut held = Wire::open(&pod, format!("GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"))?;
+    wait_for_metric(&agent, "kirsa_cache_misses_total", &[], 1.0)?;
+    site.show(&pod)?;
+    site.belongs(&site.session(&held.response()?)?, "app")?;
     agent.stop()
 }
 
