@@ -89,7 +89,11 @@ impl Server {
     ) {
         let caller = Caller::new(peer, share);
         let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(&caller, request).await));
-        let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(TokioIo::new(stream), service);
+        let connection = http1::Builder::new()
+            .max_buf_size(MAX_HEAD)
+            // Who says that no more requests come, as `nc` does at the end of its input, still waits for the answer.
+            .half_close(true)
+            .serve_connection(TokioIo::new(stream), service);
         tokio::select! {
             ended = drain.watch(connection) => if let Err(error) = ended {
                 debug!(source = ?caller.peer, %error, "connection");

@@ -50,6 +50,24 @@ fn every_version_of_http_1_and_every_way_to_write_headers_is_understood() -> Res
 
 /// IMDS-13
 #[test]
+fn a_client_that_sends_no_more_is_answered_and_then_let_go() -> Result<()> {
+    let site = site()?;
+    let late = site.stranger("late")?;
+    let entry = site.with_role(&late)?;
+    let agent = site.start()?;
+    // Unknown as yet: there is time to notice the end of what it sends before there is an answer.
+    let mut wire = Wire::open(&late, format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"))?;
+    wire.shutdown()?;
+    wire.quiet(Duration::from_millis(100))?;
+    site.put(entry)?;
+    let answer = wire.response()?;
+    ensure!(answer.status == 200 && answer.body == "late-role", "{answer:?}");
+    wire.closed()?;
+    agent.stop()
+}
+
+/// IMDS-13
+#[test]
 fn an_idle_connection_stays_usable_for_a_minute() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
