@@ -21,6 +21,7 @@ fn script() -> String {
         take() {{
           request='PUT /latest/api/token HTTP/1.1\r\nHost: imds\r\nConnection: close\r\nX-aws-ec2-metadata-token-ttl-seconds: 21600\r\n\r\n'
           token=$(printf "$request" | timeout 5 nc 169.254.169.254 80 | tail -n 1 | tr -d '\r')
+          [ "$token" ] || {{ say "no session token came"; exit 1; }}
         }}
         use() {{ answer=$(timeout 5 wget -q -O - --header "X-aws-ec2-metadata-token: $1" $imds 2>&1); }}
         use nonsense && {{ say "any token is taken"; exit 1; }}
