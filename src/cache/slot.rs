@@ -1,6 +1,9 @@
 //! One session: a keeper task that fetches and refreshes, and readers that never do. Since only the keeper fetches,
 //! there is one exchange under way whoever asks, and a caller that hangs up cancels nothing.
 
+mod keeper;
+mod state;
+
 use std::{
     collections::HashMap,
     sync::{
@@ -13,37 +16,20 @@ use std::{
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, timeout_at},
 };
 
-use super::{
-    Standing,
-    budget::{Budget, Turn},
-};
+#[cfg(test)]
+pub(crate) use self::state::REFRESH;
+use self::state::{State, of_a_pod};
+use super::{Standing, budget::Budget};
 use crate::{
     attribute::PodUid,
     authorise::Grant,
-    clock,
     exchange::{Credential, Issue},
-    observe::{Urgency, log_refusal},
-    refusal::{Memory, Reason, Refusal},
+    observe::Urgency,
+    refusal::{Reason, Refusal},
 };
-
-/// Refreshed when this much of the lifetime has passed, so that half of it is left whenever all is well: botocore
-/// stretches what has less than 15 to 25 minutes left, and then signs with dead keys (boto/botocore#2670).
-pub(crate) const REFRESH: (f64, f64) = (0.40, 0.48);
-/// In normal operation nothing with less left is served.
-const MIN_LEFT: Duration = Duration::from_secs(30 * 60);
-/// In an outage, what has more left than this: SDKs may use credentials to their last second.
-const LAST_RESORT: Duration = Duration::from_secs(60);
-/// Full jitter over this range, doubled with each failure up to the end.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
-/// By how much the pauses are shorter while a pod waits.
-const HURRY: u32 = 6;
-/// When the API server has refused tokens for as many pods in a row, it is not about the pods.
-const REFUSED_IN_A_ROW: usize = 3;
-/// How long whoever asks for a session that nobody may use any more is told so.
-const GONE: Duration = Duration::from_secs(5);
 
 /// Whether the pod is live, and its service account still has what the grant says.
 pub(super) type Holds = Arc<dyn Fn(&Grant) -> bool + Send + Sync>;
@@ -71,86 +57,6 @@ struct Member {
     grant: Grant,
     /// When the API server last refused a token for this pod for a reason of the pod's own.
     refused: Option<Instant>,
-}
-
-#[derive(Debug, Clone, Default)]
-struct State {
-    held: Option<Held>,
-    /// Of the last attempt, if that failed; and until when no other is made.
-    failure: Option<(Refusal, Instant)>,
-}
-
-#[derive(Debug, Clone)]
-struct Held {
-    credential: Arc<Credential>,
-    refresh_at: Instant,
-    /// How long this node had slept when they were issued: the credentials age meanwhile, this clock does not.
-    suspended: Duration,
-}
-
-impl Held {
-    fn lifetime(&self) -> Duration {
-        self.credential.expires_at().duration_since(self.credential.issued_at())
-    }
-
-    fn left(&self) -> Duration {
-        self.left_at(Instant::now())
-    }
-
-    fn left_at(&self, now: Instant) -> Duration {
-        let slept = clock::suspended().saturating_sub(self.suspended);
-        self.credential.expires_at().saturating_duration_since(now + slept)
-    }
-
-    fn due(&self) -> bool {
-        self.due_at(Instant::now())
-    }
-
-    fn due_at(&self, now: Instant) -> bool {
-        now >= self.refresh_at || self.left_at(now) < self.enough()
-    }
-
-    /// Enough is left for any SDK.
-    fn fresh(&self) -> bool {
-        self.left() >= self.enough()
-    }
-
-    fn enough(&self) -> Duration {
-        MIN_LEFT.min(self.lifetime() / 2)
-    }
-}
-
-impl State {
-    fn fresh(&self) -> Option<&Arc<Credential>> {
-        self.held.as_ref().filter(|held| held.fresh()).map(|held| &held.credential)
-    }
-
-    fn last_resort(&self) -> Option<&Arc<Credential>> {
-        self.held.as_ref().filter(|held| held.left() > LAST_RESORT).map(|held| &held.credential)
-    }
-
-    /// What can be served without waiting: what is fresh, or what there is while refreshing fails.
-    fn in_hand(&self) -> Option<&Arc<Credential>> {
-        self.fresh().or_else(|| self.failure.as_ref().and(self.last_resort()))
-    }
-
-    /// A failure that waiting does not mend.
-    fn definite(&self) -> Option<&Refusal> {
-        let (refusal, until) = self.failure.as_ref()?;
-        (matches!(refusal.reason.spec().memory, Memory::Fixed(_)) && *until > Instant::now()).then_some(refusal)
-    }
-
-    /// A failure that a wait up to `until` cannot mend: no other try is made before.
-    fn lasting(&self, until: Instant) -> Option<&Refusal> {
-        let (_, next) = self.failure.as_ref()?;
-        self.last_failure().filter(|_| self.definite().is_some() || *next >= until)
-    }
-
-    fn last_failure(&self) -> Option<&Refusal> {
-        let (refusal, until) = self.failure.as_ref()?;
-        let still_trying = refusal.reason.spec().memory == Memory::Backoff;
-        (still_trying || *until > Instant::now()).then_some(refusal)
-    }
 }
 
 impl Slot {
@@ -298,112 +204,6 @@ impl Drop for Slot {
 }
 
 impl Shared {
-    async fn keep(self: Arc<Self>, issuer: Arc<dyn Issue>, budget: Arc<Budget>, holds: Holds) {
-        let mut failures = 0;
-        let mut refused_in_a_row = 0;
-        loop {
-            self.due().await;
-            let turn = self.turn(&budget).await;
-            let Some(grant) = self.stand_in(&holds) else {
-                // Nobody may use it any more, so nobody shall; a new pod wakes it.
-                self.satisfied();
-                let nobody = Refusal::new(Reason::PodGone, "no live pod's service account has this role any more");
-                let until = Instant::now() + GONE;
-                self.state.send_replace(State { held: None, failure: Some((nobody, until)) });
-                continue;
-            };
-            let issued = issuer.issue(&grant).await;
-            turn.ended(issued.as_ref().err());
-            match issued {
-                Ok(credential) => {
-                    (failures, refused_in_a_row) = (0, 0);
-                    self.satisfied();
-                    self.state.send_replace(State { held: Some(hold(credential)), failure: None });
-                }
-                Err(refusal) => {
-                    if is_about_its_pod(&refusal) {
-                        refused_in_a_row += 1;
-                        if refused_in_a_row < self.refused(grant.workload().uid()).min(REFUSED_IN_A_ROW) {
-                            continue;
-                        }
-                        refused_in_a_row = 0;
-                    }
-                    let workload = grant.workload();
-                    log_refusal(&refusal, workload.namespace(), workload.pod(), &workload.service_account().name);
-                    let pause = match refusal.reason.spec().memory {
-                        Memory::Fixed(pause) => {
-                            // Whoever asks after that makes it be tried again.
-                            self.satisfied();
-                            pause
-                        }
-                        Memory::Backoff | Memory::None => {
-                            self.waiting.store(false, Ordering::SeqCst);
-                            backoff(failures)
-                        }
-                    };
-                    failures += 1;
-                    let until = Instant::now() + pause;
-                    self.state.send_modify(|state| state.failure = Some((refusal, until)));
-                    self.rest(pause).await;
-                }
-            }
-        }
-    }
-
-    /// Lets a pause pass: a shorter one while a pod waits, none if it does not apply any more.
-    async fn rest(&self, pause: Duration) {
-        let began = Instant::now();
-        while self.state.borrow().failure.is_some() {
-            let woken = self.wake.notified();
-            let pause = if self.waiting.load(Ordering::SeqCst) { pause / HURRY } else { pause };
-            tokio::select! {
-                () = sleep_until(began + pause) => return,
-                () = woken => {}
-            }
-        }
-    }
-
-    /// Returns when the next exchange should begin.
-    async fn due(&self) {
-        loop {
-            let woken = self.wake.notified();
-            let held = self.state.borrow().held.clone();
-            let wanted = self.wanted.load(Ordering::SeqCst);
-            match held {
-                Some(held) if !held.due() => tokio::select! {
-                    () = sleep_until(held.refresh_at) => {}
-                    () = woken => {}
-                },
-                Some(held) if wanted || self.used_within(held.lifetime()) => return,
-                Some(held) => tokio::select! {
-                    () = sleep_until(held.credential.expires_at()) => drop(self.state.send_replace(State::default())),
-                    () = woken => {}
-                },
-                None if wanted => return,
-                None => woken.await,
-            }
-        }
-    }
-
-    /// A turn under the budget, at the urgency that this exchange has by then: a pod may come to wait for a prefetch.
-    async fn turn(&self, budget: &Arc<Budget>) -> Turn {
-        loop {
-            let woken = self.wake.notified();
-            let urgency = if self.waiting.load(Ordering::SeqCst) {
-                Urgency::Waiting
-            } else if self.state.borrow().fresh().is_some() {
-                Urgency::Refresh
-            } else {
-                Urgency::Ahead
-            };
-            tokio::select! {
-                biased;
-                turn = budget.turn(urgency) => return turn,
-                () = woken, if urgency != Urgency::Waiting => {}
-            }
-        }
-    }
-
     fn want(&self, urgency: Urgency) {
         let settled = {
             let state = self.state.borrow();
@@ -435,48 +235,9 @@ impl Shared {
         self.last_used.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|used| used.elapsed() < lifetime)
     }
 
-    /// A pod that the session is asked for in the name of: the one whose last refusal is the longest ago. Those that
-    /// may not use it any more are forgotten.
-    fn stand_in(&self, holds: &Holds) -> Option<Grant> {
-        let mut pods = self.pods();
-        pods.retain(|_, member| holds(&member.grant));
-        pods.values().min_by_key(|member| member.refused).map(|member| member.grant.clone())
-    }
-
-    /// Notes that this pod was refused; how many pods there are.
-    fn refused(&self, pod: &PodUid) -> usize {
-        let mut pods = self.pods();
-        if let Some(member) = pods.get_mut(pod) {
-            member.refused = Some(Instant::now());
-        }
-        pods.len()
-    }
-
     fn pods(&self) -> MutexGuard<'_, HashMap<PodUid, Member>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// One pod that is gone says nothing about the others of its service account. Asked as the node, the API server forbids
-/// what it would otherwise not find.
-fn is_about_its_pod(refusal: &Refusal) -> bool {
-    matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden)
-}
-
-fn of_a_pod((refusal, _): &(Refusal, Instant)) -> bool {
-    is_about_its_pod(refusal)
-}
-
-fn hold(credential: Credential) -> Held {
-    let lifetime = credential.expires_at().duration_since(credential.issued_at());
-    let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * clock::jitter();
-    let refresh_at = credential.issued_at() + lifetime.mul_f64(share);
-    Held { credential: Arc::new(credential), refresh_at, suspended: clock::suspended() }
-}
-
-fn backoff(failures: u32) -> Duration {
-    let ceiling = BACKOFF.0.saturating_mul(1 << failures.min(16)).min(BACKOFF.1);
-    ceiling.mul_f64(clock::jitter()).max(BACKOFF.0 / 10)
 }
 
 #[cfg(test)]

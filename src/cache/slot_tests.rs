@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::{advance, pause, sleep, timeout};
 
-use super::*;
+use super::{state::MIN_LEFT, *};
 use crate::{attribute::Workload, observe::Metrics};
 
 const HOUR: Duration = Duration::from_secs(3_600);

@@ -1,0 +1,190 @@
+//! From values as they were given to what they mean; the first one that is wrong ends it.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
+
+use super::{Config, MAX_SESSION, MIN_SESSION, Metadata, Source, Sts, args::RunArgs};
+use crate::{
+    intercept::{HostAddresses, Limits},
+    serve::{
+        imdsv2::{Namespaces, Required},
+        upstream::ALLOWABLE,
+    },
+};
+
+/// The sentence that names the flag, the value and what would be right.
+pub(super) fn wrong<T>(flag: &str, value: impl std::fmt::Display, right: &str) -> Result<T, String> {
+    Err(format!("--{flag} {value}: {right}"))
+}
+
+impl TryFrom<RunArgs> for Config {
+    type Error = String;
+
+    fn try_from(args: RunArgs) -> Result<Self, String> {
+        let host = host_addresses(&args.host_ip)?;
+        if args.port == 0 {
+            return wrong("port", 0, "the redirect needs a fixed port, from 1 to 65535");
+        }
+        if args.max_connections == 0 || args.max_connections_per_source == 0 || args.max_requests_per_source == 0 {
+            return wrong(
+                "max-connections",
+                0,
+                "at least 1 connection, and 1 request a second, must be allowed, in total and per source",
+            );
+        }
+        if args.exchange_rate == 0 || args.exchange_burst == 0 {
+            return wrong("exchange-rate", 0, "at least 1 exchange a second, and 1 at once, must be allowed");
+        }
+        if !(MIN_SESSION..=MAX_SESSION).contains(&args.session_duration) {
+            return wrong(
+                "session-duration",
+                args.session_duration,
+                "must be from 1800 to 43200 seconds: with less, SDKs such as botocore and the Java SDK fetch again \
+                 on every call, or stretch what is left and sign with expired keys",
+            );
+        }
+        for (flag, audience) in [("audience", &args.audience), ("container-audience", &args.container_audience)] {
+            if audience.is_empty() || audience.chars().any(char::is_whitespace) {
+                return wrong(flag, format_args!("{audience:?}"), "must be one word, such as sts.amazonaws.com");
+            }
+        }
+        if args.container_credentials && args.workloads.is_some() {
+            return wrong(
+                "container-credentials",
+                "with --workloads",
+                "needs Kubernetes, whose API server says which pod a token is of; leave one of the two out",
+            );
+        }
+        let prefix_ok = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
+        if args.annotation_prefix.is_empty() || !args.annotation_prefix.chars().all(prefix_ok) {
+            return wrong(
+                "annotation-prefix",
+                format_args!("{:?}", args.annotation_prefix),
+                "must be a DNS name without a slash, such as eks.amazonaws.com",
+            );
+        }
+        Ok(Self {
+            host,
+            port: args.port,
+            state_dir: args.state_dir,
+            intercept: args.intercept,
+            limits: Limits {
+                total: args.max_connections,
+                per_source: args.max_connections_per_source,
+                requests_per_source: args.max_requests_per_source,
+            },
+            sts: sts(args.region, args.sts_endpoint_url)?,
+            source: match args.workloads {
+                Some(file) => Source::File(file),
+                None if args.node_name.is_empty() => {
+                    return wrong(
+                        "node-name",
+                        "''",
+                        "must be this node's name (downward API: spec.nodeName), or give --workloads to run without \
+                         Kubernetes",
+                    );
+                }
+                None => Source::Kubernetes {
+                    node_name: args.node_name,
+                    kubeconfig: args.kubeconfig,
+                    mint: args.mint,
+                    cni_results: (args.cni_results.as_os_str() != "none").then_some(args.cni_results),
+                    startup_taint: (!args.startup_taint.is_empty()).then_some(args.startup_taint),
+                },
+            },
+            annotation_prefix: args.annotation_prefix,
+            audience: args.audience,
+            session_duration: args.session_duration,
+            session_scope: args.session_scope,
+            exchange_rate: args.exchange_rate,
+            exchange_burst: args.exchange_burst,
+            require_imdsv2: Required {
+                everywhere: args.require_imdsv2,
+                namespaces: namespaces(&args.require_imdsv2_namespaces)?,
+            },
+            container_audience: args.container_credentials.then_some(args.container_audience),
+            metadata: metadata(args.node_metadata, args.node_metadata_value)?,
+            admin_address: args.admin_address,
+            drain: Duration::from_secs(args.drain),
+            log_format: args.log_format,
+            log_level: args.log_level,
+        })
+    }
+}
+
+fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
+    let mut host = HostAddresses { v4: None::<Ipv4Addr>, v6: None::<Ipv6Addr> };
+    for address in given {
+        if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
+            return wrong(
+                "host-ip",
+                address,
+                "must be an address of this node that pods can reach; redirecting to loopback would need \
+                 route_localnet (CVE-2020-8558)",
+            );
+        }
+        let taken = match address {
+            IpAddr::V4(v4) => host.v4.replace(*v4).is_some(),
+            IpAddr::V6(v6) => host.v6.replace(*v6).is_some(),
+        };
+        if taken {
+            return wrong(
+                "host-ip",
+                address,
+                "is the second of its family; give at most one IPv4 and one IPv6 address",
+            );
+        }
+    }
+    Ok(host)
+}
+
+fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
+    let read = |name: &String| match Namespaces::parse(name) {
+        Some(namespaces) => Ok(namespaces),
+        None => wrong(
+            "require-imdsv2-namespaces",
+            format_args!("{name:?}"),
+            "must be the name of a namespace, or the beginning of some with a * after it, such as shop,team-*",
+        ),
+    };
+    given.iter().map(read).collect()
+}
+
+fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
+    let known = |flag: &str, path: &str| match ALLOWABLE.contains(&path) {
+        true => Ok(()),
+        false => wrong(flag, path, &format!("must be one of {}", ALLOWABLE.join(", "))),
+    };
+    let allowed = if allowed == ["none"] { Vec::new() } else { allowed };
+    allowed.iter().try_for_each(|path| known("node-metadata", path))?;
+    let mut given = Vec::new();
+    for pair in values {
+        let Some((path, value)) = pair.split_once('=').filter(|(_, value)| !value.is_empty()) else {
+            return wrong("node-metadata-value", pair, "must be PATH=VALUE");
+        };
+        known("node-metadata-value", path)?;
+        given.push((path.to_owned(), value.to_owned()));
+    }
+    Ok(Metadata { allowed, given })
+}
+
+pub(super) fn sts(region: Option<String>, endpoint: Option<String>) -> Result<Sts, String> {
+    if let Some(url) = &endpoint {
+        let scheme = url.parse::<http::Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
+        if !matches!(scheme.as_deref(), Some("http" | "https")) {
+            return wrong("sts-endpoint-url", url, "must be an http:// or https:// URL");
+        }
+    }
+    let grammar = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    match region.filter(|region| !region.is_empty()) {
+        Some(region) if region.chars().all(grammar) => Ok(Sts { region, endpoint }),
+        Some(region) => wrong("region", region, "must be an AWS region, such as eu-central-1"),
+        // An S3-compatible store has no regions; the SDK wants a name all the same.
+        None if endpoint.is_some() => Ok(Sts { region: "us-east-1".into(), endpoint }),
+        None => {
+            wrong("region", "''", "must be the AWS region whose STS is asked (or AWS_REGION), such as eu-central-1")
+        }
+    }
+}
