@@ -26,6 +26,9 @@ pub const MAX_SESSION: u32 = 43_200;
 /// Exchanges of a node, per second and at once: docs/capacity.md says what thousands of nodes make of it.
 pub const EXCHANGES: (u32, u32) = (20, 50);
 
+/// Over how many seconds an agent spreads the exchanges of the pods that run already when it starts.
+pub const START_WINDOW: u64 = 10;
+
 /// What kirsa was asked to do.
 #[derive(Debug)]
 pub enum Command {
@@ -50,6 +53,7 @@ pub struct Config {
     pub session_scope: Scope,
     pub exchange_rate: u32,
     pub exchange_burst: u32,
+    pub start_window: Duration,
     pub require_imdsv2: Required,
     /// The audience of the tokens that pods present for container credentials, where those are served.
     pub container_audience: Option<String>,

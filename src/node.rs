@@ -196,8 +196,12 @@ pub async fn run(
             duties.during(Duty::Admin, || observe::serve_admin(&admin, &metrics, &readiness, &slots)).await;
         }
     }));
-    let ahead =
-        ahead::FetchAhead { attributor: attributor.clone(), authoriser: authoriser.clone(), cache: cache.clone() };
+    let ahead = ahead::FetchAhead {
+        attributor: attributor.clone(),
+        authoriser: authoriser.clone(),
+        cache: cache.clone(),
+        window: config.start_window,
+    };
     tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
     let metadata = NodeMetadata::new(config.metadata.given);
     tasks.spawn(always(metadata.clone().follow(config.metadata.allowed)));

@@ -7,7 +7,7 @@ use std::{
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
-use super::EXCHANGES;
+use super::{EXCHANGES, START_WINDOW};
 use crate::{authorise::Scope, doctor, intercept::Backend, kubernetes::Mint, observe::LogFormat, serve::upstream};
 
 #[derive(Debug, Parser)]
@@ -187,6 +187,10 @@ pub(super) struct RunArgs {
     /// Exchanges that may come at once, after a while without any.
     #[arg(long, env = "KIRSA_EXCHANGE_BURST", default_value_t = EXCHANGES.1, value_name = "N", help_heading = "Credentials")]
     pub(super) exchange_burst: u32,
+    /// Over how many seconds the sessions of pods that run already are fetched when the agent starts. With more, an
+    /// update of thousands of nodes asks less of STS at once; a pod that asks before waits for its own exchange.
+    #[arg(long, env = "KIRSA_START_WINDOW", default_value_t = START_WINDOW, value_name = "SECONDS", help_heading = "Credentials")]
+    pub(super) start_window: u64,
     /// Refuse IMDSv1 (requests without a session token), of all pods. Breaks boto2, botocore before 1.13, the JavaScript SDK
     /// before 2.575, the Go SDK before 1.25 and s3fs.
     #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]

@@ -14,6 +14,9 @@ use crate::{
     },
 };
 
+/// In seconds: SDKs fetch anew when they have a quarter of an hour left.
+const MAX_START_WINDOW: u64 = 900;
+
 /// The sentence that names the flag, the value and what would be right.
 pub(super) fn wrong<T>(flag: &str, value: impl std::fmt::Display, right: &str) -> Result<T, String> {
     Err(format!("--{flag} {value}: {right}"))
@@ -36,6 +39,13 @@ impl TryFrom<RunArgs> for Config {
         }
         if args.exchange_rate == 0 || args.exchange_burst == 0 {
             return wrong("exchange-rate", 0, "at least 1 exchange a second, and 1 at once, must be allowed");
+        }
+        if args.start_window > MAX_START_WINDOW {
+            return wrong(
+                "start-window",
+                args.start_window,
+                "must be from 0 to 900 seconds: pods whose SDKs fetch anew meanwhile wait for STS",
+            );
         }
         if !(MIN_SESSION..=MAX_SESSION).contains(&args.session_duration) {
             return wrong(
@@ -100,6 +110,7 @@ impl TryFrom<RunArgs> for Config {
             session_scope: args.session_scope,
             exchange_rate: args.exchange_rate,
             exchange_burst: args.exchange_burst,
+            start_window: Duration::from_secs(args.start_window),
             require_imdsv2: Required {
                 everywhere: args.require_imdsv2,
                 namespaces: namespaces(&args.require_imdsv2_namespaces)?,

@@ -35,6 +35,7 @@ fn wrong_values_name_the_flag_the_value_and_the_right_form() {
         ("--host-ip=node1", "node1"),
         ("--port=0", "--port 0"),
         ("--require-imdsv2-namespaces=a,B", "--require-imdsv2-namespaces \"B\": must be the name of a namespace"),
+        ("--start-window=901", "--start-window 901: must be from 0 to 900"),
         ("--region=EU", "--region EU"),
         ("--audience=a b", "--audience"),
         ("--container-audience=", "--container-audience"),

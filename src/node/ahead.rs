@@ -12,15 +12,14 @@ use crate::{
     observe::Condition,
 };
 
-/// Over how long the first prefetches are spread.
-const START_WINDOW: Duration = Duration::from_secs(10);
-
 /// Follows the pods of this node as they come and go.
 #[derive(Clone)]
 pub(super) struct FetchAhead {
     pub(super) attributor: Arc<Attributor>,
     pub(super) authoriser: Arc<Authoriser>,
     pub(super) cache: Arc<Cache>,
+    /// Over how long the first prefetches are spread.
+    pub(super) window: Duration,
 }
 
 impl FetchAhead {
@@ -39,7 +38,7 @@ impl FetchAhead {
             let after = match &change {
                 Change::Bound(workload) => {
                     let session = self.authoriser.foresee(workload).map(|grant| grant.key().clone());
-                    *moments.entry(session).or_insert_with(|| START_WINDOW.mul_f64(clock::jitter()))
+                    *moments.entry(session).or_insert_with(|| self.window.mul_f64(clock::jitter()))
                 }
                 Change::Gone(_) => Duration::ZERO,
             };

@@ -53,6 +53,8 @@ struct Site {
     accounts: usize,
     sts: Duration,
     session: Duration,
+    /// `--start-window`.
+    window: Duration,
     jitter: bool,
 }
 
@@ -137,7 +139,7 @@ async fn live(site: &Site, life: &Life) -> Calls {
     let known = (readiness.condition("pods"), readiness.condition("service accounts"));
     known.0.set(true);
     known.1.set(true);
-    let ahead = FetchAhead { attributor, authoriser: authoriser.clone(), cache: cache.clone() };
+    let ahead = FetchAhead { attributor, authoriser: authoriser.clone(), cache: cache.clone(), window: site.window };
     // No service account changes its role.
     let (_, accounts) = tokio::sync::mpsc::unbounded_channel();
     let ahead = tokio::spawn(ahead.run(changes, accounts, known));

@@ -6,7 +6,12 @@ use super::{
     Site,
     scenario::{Played, Scenario, play},
 };
-use crate::{attribute::watch, authorise::accounts, cache::REFRESH, config::EXCHANGES};
+use crate::{
+    attribute::watch,
+    authorise::accounts,
+    cache::REFRESH,
+    config::{EXCHANGES, START_WINDOW},
+};
 
 /// AWS publishes it for signed calls of STS, per second, account and region:
 /// <https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_iam-quotas.html>. For AssumeRoleWithWebIdentity, which
@@ -41,7 +46,7 @@ fn row(name: &str, played: &Played, without: &Played, when: Range<Duration>) {
 }
 
 /// `make simulate`: from the environment NODES, LIVES (how many of them are simulated), on each of them PODS and
-/// ACCOUNTS with a role, STS_MILLIS, SESSION (seconds).
+/// ACCOUNTS with a role, STS_MILLIS, SESSION and WINDOW (seconds).
 #[test]
 #[ignore = "minutes of work: make simulate"]
 fn simulate() {
@@ -52,6 +57,7 @@ fn simulate() {
         accounts: given("ACCOUNTS", 20) as usize,
         sts: Duration::from_millis(given("STS_MILLIS", 200).into()),
         session: Duration::from_secs(given("SESSION", 3_600).into()),
+        window: Duration::from_secs(given("WINDOW", START_WINDOW as u32).into()),
         jitter: true,
     };
     let (pods, accounts, session) = (site.pods, site.accounts, site.session.as_secs());
@@ -87,8 +93,10 @@ fn simulate() {
     println!("\nAPI server, besides: {:.0} watches a second that begin anew", watches_per_second(nodes));
 }
 
+const WINDOW: Duration = Duration::from_secs(START_WINDOW);
+
 fn small(jitter: bool) -> Site {
-    Site { pods: 10, accounts: 5, sts: Duration::from_millis(200), session: minutes(60), jitter }
+    Site { pods: 10, accounts: 5, sts: Duration::from_millis(200), session: minutes(60), window: WINDOW, jitter }
 }
 
 const NODES: u32 = 20;
