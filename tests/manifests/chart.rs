@@ -187,6 +187,7 @@ fn sample(flag: &str) -> &'static str {
         "audience" => "sts.amazonaws.com",
         "annotationPrefix" => "example.com",
         "sessionDuration" | "port" => "7200",
+        "startWindow" => "300",
         "sessionScope" => "pod",
         "requireImdsv2" => "true",
         "requireImdsv2Namespaces" => "shop",
@@ -200,6 +201,14 @@ fn sample(flag: &str) -> &'static str {
         "logLevel" => "debug",
         _ => "2000000",
     }
+}
+
+#[test]
+fn nodes_that_are_chosen_are_still_linux_nodes() -> Result<()> {
+    let templated = template("nodeSelector.pool=apps")?;
+    let chosen = &find(&templated, "DaemonSet")?["spec"]["template"]["spec"]["nodeSelector"];
+    assert_eq!(*chosen, serde_json::json!({"kubernetes.io/os": "linux", "pool": "apps"}));
+    Ok(())
 }
 
 #[test]
