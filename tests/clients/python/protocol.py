@@ -1,23 +1,27 @@
 """How a program of the matrix tells what came of its calls: one line of JSON each, the next call for each line that
-comes in."""
+comes in. For Python 2 too."""
 
 import json
 import sys
 import time
 
+clock = getattr(time, "monotonic", time.time)
+
 
 def tell(call):
-    start = time.monotonic()
+    start = clock()
     error = None
     try:
         call()
     except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    print(json.dumps({"seconds": time.monotonic() - start, "error": error}), flush=True)
+        error = "{}: {}".format(type(raised).__name__, raised)
+    sys.stdout.write(json.dumps({"seconds": clock() - start, "error": error}) + "\n")
+    sys.stdout.flush()
 
 
 def run(call, again=None):
     """The first call, then one call more for each line. `again` is given where a client object goes on."""
     tell(call)
-    for _ in sys.stdin:
+    # Not the file's own iterator: that of Python 2 reads ahead.
+    for _ in iter(sys.stdin.readline, ""):
         tell(again or call)

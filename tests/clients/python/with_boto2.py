@@ -1,17 +1,19 @@
-"""boto 2, which knows IMDSv1 only."""
+"""boto 2, which knows IMDSv1 only; for the Python of its time too."""
 
 import os
-import urllib.parse
+import sys
 
-import python_before_3_10  # noqa: F401
+if sys.version_info >= (3,):
+    import python_before_3_10  # noqa: F401
 
 import boto.exception
+from boto.compat import urlparse
 from boto.regioninfo import RegionInfo
 from boto.sts import STSConnection
 
 import protocol
 
-address = urllib.parse.urlparse(os.environ["STS_URL"])
+address = urlparse(os.environ["STS_URL"])
 region = RegionInfo(name=os.environ["AWS_REGION"], endpoint=address.hostname)
 
 

@@ -3,8 +3,11 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
-use aws_config::BehaviorVersion;
-use aws_sdk_sts::{config::ProvideCredentials as _, error::DisplayErrorContext};
+use aws_config::{BehaviorVersion, imds::credentials::ImdsCredentialsProvider};
+use aws_sdk_sts::{
+    config::{ProvideCredentials as _, SharedCredentialsProvider},
+    error::DisplayErrorContext,
+};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -23,16 +26,24 @@ enum What {
     },
     /// The same for the clients of the matrix: at `STS_URL`, each call a line of JSON, the next one for a line that
     /// comes in.
-    Calls,
+    Calls {
+        /// By the provider for the metadata service alone, and not the chain that it is part of.
+        #[arg(long)]
+        imds: bool,
+    },
     /// Installs the SDKs of the tests that are not part of this program.
     Prepare,
 }
 
-/// With one chain of providers, which keeps its session token, and asks for credentials again for each call.
-async fn calls() -> anyhow::Result<()> {
+/// With one provider, which keeps its session token, and asks for credentials again for each call.
+async fn calls(imds: bool) -> anyhow::Result<()> {
     let url = std::env::var("STS_URL")?;
     let start = Instant::now();
-    let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
+    let mut config = aws_config::load_defaults(BehaviorVersion::latest()).await;
+    if imds {
+        let provider = SharedCredentialsProvider::new(ImdsCredentialsProvider::builder().build());
+        config = config.into_builder().credentials_provider(provider).build();
+    }
     tell(start, call(&config, &url).await);
     for _ in std::io::stdin().lines() {
         let start = Instant::now();
@@ -59,7 +70,7 @@ fn tell(start: Instant, result: anyhow::Result<()>) {
 async fn main() -> anyhow::Result<()> {
     match Args::parse().what {
         What::Identity { endpoint_url } => identity(&endpoint_url).await,
-        What::Calls => calls().await,
+        What::Calls { imds } => calls(imds).await,
         What::Prepare => lab::sdk::prepare(),
     }
 }

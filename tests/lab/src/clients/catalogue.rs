@@ -5,7 +5,9 @@ use super::client::{Client, Start};
 /// Every client that the installation knows, oldest SDKs first within a language.
 pub const CLIENTS: &[Client] = &[
     quick("boto-2.49", Start::Python("with_boto2.py")).without_imdsv2(),
+    heavy("boto-2.49-py27", Start::Built).without_imdsv2(),
     quick("botocore-1.5", Start::Python("with_botocore.py")).without_imdsv2(),
+    heavy("botocore-1.13", Start::Python("with_botocore.py")).without_imdsv2(),
     quick("boto3", Start::Python("with_botocore.py")),
     quick("awscli-1", Start::Python("with_awscli.py")),
     quick("s3fs-py", Start::Python("with_s3fs.py")),
@@ -16,20 +18,29 @@ pub const CLIENTS: &[Client] = &[
     quick("go1-1.23", Start::Built).without_imdsv2(),
     quick("go1-1.25", Start::Built),
     quick("go1-1.55", Start::Built),
+    heavy("go2-1.17", Start::Built),
     quick("go2", Start::Built),
-    quick("rust", Start::Lab),
+    heavy("rusoto", Start::Built).without_imdsv2(),
+    quick("rust", Start::Lab(&["calls"])),
+    heavy("rust-imds", Start::Lab(&["calls", "--imds"])),
     quick("minio-py", Start::Python("with_minio.py")),
     quick("minio-go", Start::Built),
+    heavy("minio-js", Start::Node("with_minio.js")),
     heavy("restic", Start::Shell(RESTIC)),
     quick("obstore", Start::Python("with_obstore.py")),
     quick("opendal", Start::Python("with_opendal.py")),
+    heavy("s3cmd-2.3", Start::Shell(S3CMD)),
     quick("s3cmd", Start::Shell(S3CMD)),
     quick("curl", Start::Shell("exec sh $PROGRAMS/curl.sh")),
     heavy("awscli-2", Start::Built),
+    heavy("awscli-2-sid", Start::Built),
     heavy("java-1", Start::Java),
+    heavy("java-2.18", Start::Java),
     heavy("java-2", Start::Java),
     heavy("ruby", Start::Built),
+    heavy("ruby-sid", Start::Built),
     heavy("php-async-aws", Start::Built).without_imdsv2(),
+    heavy("pyarrow-6", Start::Built),
     heavy("pyarrow", Start::Python("with_pyarrow.py")),
     heavy("rasterio", Start::Python("with_gdal.py")),
     heavy("gdal-3.6", Start::Once),
@@ -40,7 +51,7 @@ pub const CLIENTS: &[Client] = &[
 
 /// It reads keys from its configuration first, so it gets an empty one.
 const S3CMD: &str = "exec $PYTHON $CLIENT/bin/s3cmd --config=/dev/null --host=${S3_URL#http://} \
-                     --host-bucket=${S3_URL#http://} --no-ssl --region=$AWS_REGION --max-retries=1 \
+                     --host-bucket=${S3_URL#http://} --no-ssl --region=$AWS_REGION \
                      get s3://$BUCKET/$KEY -";
 /// That there is no repository, which is its exit status 10, it knows from the store alone.
 const RESTIC: &str = "RESTIC_PASSWORD=none $CLIENT/client --no-cache --repo s3:$S3_URL/$BUCKET/backup snapshots; \

@@ -33,8 +33,8 @@ pub(super) enum Start {
     Java,
     /// A shell line that is one call as well.
     Shell(&'static str),
-    /// The SDK that the lab itself is built with.
-    Lab,
+    /// The SDK that the lab itself is built with, by these arguments of `sdk-client`.
+    Lab(&'static [&'static str]),
 }
 
 /// A client in one version.
@@ -84,7 +84,7 @@ impl Client {
                 java
             }
             Start::Shell(line) => with("sh", ["-c", line]),
-            Start::Lab => with(crate::sdk::built("sdk-client")?, ["calls"]),
+            Start::Lab(arguments) => with(crate::sdk::built("sdk-client")?, arguments),
         };
         // Nothing that a default chain would ask before the metadata service.
         command
