@@ -125,12 +125,23 @@ impl ApiServer {
         pod: (&str, &str),
         audience: Option<&str>,
     ) -> Result<String> {
+        self.token_that_lasts(3_600, namespace, service_account, pod, audience).await
+    }
+
+    async fn token_that_lasts(
+        &self,
+        seconds: u32,
+        namespace: &str,
+        service_account: &str,
+        pod: (&str, &str),
+        audience: Option<&str>,
+    ) -> Result<String> {
         let request = json!({
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenRequest",
             "spec": {
                 "audiences": audience.into_iter().collect::<Vec<_>>(),
-                "expirationSeconds": 3600,
+                "expirationSeconds": seconds,
                 "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": pod.0, "uid": pod.1},
             },
         });
@@ -155,7 +166,8 @@ impl ApiServer {
                 self.create_pod(namespace, &name, spec).await?
             }
         };
-        let token = self.token(namespace, service_account, (&name, &uid), None).await?;
+        // Nobody renews it as the kubelet would, and an hour of `make soak` is longer than an hour.
+        let token = self.token_that_lasts(86_400, namespace, service_account, (&name, &uid), None).await?;
         self.token_kubeconfig(&format!("{namespace}-{name}"), &token)
     }
 
