@@ -7,6 +7,7 @@
 mod answer;
 mod caller;
 pub mod container;
+mod hangup;
 pub mod imdsv2;
 pub mod route;
 pub mod session;
@@ -37,6 +38,7 @@ use crate::{
 };
 use caller::{Caller, Editions, Known};
 use container::Tokens;
+use hangup::Patient;
 use route::Route;
 use session::Sessions;
 use upstream::NodeMetadata;
@@ -87,13 +89,14 @@ impl Server {
         share: Share,
         drain: Watcher,
     ) {
-        let caller = Caller::new(peer, share);
-        let service = service_fn(async |request| Ok::<_, Infallible>(self.answer(&caller, request).await));
-        let connection = http1::Builder::new()
-            .max_buf_size(MAX_HEAD)
-            // Who says that no more requests come, as `nc` does at the end of its input, still waits for the answer.
-            .half_close(true)
-            .serve_connection(TokioIo::new(stream), service);
+        let caller = Arc::new(Caller::new(peer, share));
+        let service = service_fn(|request| {
+            // Not when it is first polled: before that hyper looks whether the client is still there.
+            caller.step();
+            async { Ok::<_, Infallible>(self.answer(&caller, request).await) }
+        });
+        let stream = TokioIo::new(Patient::new(stream, caller.clone()));
+        let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(stream, service);
         tokio::select! {
             ended = drain.watch(connection) => if let Err(error) = ended {
                 debug!(source = ?caller.peer, %error, "connection");
@@ -103,7 +106,6 @@ impl Server {
     }
 
     async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        caller.step();
         let (head, body) = request.into_parts();
         let service = caller.peer.as_ref().map_or(Service::Metadata, Peer::service);
         let route = target(&head.uri).map_or(Route::NotFound, |path| Route::of(service, path));

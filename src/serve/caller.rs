@@ -71,6 +71,10 @@ impl Caller {
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(super) fn is_being_answered(&self) -> bool {
+        !self.steps.load(Ordering::Relaxed).is_multiple_of(2)
+    }
+
     /// Returns when no request has ended for a while and none is being answered. One timer for the connection, where
     /// hyper's own would be a new one for every request.
     pub(super) async fn idle(&self) {

@@ -55,10 +55,15 @@ fn a_client_that_sends_no_more_is_answered_and_then_let_go() -> Result<()> {
     let late = site.stranger("late")?;
     let entry = site.with_role(&late)?;
     let agent = site.start()?;
-    // Unknown as yet: there is time to notice the end of what it sends before there is an answer.
-    let mut wire = Wire::open(&late, format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"))?;
+    let request = format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n");
+    // Unknown as yet, so that the agent notices the end of what it sends before there is an answer. That may mean that
+    // it has gone: it is not kept for as long as a pod that waits.
+    let mut wire = Wire::open(&late, &request)?;
     wire.shutdown()?;
-    wire.quiet(Duration::from_millis(100))?;
+    wire.closed()?;
+    let mut wire = Wire::open(&late, &request)?;
+    wire.shutdown()?;
+    wire.quiet(Duration::from_millis(50))?;
     site.put(entry)?;
     let answer = wire.response()?;
     ensure!(answer.status == 200 && answer.body == "late-role", "{answer:?}");
