@@ -1,6 +1,6 @@
-//! Tells a client that has gone from one that only sends no more, as `nc` does at the end of its input. TCP says the same
-//! of both, and hyper takes it for the former: so it is told a while later if a request is being answered then. Whoever
-//! is really gone keeps its place for that long.
+//! Tells a client that has gone from one that only sends no more, as `nc` does at the end of its input. TCP says the
+//! same of both, and hyper takes it for the former: so hyper is told a while later if a request is being answered then.
+//! Whoever is really gone keeps its place for that long. Knows connections, not what is asked on them.
 
 use std::{
     io::{self, IoSlice},
@@ -17,8 +17,8 @@ use tokio::{
 
 use super::caller::Caller;
 
-/// Enough for an exchange. SDKs that time out try again: more would let their former tries use up the connections of
-/// their pod.
+/// Enough for what is in hand and for a quick exchange. No SDK closes its side and waits, but SDKs that time out try
+/// again: with more, their former tries would use up the connections of their pod.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 pub(super) struct Patient<S> {
