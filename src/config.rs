@@ -13,7 +13,7 @@ use self::args::{Cli, CliCommand};
 use crate::{
     authorise::{Defaults, Scope},
     doctor,
-    intercept::{Backend, HostAddresses, Limits},
+    intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
     kubernetes::Mint,
     observe::LogFormat,
     serve::imdsv2::Required,
@@ -78,6 +78,11 @@ pub enum Source {
 }
 
 impl Config {
+    /// What brings pods' connections here.
+    pub fn rules(&self) -> RuleSet {
+        RuleSet { host: self.host, port: self.port, container: self.container_audience.is_some() }
+    }
+
     /// What a service account gets where its annotations say nothing else.
     pub fn defaults(&self) -> Defaults {
         Defaults {

@@ -260,10 +260,6 @@ async fn turn_away(mut stream: TcpStream, _turn: OwnedSemaphorePermit) {
     let _ = tokio::time::timeout(Duration::from_secs(1), say).await;
 }
 
-fn is_metadata(destination: SocketAddr) -> bool {
-    Service::at(destination) == Some(Service::Metadata)
-}
-
 /// What conntrack remembers of the connection before DNAT. `None` when there was no DNAT.
 fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
     if let Ok(v4) = getsockopt(stream, sockopt::OriginalDst) {

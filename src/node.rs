@@ -9,7 +9,6 @@ mod simulation;
 
 use std::{
     future::Future,
-    net::IpAddr,
     os::fd::{AsFd, BorrowedFd},
     process::ExitCode,
     sync::{Arc, OnceLock},
@@ -34,7 +33,7 @@ use crate::{
     exchange::{Exchange, sts::Sts, token::TokenSource},
     intercept::{
         self, Direct, Doors, Duties, Duty, Handover, Predecessor, Probe,
-        rule::{self, Installed, RuleSet},
+        rule::{self, Installed},
     },
     kubernetes::{self, Identity, Kubernetes},
     observe::{self, Metrics, Readiness},
@@ -81,8 +80,7 @@ fn start(config: Config) -> anyhow::Result<()> {
     info!(version = VERSION, "kirsa starts");
     let mut predecessor = Predecessor::find(&config.state_dir);
     let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
-    let container = config.container_audience.is_some();
-    let installed = rule::install(RuleSet { host: config.host, port: config.port, container }, config.intercept)?;
+    let installed = rule::install(config.rules(), config.intercept)?;
     let sessions = Sessions::open(&config.state_dir)?;
     rule::drop_privileges(installed.as_ref()).context("cannot drop capabilities")?;
 
@@ -232,11 +230,10 @@ pub async fn run(
     }
     match installed {
         Some(installed) => {
-            let addresses: Vec<IpAddr> = config.host.iter().collect();
             metrics.rule_applied.inc();
             let duties = duties.clone();
             tasks.spawn(always(async move {
-                let keep = || redirect::keep_redirect(installed, &addresses, &probe, &redirected, &metrics);
+                let keep = || redirect::keep_redirect(installed, &probe, &redirected, &metrics);
                 duties.during(Duty::Redirect, keep).await;
             }));
         }

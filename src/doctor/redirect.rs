@@ -7,13 +7,13 @@ use http::header::SERVER;
 use super::{finding::Finding, http::get};
 use crate::{
     config::Config,
-    intercept::{Backend, METADATA_PORT, METADATA_V4, METADATA_V6, connect_marked},
+    intercept::{Backend, METADATA_PORT, Service, connect_marked},
 };
 
 const AGAIN: &str = "the agent applies the redirect when it starts, and again within 2 s of its removal: if it runs, \
                      its log says what keeps it from that; if not, start it";
 
-/// Once for each of the node's addresses.
+/// Once for each of the node's addresses and each service that is served.
 pub(super) async fn check(config: &Config) -> Vec<Finding> {
     if config.intercept == Backend::None {
         let detail = "--intercept none: a redirect of somebody else's takes pods' connections only, so it cannot be \
@@ -22,19 +22,21 @@ pub(super) async fn check(config: &Config) -> Vec<Finding> {
         return vec![Finding::skipped("redirect", detail).with_fix(fix)];
     }
     let mut findings = Vec::new();
-    for address in config.host.iter() {
-        findings.push(try_from(address, config.port).await);
+    for (host, service) in config.rules().ways() {
+        findings.push(try_from(host, service, config.port).await);
     }
     findings
 }
 
-async fn try_from(host: IpAddr, port: u16) -> Finding {
-    let (check, metadata): (_, IpAddr) = match host {
-        IpAddr::V4(_) => ("redirect-ipv4", METADATA_V4.into()),
-        IpAddr::V6(_) => ("redirect-ipv6", METADATA_V6.into()),
+async fn try_from(host: IpAddr, service: Service, port: u16) -> Finding {
+    let check = match (service, host) {
+        (Service::Metadata, IpAddr::V4(_)) => "redirect-ipv4",
+        (Service::Metadata, IpAddr::V6(_)) => "redirect-ipv6",
+        (Service::Container, IpAddr::V4(_)) => "container-redirect-ipv4",
+        (Service::Container, IpAddr::V6(_)) => "container-redirect-ipv6",
     };
-    let way = format!("{host} to {metadata} port {METADATA_PORT}");
-    let stream = match connect_marked(host).await {
+    let way = format!("{host} to {} port {METADATA_PORT}", service.of_family(host));
+    let stream = match connect_marked(host, service).await {
         Ok(stream) => stream,
         Err(error) => {
             let detail = format!("{way}: {error}");

@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{METADATA_PORT, METADATA_V4, METADATA_V6, is_metadata};
+use super::{METADATA_PORT, Service};
 
 /// Marks the probe's packets. Only bits that kube-proxy (0xc000), Calico (0xffff0000 by default) and Cilium (0x0f00
 /// and above 0xffff) leave alone.
@@ -28,25 +28,22 @@ pub(super) const MARK: u32 = 0x6b;
 /// A connection within this node takes microseconds; what takes longer did not arrive.
 const WAIT: Duration = Duration::from_secs(1);
 
-/// Connects from one of this node's addresses to the metadata address of the same family, the way that pods'
-/// connections are led, so that whoever asks sees who answers there.
+/// Connects from one of this node's addresses to a service's of the same family, the way that pods' connections are
+/// led, so that whoever asks sees who answers there.
 ///
 /// # Errors
 /// What happened instead.
-pub async fn connect_marked(from: IpAddr) -> io::Result<TcpStream> {
-    let (socket, to) = marked(from)?;
-    timeout(WAIT, socket.connect(to)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+pub async fn connect_marked(from: IpAddr, service: Service) -> io::Result<TcpStream> {
+    let to = (service.of_family(from), METADATA_PORT).into();
+    timeout(WAIT, marked(from)?.connect(to)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-/// A socket whose packets the rule's twin takes, and where to connect it.
-fn marked(from: IpAddr) -> io::Result<(TcpSocket, SocketAddr)> {
-    let (socket, to): (_, IpAddr) = match from {
-        IpAddr::V4(_) => (TcpSocket::new_v4()?, METADATA_V4.into()),
-        IpAddr::V6(_) => (TcpSocket::new_v6()?, METADATA_V6.into()),
-    };
+/// A socket whose packets the rule's twin takes.
+fn marked(from: IpAddr) -> io::Result<TcpSocket> {
+    let socket = if from.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     setsockopt(&socket, sockopt::Mark, &MARK)?;
     socket.bind((from, 0).into())?;
-    Ok((socket, (to, METADATA_PORT).into()))
+    Ok(socket)
 }
 
 #[derive(Debug, Default)]
@@ -55,13 +52,13 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Connects from one of this node's addresses to the metadata address of the same family, and waits until our own
-    /// listener sees that connection.
+    /// Connects from one of this node's addresses to a service's of the same family, and waits until our own listener
+    /// sees that connection.
     ///
     /// # Errors
     /// What happened instead.
-    pub async fn run(&self, from: IpAddr) -> io::Result<()> {
-        let (socket, to) = marked(from)?;
+    pub async fn run(&self, from: IpAddr, service: Service) -> io::Result<()> {
+        let (socket, to) = (marked(from)?, (service.of_family(from), METADATA_PORT).into());
         let source = socket.local_addr()?;
         let (arrived, arrival) = oneshot::channel();
         self.expected().insert(source, arrived);
@@ -76,7 +73,7 @@ impl Probe {
 
     /// Asked about every connection: true if it is one of the probe's own. No pod has this node's address.
     pub(super) fn arrived(&self, source: SocketAddr, destination: Option<SocketAddr>) -> bool {
-        destination.is_some_and(is_metadata)
+        destination.is_some_and(|destination| Service::at(destination).is_some())
             && self.expected().remove(&source).is_some_and(|arrived| arrived.send(()).is_ok())
     }
 

@@ -13,7 +13,7 @@ mod apply;
 
 use std::{
     fmt::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use clap::ValueEnum;
@@ -67,6 +67,11 @@ pub const CHAINS: [(&str, &str, &str); 3] = [
 ];
 
 impl RuleSet {
+    /// Each of this node's addresses that connections are led to, with the service that they were meant for.
+    pub fn ways(&self) -> impl Iterator<Item = (IpAddr, Service)> {
+        self.services().flat_map(|service| self.host.iter().map(move |host| (host, service)))
+    }
+
     fn services(&self) -> impl Iterator<Item = Service> {
         [Service::Metadata, Service::Container].into_iter().filter(|of| self.container || *of != Service::Container)
     }
@@ -76,17 +81,14 @@ impl RuleSet {
         let mut redirect = String::new();
         let mut probe = String::new();
         let mut drop = String::new();
+        for (host, service) in self.ways() {
+            let family = if host.is_ipv4() { "ip" } else { "ip6" };
+            let (to, target) = (service.of_family(host), SocketAddr::new(host, self.port));
+            let to = format!("{family} daddr {to} tcp dport {METADATA_PORT} dnat {family} to {target}");
+            let _ = writeln!(redirect, "    fib saddr type != local {to}");
+            let _ = writeln!(probe, "    meta mark {MARK:#x} {to}");
+        }
         for service in self.services() {
-            for address in self.host.iter() {
-                let (family, to, target) = match address {
-                    IpAddr::V4(v4) => ("ip", service.v4(), v4.to_string()),
-                    IpAddr::V6(v6) => ("ip6", service.v6(), format!("[{v6}]")),
-                };
-                let to =
-                    format!("{family} daddr {to} tcp dport {METADATA_PORT} dnat {family} to {target}:{}", self.port);
-                let _ = writeln!(redirect, "    fib saddr type != local {to}");
-                let _ = writeln!(probe, "    meta mark {MARK:#x} {to}");
-            }
             let _ = writeln!(drop, "    ip daddr {} drop\n    ip6 daddr {} drop", service.v4(), service.v6());
         }
         // 10 before the place of kube-proxy and of iptables' nat table, which a redirect of theirs must not overtake.

@@ -25,6 +25,11 @@ impl Service {
         [Self::Metadata, Self::Container].into_iter().find(at).filter(|_| destination.port() == METADATA_PORT)
     }
 
+    /// Its address of the family that this one is of.
+    pub fn of_family(self, of: IpAddr) -> IpAddr {
+        if of.is_ipv4() { self.v4() } else { self.v6() }
+    }
+
     pub fn v4(self) -> IpAddr {
         match self {
             Self::Metadata => METADATA_V4.into(),

@@ -1,6 +1,6 @@
 //! The redirect, kept.
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
 use tracing::{error, warn};
 
@@ -14,29 +14,23 @@ use crate::{
 const VERIFY: Duration = Duration::from_secs(2);
 
 /// Tries the redirect again and again, and applies it when it does not lead here any more.
-pub(super) async fn keep_redirect(
-    installed: Installed,
-    addresses: &[IpAddr],
-    probe: &Probe,
-    verified: &Condition,
-    metrics: &Metrics,
-) {
+pub(super) async fn keep_redirect(installed: Installed, probe: &Probe, verified: &Condition, metrics: &Metrics) {
     let mut warned = false;
     let changes = RuleChanges::subscribe();
     loop {
         let mut broken = None;
-        for address in addresses {
-            if let Err(error) = probe.run(*address).await {
-                broken = Some((*address, error));
+        for (host, service) in installed.rules().ways() {
+            if let Err(error) = probe.run(host, service).await {
+                broken = Some((service.of_family(host), host, error));
             }
         }
         verified.set(broken.is_none());
         metrics.rule_verified.set(broken.is_none().into());
         match broken {
             None => warned = false,
-            Some((address, error)) => {
+            Some((service, host, error)) => {
                 if !std::mem::replace(&mut warned, true) {
-                    warn!(%address, %error, "the redirect does not lead here any more: applying it again");
+                    warn!(%service, %host, %error, "the redirect does not lead here any more: applying it again");
                 }
                 // The tools are processes: waiting for them must not hold up requests.
                 match tokio::task::spawn_blocking(move || installed.apply_again()).await {

@@ -9,7 +9,9 @@ use anyhow::{Result, ensure};
 use lab::agent::{Agent, Options, field};
 use lab::http::Client;
 use lab::net::{CONTAINER, CONTAINER6, METADATA, Shape};
+use lab::poll::poll;
 
+use crate::PATIENCE;
 use crate::container::{PATH, PODS_AUDIENCE, site, token};
 use crate::site::Site;
 
@@ -100,6 +102,37 @@ fn by_nft_it_is_there_with_the_flag_and_fails_closed() -> Result<()> {
 #[test]
 fn by_iptables_it_is_there_with_the_flag_and_fails_closed() -> Result<()> {
     it_is_there_with_the_flag_and_fails_closed("iptables")
+}
+
+/// Those of the metadata service lead here still, so only a probe of its own notices.
+#[test]
+fn its_rules_alone_come_back_when_somebody_removed_them() -> Result<()> {
+    let site = site()?;
+    let agent = site.start()?;
+    let healthy = doctor(&site)?;
+    ensure!(healthy.contains("ok       container-redirect-ipv4"), "{healthy}");
+    let before = rules(&site, "nft")?;
+    let removed = site.node.netns().shell(&format!(
+        "for chain in prerouting output; do
+           for handle in $(nft -a list chain inet kirsa $chain | awk '/{CONTAINER}/ {{print $NF}}'); do
+             nft delete rule inet kirsa $chain handle $handle && echo deleted
+           done
+         done"
+    ))?;
+    ensure!(removed.lines().count() == 2, "the redirect and its twin: {removed}");
+    poll("the rules to come back", PATIENCE, || rules(&site, "nft").is_ok_and(|now| now == before).then_some(()))?;
+    poll("a count of the repair", PATIENCE, || {
+        agent.metric("kirsa_rule_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
+    })?;
+    agent.kill()?;
+    let refused = doctor(&site)?;
+    ensure!(refused.contains("failed   container-redirect-ipv4"), "{refused}");
+    Ok(())
+}
+
+fn doctor(site: &Site) -> Result<String> {
+    let output = Agent::doctor(&site.node, &site.options, &["--no-exchange"])?;
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// It binds that address on a dummy interface, which not every kernel has; which interface does not matter.

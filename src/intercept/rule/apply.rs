@@ -22,6 +22,10 @@ pub struct Installed {
 }
 
 impl Installed {
+    pub fn rules(&self) -> &RuleSet {
+        &self.rules
+    }
+
     /// # Errors
     /// What the tool said.
     pub fn apply_again(&self) -> anyhow::Result<()> {
