@@ -130,7 +130,11 @@ pub fn listen(
         let passed = predecessor.as_mut().and_then(|predecessor| predecessor.pods(address));
         passed.map_or_else(|| bind(address), Ok)
     };
-    host.iter().map(|address| listener((address, port).into())).collect()
+    let listeners = host.iter().map(|address| listener((address, port).into())).collect::<anyhow::Result<_>>()?;
+    if let Some(predecessor) = predecessor {
+        predecessor.part();
+    }
+    Ok(listeners)
 }
 
 fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
@@ -139,8 +143,6 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let listener = socket(family, SockType::Stream, flags, None)?;
         setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-        // An agent that does not hand over may be there still (`handover`).
-        setsockopt(&listener, sockopt::ReusePort, &true)?;
         if address.is_ipv6() {
             setsockopt(&listener, sockopt::Ipv6V6Only, &true)?;
         }
@@ -156,7 +158,11 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
             address.ip()
         ),
         Errno::EADDRINUSE => {
-            anyhow::anyhow!("--port {}: another process listens on {address}; choose a free port", address.port())
+            anyhow::anyhow!(
+                "--port {}: another process listens on {address}; choose a free port, or end the agent that does not \
+                 hand over",
+                address.port()
+            )
         }
         _ => anyhow::anyhow!("cannot listen on {address}: {error}"),
     })

@@ -39,6 +39,7 @@ use crate::{
     observe::{self, Metrics, Readiness},
     serve::{Server, session::Sessions, upstream::NodeMetadata},
 };
+use redirect::Redirect;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Two, so that reading a long list of pods delays no pod's request.
@@ -230,12 +231,10 @@ pub async fn run(
     }
     match installed {
         Some(installed) => {
-            metrics.rule_applied.inc();
+            let others = listeners.predecessor.is_some();
+            let redirect = Redirect::new(installed, others, probe, redirected, metrics.clone());
             let duties = duties.clone();
-            tasks.spawn(always(async move {
-                let keep = || redirect::keep_redirect(installed, &probe, &redirected, &metrics);
-                duties.during(Duty::Redirect, keep).await;
-            }));
+            tasks.spawn(always(async move { duties.during(Duty::Redirect, || redirect.keep()).await }));
         }
         None => redirected.set(true),
     }

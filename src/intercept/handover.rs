@@ -2,9 +2,10 @@
 //! that starts, by a Unix socket in the state directory. Connections wait in the sockets' own queues meanwhile, and
 //! none is refused.
 //!
-//! 1. The next agent connects and gets the sockets. From then on it answers on the admin port, and keeps the redirect;
-//!    pods' connections are still accepted by the former one.
-//! 2. When it knows this node's pods it says so. The former one accepts no more, and serves what it has.
+//! 1. The next agent connects and gets the sockets. From then on it answers on the admin port; pods' connections are
+//!    still accepted by the former one, which keeps the redirect too: learning may take for ever.
+//! 2. When it knows this node's pods it says so; at once where its redirect is about to lead past those sockets, or the
+//!    two would fight over it. The former one accepts no more, and serves what it has.
 //! 3. The former one is told to end. If the next one ends instead, at whatever moment, the former one does everything
 //!    again.
 //!
@@ -65,7 +66,7 @@ pub enum Duty {
 
 const ALL: &[Duty] = &[Duty::Pods, Duty::Redirect, Duty::Admin];
 /// Of the former agent, while the next one learns.
-const FORMER: &[Duty] = &[Duty::Pods];
+const FORMER: &[Duty] = &[Duty::Pods, Duty::Redirect];
 /// Of the next agent, while it learns.
 const NEXT: &[Duty] = &[Duty::Admin];
 const NONE: &[Duty] = &[];
@@ -115,6 +116,7 @@ pub struct Predecessor {
     stream: StdUnixStream,
     sockets: Vec<TcpListener>,
     gave: usize,
+    told: bool,
 }
 
 impl Predecessor {
@@ -124,7 +126,7 @@ impl Predecessor {
         match Self::ask(stream) {
             Ok(predecessor) => Some(predecessor),
             Err(error) => {
-                warn!(%error, "another agent runs on this node and does not hand over: both serve until it ends");
+                warn!(%error, "another agent runs on this node and does not hand over");
                 None
             }
         }
@@ -150,7 +152,7 @@ impl Predecessor {
         }
         let listens = |socket: &OwnedFd| getsockopt(socket, sockopt::AcceptConn).is_ok_and(|listens| listens);
         let sockets = sockets.into_iter().filter(listens).map(TcpListener::from).collect();
-        Ok(Self { stream, sockets, gave: 0 })
+        Ok(Self { stream, sockets, gave: 0, told: false })
     }
 
     /// Its listener on that very address, of a pods' port.
@@ -166,6 +168,16 @@ impl Predecessor {
         self.sockets.iter().position(is).map(|place| self.sockets.swap_remove(place))
     }
 
+    /// To be called once the pods' listeners are there, and before the redirect leads to them.
+    pub fn part(&mut self) {
+        if self.gave == 0 {
+            // One that does not answer in time has ended, or is about to.
+            let told = self.stream.write_all(&[TAKE]).and_then(|()| self.stream.read(&mut [0]));
+            info!(answered = told.is_ok_and(|read| read > 0), "the agent that ran before listens elsewhere");
+            self.told = true;
+        }
+    }
+
     /// Waits until this agent has `learnt`, or the other has ended; then all duties are this one's. What is returned is
     /// to be kept: its end tells the other that this agent has ended.
     ///
@@ -175,17 +187,18 @@ impl Predecessor {
         self.stream.set_nonblocking(true)?;
         let mut stream = UnixStream::from_std(self.stream)?;
         let mut answer = [0];
-        let told = tokio::select! {
-            () = learnt => stream.write_all(&[TAKE]).await.is_ok(),
-            // It says nothing unasked: it has ended.
-            _ = stream.read(&mut answer) => false,
-        };
-        if told {
+        let asked = !self.told
+            && tokio::select! {
+                () = learnt => stream.write_all(&[TAKE]).await.is_ok(),
+                // It says nothing unasked: it has ended.
+                _ = stream.read(&mut answer) => false,
+            };
+        if asked {
             // One that does not answer in time has ended, or is about to.
             let _ = timeout(WAIT, stream.read(&mut answer)).await;
         }
         duties.set(ALL);
-        info!(answered = answer[0] == TAKEN, "taken over from the agent that ran before");
+        info!(answered = self.told || answer[0] == TAKEN, "taken over from the agent that ran before");
         Ok(stream)
     }
 }

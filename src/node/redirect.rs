@@ -1,6 +1,12 @@
 //! The redirect, kept.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tracing::{error, warn};
 
@@ -13,33 +19,73 @@ use crate::{
 /// announced.
 const VERIFY: Duration = Duration::from_secs(2);
 
-/// Tries the redirect again and again, and applies it when it does not lead here any more.
-pub(super) async fn keep_redirect(installed: Installed, probe: &Probe, verified: &Condition, metrics: &Metrics) {
-    let mut warned = false;
-    let changes = RuleChanges::subscribe();
-    loop {
-        let mut broken = None;
-        for (host, service) in installed.rules().ways() {
-            if let Err(error) = probe.run(host, service).await {
-                broken = Some((service.of_family(host), host, error));
+#[derive(Debug)]
+pub(super) struct Redirect {
+    installed: Installed,
+    changes: RuleChanges,
+    probe: Arc<Probe>,
+    verified: Condition,
+    metrics: Metrics,
+    /// Whether another agent may have kept it since these rules were applied, with rules of its own.
+    others: AtomicBool,
+}
+
+impl Redirect {
+    pub(super) fn new(
+        installed: Installed,
+        others: bool,
+        probe: Arc<Probe>,
+        verified: Condition,
+        metrics: Metrics,
+    ) -> Self {
+        metrics.rule_applied.inc();
+        let others = AtomicBool::new(others);
+        Self { installed, changes: RuleChanges::subscribe(), probe, verified, metrics, others }
+    }
+
+    /// Tries the redirect again and again, and applies it when it does not lead here any more.
+    pub(super) async fn keep(&self) {
+        if self.others.swap(true, Ordering::Relaxed) {
+            self.apply().await;
+        }
+        let mut warned = false;
+        loop {
+            let broken = self.broken().await;
+            self.verified.set(broken.is_none());
+            self.metrics.rule_verified.set(broken.is_none().into());
+            match broken {
+                None => warned = false,
+                Some(way) => {
+                    if !std::mem::replace(&mut warned, true) {
+                        warn!(way, "the redirect does not lead here any more: applying it again");
+                    }
+                    if self.apply().await {
+                        self.metrics.rule_repaired.inc();
+                    }
+                }
+            }
+            let _ = tokio::time::timeout(VERIFY, self.changes.next()).await;
+        }
+    }
+
+    /// Which way leads elsewhere.
+    async fn broken(&self) -> Option<String> {
+        for (host, service) in self.installed.rules().ways() {
+            if let Err(error) = self.probe.run(host, service).await {
+                return Some(format!("{} to {host}: {error}", service.of_family(host)));
             }
         }
-        verified.set(broken.is_none());
-        metrics.rule_verified.set(broken.is_none().into());
-        match broken {
-            None => warned = false,
-            Some((service, host, error)) => {
-                if !std::mem::replace(&mut warned, true) {
-                    warn!(%service, %host, %error, "the redirect does not lead here any more: applying it again");
-                }
-                // The tools are processes: waiting for them must not hold up requests.
-                match tokio::task::spawn_blocking(move || installed.apply_again()).await {
-                    Ok(Ok(())) => metrics.rule_repaired.inc(),
-                    Ok(Err(error)) => error!(error = format!("{error:#}"), "the redirect cannot be applied"),
-                    Err(error) => error!(%error, "the redirect cannot be applied"),
-                }
-            }
+        None
+    }
+
+    async fn apply(&self) -> bool {
+        let installed = self.installed;
+        // The tools are processes: waiting for them must not hold up requests.
+        match tokio::task::spawn_blocking(move || installed.apply_again()).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => error!(error = format!("{error:#}"), "the redirect cannot be applied"),
+            Err(error) => error!(%error, "the redirect cannot be applied"),
         }
-        let _ = tokio::time::timeout(VERIFY, changes.next()).await;
+        false
     }
 }

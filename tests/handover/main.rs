@@ -138,6 +138,17 @@ fn a_successor_that_does_not_learn_the_pods_gets_none_of_them() -> Result<()> {
     for _ in 0..10 {
         served(&reader)?;
     }
+    // However long that lasts, the redirect is kept: without it this request would be the node's own service's.
+    site.node.netns().shell("nft delete table inet kirsa")?;
+    poll("the redirect to come back", PATIENCE, || {
+        site.node
+            .netns()
+            .shell("nft list chain inet kirsa prerouting")
+            .is_ok_and(|rules| rules.contains("dnat"))
+            .then_some(())
+    })?;
+    served(&reader)?;
+    site.no_pod_got_outside()?;
     ensure!(!has_said(&next, TAKEN) && !has_said(&agent, GIVEN));
     // When the former one is told to end all the same, the next one is all there is: it says "starting".
     agent.stop()?;
