@@ -8,18 +8,27 @@ use std::{
 
 use tokio::time::{advance, pause, sleep, timeout};
 
-use super::{state::MIN_LEFT, *};
+use super::{
+    state::{LEAST_LEFT, MIN_LEFT},
+    *,
+};
 use crate::{attribute::Workload, observe::Metrics};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
 
 /// Answers in the given order, each after its delay; then always with fresh credentials.
-#[derive(Default)]
 struct Script {
     answers: Mutex<VecDeque<(Duration, Option<Reason>)>>,
     calls: AtomicUsize,
     pods: Mutex<Vec<String>>,
+    session: Duration,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self { answers: Mutex::default(), calls: AtomicUsize::default(), pods: Mutex::default(), session: HOUR }
+    }
 }
 
 impl Script {
@@ -44,7 +53,10 @@ impl Issue for Script {
         let (delay, answer) = self.answers.lock().unwrap().pop_front().unwrap_or((Duration::ZERO, None));
         Box::pin(async move {
             sleep(delay).await;
-            answer.map_or_else(|| Ok(Credential::sample(&format!("ASIA{call}"), HOUR)), |reason| Err(reason.into()))
+            answer.map_or_else(
+                || Ok(Credential::sample(&format!("ASIA{call}"), self.session)),
+                |reason| Err(reason.into()),
+            )
         })
     }
 }
@@ -153,6 +165,29 @@ async fn a_used_session_is_refreshed_so_that_half_of_it_is_always_left() {
     }
     let calls = script.calls();
     assert!((12..=16).contains(&calls), "{calls} exchanges in 6 hours, at 40 to 48 % of each");
+}
+
+/// IMDS-20: half of a short session would be too little for SDKs.
+#[tokio::test]
+async fn a_short_session_is_refreshed_while_there_is_enough_left_for_every_sdk() {
+    for minutes in [30, 35, 40, 45, 720] {
+        let session = Duration::from_secs(minutes * 60);
+        let script = Arc::new(Script { session, ..Script::default() });
+        let slot = slot(&script);
+        assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+        let (began, mut least) = (Instant::now(), session);
+        while began.elapsed() < session * 4 {
+            pass(Duration::from_secs(20)).await;
+            least = least.min(slot.in_hand().unwrap().expires_at() - Instant::now());
+            slot.want(Urgency::Waiting);
+        }
+        assert!(least >= LEAST_LEFT.max((session / 2).min(MIN_LEFT)), "{minutes} minutes: {least:?}");
+        // No more often than at 80 % of the time until then.
+        let between = (session - LEAST_LEFT).min(session / 2).mul_f64(0.79);
+        let most = (session * 4).as_secs_f64() / between.as_secs_f64() + 1.0;
+        assert!(script.calls() as f64 <= most, "{minutes} minutes: {} exchanges, {most} at most", script.calls());
+        tokio::time::resume();
+    }
 }
 
 #[tokio::test]

@@ -10,11 +10,15 @@ use crate::{
     refusal::{Memory, Reason, Refusal},
 };
 
-/// Refreshed when this much of the lifetime has passed, so that half of it is left whenever all is well: botocore
-/// stretches what has less than 15 to 25 minutes left, and then signs with dead keys (boto/botocore#2670).
-pub(crate) const REFRESH: (f64, f64) = (0.40, 0.48);
-/// In normal operation nothing with less left is served.
+/// In normal operation nothing with less left is served: botocore stretches what has less than 15 to 25 minutes left,
+/// and then signs with dead keys (boto/botocore#2670).
 pub(super) const MIN_LEFT: Duration = Duration::from_secs(30 * 60);
+/// The same of sessions too short for that: s3fs fetches anew on every call what has less than 20 minutes left.
+pub(super) const LEAST_LEFT: Duration = Duration::from_secs(21 * 60);
+/// The shortest session that this can be had of; nobody is granted a shorter one but by stores of their own mind.
+const SHORTEST: Duration = Duration::from_secs(29 * 60);
+/// Refreshed when this much has passed of the time until too little is left, or half of the lifetime.
+pub(crate) const REFRESH: (f64, f64) = (0.80, 0.96);
 /// In an outage, what has more left than this: SDKs may use credentials to their last second.
 const LAST_RESORT: Duration = Duration::from_secs(60);
 
@@ -60,8 +64,8 @@ impl Held {
         self.left() >= self.enough()
     }
 
-    pub(super) fn enough(&self) -> Duration {
-        MIN_LEFT.min(self.lifetime() / 2)
+    fn enough(&self) -> Duration {
+        enough(self.lifetime())
     }
 }
 
@@ -108,9 +112,14 @@ pub(super) fn of_a_pod((refusal, _): &(Refusal, Instant)) -> bool {
     is_about_its_pod(refusal)
 }
 
+pub(super) fn enough(lifetime: Duration) -> Duration {
+    let least = if lifetime >= SHORTEST { LEAST_LEFT } else { Duration::ZERO };
+    MIN_LEFT.min((lifetime / 2).max(least))
+}
+
 pub(super) fn hold(credential: Credential) -> Held {
     let lifetime = credential.expires_at().duration_since(credential.issued_at());
     let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * clock::jitter();
-    let refresh_at = credential.issued_at() + lifetime.mul_f64(share);
+    let refresh_at = credential.issued_at() + (lifetime / 2).min(lifetime - enough(lifetime)).mul_f64(share);
     Held { credential: Arc::new(credential), refresh_at, suspended: clock::suspended() }
 }
