@@ -1,5 +1,5 @@
-//! Last stage: [`Peer`] and HTTP request → response. The only file that knows what success looks like on the wire; what
-//! a no looks like stands in [`crate::refusal`].
+//! Last stage: [`Peer`] and HTTP request → response. What success looks like on the wire stands in `answer`, what a no
+//! looks like in [`crate::refusal`], and nowhere else.
 //!
 //! Nothing of a request is ever forwarded, and nothing in it decides who is calling: parse, normalise, match exactly,
 //! answer from our own.
@@ -8,6 +8,8 @@ mod answer;
 mod caller;
 pub mod container;
 mod hangup;
+mod identity;
+mod imds;
 pub mod imdsv2;
 pub mod route;
 pub mod session;
@@ -16,29 +18,28 @@ pub mod upstream;
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, request::Parts};
+use http::{HeaderName, Method, Request, Response, Uri, request::Parts};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{rt::TokioIo, server::graceful::Watcher};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout},
 };
 use tracing::debug;
 
 use crate::{
-    attribute::{Attributor, PATIENCE, Workload},
-    authorise::{Authoriser, Grant},
-    cache::{Cache, Standing},
-    clock::UnixTime,
-    exchange::Credential,
+    attribute::Attributor,
+    authorise::Authoriser,
+    cache::Cache,
     intercept::{Accepted, MAX_DELAY, Peer, Service, Share},
     observe::{Metrics, Outcome, RefusalLog},
     refusal::{Reason, Refusal},
 };
-use caller::{Caller, Editions, Known};
+use caller::Caller;
 use container::Tokens;
 use hangup::Patient;
+use identity::Asked;
 use route::Route;
 use session::Sessions;
 use upstream::NodeMetadata;
@@ -46,11 +47,6 @@ use upstream::NodeMetadata;
 static TOKEN: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 
-/// The role list waits this long for the exchange, since clients give each request its own second: what the list waits
-/// the credentials need not. Go's SDK v2 gives up after 500 ms.
-const LIST_HOLD: Duration = Duration::from_millis(350);
-/// The credentials are waited for this long; Go's SDKs give up after 5 s, and some clients never.
-const CREDENTIALS_HOLD: Duration = Duration::from_secs(4);
 /// Request line and headers, in bytes; hyper allows no less than 8 KiB.
 const MAX_HEAD: usize = 16 << 10;
 /// SDKs send no bodies, or empty ones.
@@ -135,206 +131,30 @@ impl Server {
             }
         }
         let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
+        let asked = Asked { caller, peer, headers: &head.headers, at: Instant::now() };
         match (peer.service(), &head.method, route) {
             (Service::Metadata, &Method::PUT, Route::Token) => {
                 drain(body).await?;
-                self.token(peer, &head.headers)
+                self.token(&asked)
             }
             (_, _, Route::Token) => Err(Reason::MethodNotAllowed.into()),
-            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read(caller, peer, route, &head.headers).await,
-            (Service::Container, &Method::GET | &Method::HEAD, _) => {
-                self.container(caller, peer, route, &head.headers).await
-            }
+            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read(&asked, route).await,
+            (Service::Container, &Method::GET | &Method::HEAD, _) => self.container(&asked, route).await,
             _ => Err(Reason::MethodNotAllowed.into()),
         }
     }
 
-    /// Never waits: SDKs give it a second at most, and some never fall back to IMDSv1.
-    fn token(&self, peer: &Peer, headers: &HeaderMap) -> Result<Response<Full<Bytes>>, Refusal> {
-        // As EC2 does: a token must not be had through an open reverse proxy.
-        if headers.contains_key("x-forwarded-for") {
-            return Err(Reason::ForwardedToken.into());
-        }
-        let ttl = headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
-        let ttl: u32 = ttl.filter(|ttl| session::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
-        let workload = self.attributor.peek(peer).ok();
-        let token = self.sessions.issue(workload.as_ref(), peer.source().ip(), ttl, UnixTime::now());
-        Ok(answer::token(token, ttl))
-    }
-
-    async fn read(
-        &self,
-        caller: &Caller,
-        peer: &Peer,
-        route: &Route<'_>,
-        headers: &HeaderMap,
-    ) -> Result<Response<Full<Bytes>>, Refusal> {
-        let asked = Instant::now();
+    /// A line for each route; what it answers is a function of its own.
+    async fn read(&self, asked: &Asked<'_>, route: &Route<'_>) -> Result<Response<Full<Bytes>>, Refusal> {
         match route {
-            Route::Versions => self.anybody(peer, headers).map(|()| answer::text("latest")),
-            Route::Metadata(path) if path == upstream::IDENTITY_DOCUMENT => {
-                let document = self.metadata.value(path).ok_or(Reason::NotFound)?;
-                let workload = self.caller(caller, peer, headers, asked).await?;
-                let grant = self.grant(&workload, headers, asked + PATIENCE).await.ok();
-                let account = grant.as_ref().and_then(|grant| grant.role().account());
-                let document = upstream::identity_document(&document, account).ok_or(Reason::NotFound)?;
-                Ok(answer::text(document))
-            }
-            Route::Metadata(path) => {
-                self.anybody(peer, headers)?;
-                self.metadata(path).ok_or_else(|| Reason::NotFound.into())
-            }
-            Route::IamInfo => {
-                let workload = self.caller(caller, peer, headers, asked).await?;
-                let grant = self.grant(&workload, headers, asked + PATIENCE).await?;
-                answer::iam_info(grant.role(), UnixTime::now()).ok_or_else(|| Reason::NotFound.into())
-            }
-            Route::NotFound | Route::Token | Route::ContainerCredentials => {
-                self.anybody(peer, headers).and(Err(Reason::NotFound.into()))
-            }
-            Route::RoleList => {
-                let workload = self.caller(caller, peer, headers, asked).await?;
-                let grant = self.grant(&workload, headers, asked + PATIENCE).await?;
-                match self.cache.standing(&grant, asked + LIST_HOLD).await {
-                    Standing::Failed(refusal) => Err(refusal),
-                    // The name follows from the service account: nobody need wait for STS to learn it.
-                    Standing::Ready | Standing::Pending => Ok(answer::text(grant.role().alias())),
-                }
-            }
-            Route::Credentials { role, extended } => {
-                let until = asked + CREDENTIALS_HOLD;
-                let known = self.known(caller, peer, headers, asked, until).await?;
-                let grant = &known.grant;
-                // The service account decides the role. Another name is not found, whether there is such a role or not.
-                if !grant.role().answers_to(role) {
-                    return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
-                }
-                let credential = self.credential(peer, &known, until).await?;
-                Ok(answer::document(if *extended { credential.extended() } else { credential.document() }))
-            }
+            Route::Versions => self.versions(asked).await,
+            Route::Metadata(path) if path == upstream::IDENTITY_DOCUMENT => self.identity_document(asked).await,
+            Route::Metadata(path) => self.metadata(asked, path).await,
+            Route::IamInfo => self.iam_info(asked).await,
+            Route::RoleList => self.role_list(asked).await,
+            Route::Credentials { role, extended } => self.credentials(asked, role, *extended).await,
+            Route::NotFound | Route::Token | Route::ContainerCredentials => self.not_found(asked).await,
         }
-    }
-
-    async fn credential(&self, peer: &Peer, known: &Known, until: Instant) -> Result<Arc<Credential>, Refusal> {
-        let credential = match self.cache.in_hand(&known.session) {
-            Some(credential) => credential,
-            None => self.cache.get(&known.grant, until).await?,
-        };
-        // A last look: the address may have changed hands while this request was held. What else is told of the pod
-        // meanwhile, such as that address, makes no other pod of it.
-        if self.editions() != known.editions && self.attributor.peek(peer)?.uid() != known.workload.uid() {
-            return Err(Refusal::new(Reason::UnknownPod, format!("{} lost its address meanwhile", known.workload)));
-        }
-        Ok(credential)
-    }
-
-    /// A value, or what there is below a path.
-    fn metadata(&self, path: &str) -> Option<Response<Full<Bytes>>> {
-        if let Some(value) = self.metadata.value(path) {
-            return Some(answer::text(value));
-        }
-        let mut entries = self.metadata.entries(path);
-        match path {
-            "" => entries = vec!["dynamic".into(), "meta-data".into()],
-            "meta-data" => entries.insert(0, "iam/".into()),
-            "meta-data/iam" => entries = vec!["info".into(), "security-credentials/".into()],
-            _ => {}
-        }
-        (!entries.is_empty()).then(|| answer::text(entries.join("\n")))
-    }
-
-    /// What is the same for every pod: only a session token that is wrong stands in the way.
-    fn anybody(&self, peer: &Peer, headers: &HeaderMap) -> Result<(), Refusal> {
-        self.session(peer, headers, self.attributor.peek(peer).ok().as_ref())
-    }
-
-    /// Who is calling, with a right session token.
-    async fn caller(
-        &self,
-        caller: &Caller,
-        peer: &Peer,
-        headers: &HeaderMap,
-        asked: Instant,
-    ) -> Result<Workload, Refusal> {
-        // What is wrong whoever is calling need not wait for who that is.
-        self.session(peer, headers, None)?;
-        let workload = self.attributed(caller, peer, asked).await?;
-        self.session(peer, headers, Some(&workload))?;
-        Ok(workload)
-    }
-
-    /// Who is calling, if it is still who it was on this connection's first request.
-    async fn attributed(&self, caller: &Caller, peer: &Peer, asked: Instant) -> Result<Workload, Refusal> {
-        let workload = self.attributor.attribute(peer, asked + PATIENCE).await?;
-        if !caller.is_still(&workload) {
-            return Err(Refusal::new(Reason::UnknownPod, "the address changed hands while this connection was open"));
-        }
-        Ok(workload)
-    }
-
-    fn session(&self, peer: &Peer, headers: &HeaderMap, workload: Option<&Workload>) -> Result<(), Refusal> {
-        let Some(token) = headers.get(&TOKEN) else {
-            return if self.require_imdsv2.of(workload) { Err(Reason::SessionRequired.into()) } else { Ok(()) };
-        };
-        let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
-        match workload {
-            Some(workload) if !self.sessions.belongs(&session, workload, peer.source().ip()) => {
-                Err(Reason::SessionInvalid.into())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    async fn grant(&self, workload: &Workload, headers: &HeaderMap, until: Instant) -> Result<Grant, Refusal> {
-        let grant = self.authorise(workload, until).await?;
-        self.suffices(&grant, headers)?;
-        Ok(grant)
-    }
-
-    async fn authorise(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
-        timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
-            let account = workload.service_account();
-            Err(Refusal::new(
-                Reason::AccountUnavailable,
-                format!("service account {account} could not be read in time"),
-            ))
-        })
-    }
-
-    /// Whether the request has a session token if what it asks for requires one.
-    fn suffices(&self, grant: &Grant, headers: &HeaderMap) -> Result<(), Refusal> {
-        let lacks = grant.requires_imdsv2() && !headers.contains_key(&TOKEN);
-        if lacks { Err(Reason::SessionRequired.into()) } else { Ok(()) }
-    }
-
-    /// Who is calling and what it is granted: as remembered of the connection's last request, if nothing that the
-    /// answer rests on has changed since.
-    async fn known(
-        &self,
-        caller: &Caller,
-        peer: &Peer,
-        headers: &HeaderMap,
-        asked: Instant,
-        until: Instant,
-    ) -> Result<Known, Refusal> {
-        let editions = self.editions();
-        if let Some(known) = caller.known(editions) {
-            self.session(peer, headers, Some(&known.workload))?;
-            self.suffices(&known.grant, headers)?;
-            return Ok(known);
-        }
-        let workload = self.caller(caller, peer, headers, asked).await?;
-        let grant = self.grant(&workload, headers, until).await?;
-        let known = Known { editions, session: self.cache.session(&grant), workload, grant };
-        // What a live read told holds for less long than an edition may.
-        if self.authoriser.foresee(&known.workload).is_some() {
-            caller.remember(known.clone());
-        }
-        Ok(known)
-    }
-
-    fn editions(&self) -> Editions {
-        (self.attributor.edition(), self.authoriser.edition())
     }
 
     fn log(&self, caller: &Caller, refusal: &Refusal) {

@@ -21,10 +21,9 @@ use http_body_util::Full;
 use tokio::time::{Instant, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use super::{CREDENTIALS_HOLD, Caller, Known, Server, answer, route::Route};
+use super::{Server, answer, caller::Known, identity::Asked, imds::CREDENTIALS_HOLD, route::Route};
 use crate::{
     attribute::{PodUid, Workload},
-    intercept::Peer,
     refusal::{Reason, Refusal},
 };
 
@@ -117,19 +116,17 @@ impl Server {
     /// Answers what was sent to the address of container credentials.
     pub(super) async fn container(
         &self,
-        caller: &Caller,
-        peer: &Peer,
+        asked: &Asked<'_>,
         route: &Route<'_>,
-        headers: &HeaderMap,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
         let tokens = self.container.as_ref().ok_or(Reason::NotRedirected)?;
         if *route != Route::ContainerCredentials {
             return Err(Reason::NotFound.into());
         }
-        let (asked, editions) = (Instant::now(), self.editions());
-        let token = token(headers)?;
-        let workload = self.attributed(caller, peer, asked).await?;
-        let until = asked + CREDENTIALS_HOLD;
+        let editions = self.editions();
+        let token = token(asked.headers)?;
+        let workload = self.attributed(asked).await?;
+        let until = asked.at + CREDENTIALS_HOLD;
         let owner = tokens.owner(&workload, token, until).await?;
         if *owner != *workload.uid().0 {
             let whose = if owner.is_empty() { "no pod".into() } else { format!("the pod with the UID {owner}") };
@@ -140,7 +137,7 @@ impl Server {
         }
         let grant = self.authorise(&workload, until).await?;
         let known = Known { editions, session: self.cache.session(&grant), workload, grant };
-        let credential = self.credential(peer, &known, until).await?;
+        let credential = self.credential(asked.peer, &known, until).await?;
         Ok(answer::document(credential.container()))
     }
 }

@@ -65,6 +65,13 @@ pub struct Session {
     mac: [u8; MAC_LENGTH],
 }
 
+impl Session {
+    /// Bound to a pod, rather than to an address.
+    pub fn is_a_pods(&self) -> bool {
+        self.binding == Binding::Pod
+    }
+}
+
 impl Sessions {
     /// With the key in the state directory; one that is missing or damaged is replaced.
     ///
@@ -125,13 +132,24 @@ impl Sessions {
         (now.0 < session.expires).then_some(session)
     }
 
+    /// Whether the token was issued to whoever is calling; true for a pod's own while nobody knows which pod that is.
+    pub fn may_belong(&self, session: &Session, workload: Option<&Workload>, source: IpAddr) -> bool {
+        match workload {
+            Some(workload) => self.belongs(session, workload, source),
+            None => session.is_a_pods() || self.authentic(session, None, source),
+        }
+    }
+
     /// Whether the token was issued to this pod.
     pub fn belongs(&self, session: &Session, workload: &Workload, source: IpAddr) -> bool {
-        let pod = (session.binding == Binding::Pod).then_some(workload);
+        let existed = session.is_a_pods() || workload.created() <= session.issued + CLOCK_TOLERANCE;
+        self.authentic(session, session.is_a_pods().then_some(workload), source) && existed
+    }
+
+    /// In constant time.
+    fn authentic(&self, session: &Session, pod: Option<&Workload>, source: IpAddr) -> bool {
         let message = message(session.binding, session.issued, session.expires, pod, source);
-        // In constant time.
-        let authentic = hmac::verify(&self.key, &message, &session.mac).is_ok();
-        authentic && (session.binding == Binding::Pod || workload.created() <= session.issued + CLOCK_TOLERANCE)
+        hmac::verify(&self.key, &message, &session.mac).is_ok()
     }
 }
 

@@ -131,12 +131,44 @@ fn a_service_account_can_require_imdsv2_of_its_pods_alone() -> Result<()> {
     let (reader, strict) = (site.pod_with_role("reader")?, site.stranger("strict")?);
     site.put(site.with_role(&strict)?.annotation("kirsa.dev/require-imdsv2", "true"))?;
     let agent = site.start()?;
-    for path in [CREDENTIALS_PATH, &credentials("strict")] {
+    agent.wait_for_log(|entry| field(entry, "message") == Some("node metadata read"))?;
+    for path in [
+        "/",
+        "/latest/meta-data/",
+        "/latest/meta-data/placement/region",
+        "/latest/meta-data/iam/info",
+        "/latest/dynamic/instance-identity/document",
+        CREDENTIALS_PATH,
+        &credentials("strict"),
+    ] {
         ensure!(get(&strict, path)?.status == 401, "{path} without a token");
         let token = strict.imds().put_token(60)?;
         ensure!(get_with(&mut strict.imds(), path, &[(TOKEN, &token)])?.status == 200, "{path} with a token");
+        ensure!(get(&reader, path.replace("strict", "reader").as_str())?.status == 200, "{path} of another account");
     }
-    ensure!(get(&reader, CREDENTIALS_PATH)?.status == 200);
+    agent.stop()
+}
+
+/// IMDS-6: also where it does not matter who is calling, and nobody knows.
+#[test]
+fn a_token_that_was_tampered_with_is_unauthorized_from_whoever_it_comes() -> Result<()> {
+    let site = site()?;
+    let (reader, stranger) = (site.pod_with_role("reader")?, site.stranger("stranger")?);
+    let agent = site.start()?;
+    let own = stranger.imds().put_token(60)?;
+    ensure!(get_with(&mut stranger.imds(), "/", &[(TOKEN, &own)])?.status == 200, "bound to its address");
+    ensure!(get_with(&mut reader.imds(), "/", &[(TOKEN, &own)])?.status == 401, "at another address");
+    let changed = if own.ends_with('A') { 'B' } else { 'A' };
+    let forged = format!("{}{changed}", &own[..own.len() - 1]);
+    let middle = own.len() / 2;
+    let forged_too =
+        format!("{}{}{}", &own[..middle], if own[middle..].starts_with('x') { 'y' } else { 'x' }, &own[middle + 1..]);
+    for token in [&forged, &forged_too] {
+        ensure!(get_with(&mut stranger.imds(), "/", &[(TOKEN, token)])?.status == 401, "{token}");
+    }
+    let readers = reader.imds().put_token(60)?;
+    let answer = get_with(&mut stranger.imds(), "/", &[(TOKEN, &readers)])?;
+    ensure!(answer.status == 503, "whose it is cannot be known before the pod is: {answer:?}");
     agent.stop()
 }
 

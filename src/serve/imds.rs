@@ -1,0 +1,126 @@
+//! What the metadata service answers: a function for each route.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::Response;
+use http_body_util::Full;
+use tokio::time::Instant;
+
+use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session, upstream};
+use crate::{
+    attribute::PATIENCE,
+    cache::Standing,
+    clock::UnixTime,
+    exchange::Credential,
+    intercept::Peer,
+    refusal::{Reason, Refusal},
+};
+
+/// The role list waits this long for the exchange, since clients give each request its own second: what the list waits
+/// the credentials need not. Go's SDK v2 gives up after 500 ms.
+const LIST_HOLD: Duration = Duration::from_millis(350);
+/// The credentials are waited for this long; Go's SDKs give up after 5 s, and some clients never.
+pub(super) const CREDENTIALS_HOLD: Duration = Duration::from_secs(4);
+
+type Answer = Result<Response<Full<Bytes>>, Refusal>;
+
+impl Server {
+    /// Never waits: SDKs give it a second at most, and some never fall back to IMDSv1.
+    pub(super) fn token(&self, asked: &Asked<'_>) -> Answer {
+        // As EC2 does: a token must not be had through an open reverse proxy.
+        if asked.headers.contains_key("x-forwarded-for") {
+            return Err(Reason::ForwardedToken.into());
+        }
+        let ttl = asked.headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
+        let ttl: u32 = ttl.filter(|ttl| session::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
+        let workload = self.attributor.peek(asked.peer).ok();
+        let token = self.sessions.issue(workload.as_ref(), asked.peer.source().ip(), ttl, UnixTime::now());
+        Ok(answer::token(token, ttl))
+    }
+
+    pub(super) async fn versions(&self, asked: &Asked<'_>) -> Answer {
+        self.anybody(asked).await.map(|()| answer::text("latest"))
+    }
+
+    pub(super) async fn not_found(&self, asked: &Asked<'_>) -> Answer {
+        self.anybody(asked).await.and(Err(Reason::NotFound.into()))
+    }
+
+    /// A value, or what there is below a path.
+    pub(super) async fn metadata(&self, asked: &Asked<'_>, path: &str) -> Answer {
+        self.anybody(asked).await?;
+        if let Some(value) = self.metadata.value(path) {
+            return Ok(answer::text(value));
+        }
+        let mut entries = self.metadata.entries(path);
+        match path {
+            "" => entries = vec!["dynamic".into(), "meta-data".into()],
+            "meta-data" => entries.insert(0, "iam/".into()),
+            "meta-data/iam" => entries = vec!["info".into(), "security-credentials/".into()],
+            _ => {}
+        }
+        if entries.is_empty() { Err(Reason::NotFound.into()) } else { Ok(answer::text(entries.join("\n"))) }
+    }
+
+    /// The node's, with the account of the pod's role, and with none for a pod that has no role.
+    pub(super) async fn identity_document(&self, asked: &Asked<'_>) -> Answer {
+        let document = self.metadata.value(upstream::IDENTITY_DOCUMENT).ok_or(Reason::NotFound)?;
+        let workload = self.caller(asked).await?;
+        let grant = match self.grant(&workload, asked, asked.at + PATIENCE).await {
+            Ok(grant) => Some(grant),
+            Err(refusal) if refusal.reason == Reason::NoRole => None,
+            Err(refusal) => return Err(refusal),
+        };
+        let account = grant.as_ref().and_then(|grant| grant.role().account());
+        let document = upstream::identity_document(&document, account).ok_or(Reason::NotFound)?;
+        Ok(answer::text(document))
+    }
+
+    pub(super) async fn iam_info(&self, asked: &Asked<'_>) -> Answer {
+        let workload = self.caller(asked).await?;
+        let grant = self.grant(&workload, asked, asked.at + PATIENCE).await?;
+        answer::iam_info(grant.role(), UnixTime::now()).ok_or_else(|| Reason::NotFound.into())
+    }
+
+    pub(super) async fn role_list(&self, asked: &Asked<'_>) -> Answer {
+        let workload = self.caller(asked).await?;
+        let grant = self.grant(&workload, asked, asked.at + PATIENCE).await?;
+        match self.cache.standing(&grant, asked.at + LIST_HOLD).await {
+            Standing::Failed(refusal) => Err(refusal),
+            // The name follows from the service account: nobody need wait for STS to learn it.
+            Standing::Ready | Standing::Pending => Ok(answer::text(grant.role().alias())),
+        }
+    }
+
+    pub(super) async fn credentials(&self, asked: &Asked<'_>, role: &str, extended: bool) -> Answer {
+        let until = asked.at + CREDENTIALS_HOLD;
+        let known = self.known(asked, until).await?;
+        let grant = &known.grant;
+        // The service account decides the role. Another name is not found, whether there is such a role or not.
+        if !grant.role().answers_to(role) {
+            return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
+        }
+        let credential = self.credential(asked.peer, &known, until).await?;
+        Ok(answer::document(if extended { credential.extended() } else { credential.document() }))
+    }
+
+    /// What a grant is worth, if its pod still has the address when that is there.
+    pub(super) async fn credential(
+        &self,
+        peer: &Peer,
+        known: &Known,
+        until: Instant,
+    ) -> Result<Arc<Credential>, Refusal> {
+        let credential = match self.cache.in_hand(&known.session) {
+            Some(credential) => credential,
+            None => self.cache.get(&known.grant, until).await?,
+        };
+        // A last look: the address may have changed hands while this request was held. What else is told of the pod
+        // meanwhile, such as that address, makes no other pod of it.
+        if self.editions() != known.editions && self.attributor.peek(peer)?.uid() != known.workload.uid() {
+            return Err(Refusal::new(Reason::UnknownPod, format!("{} lost its address meanwhile", known.workload)));
+        }
+        Ok(credential)
+    }
+}
