@@ -9,7 +9,9 @@
 //!   it is gone.
 //! - A pod whose records have all gone has handed its address back, whatever the API server still shows.
 //! - A record of a pod that the watch has not shown yet makes its address *not yet known*, whoever had it before: the
-//!   watch may lag, or be dead. A record that was there before the pods were listed and names none of them is stale.
+//!   watch may lag, or be dead. A record that was there before the pods were listed and names none of them is stale;
+//!   but what the API server shows of another pod alone is no proof of that, since its list may be older than the record
+//!   (an agent that has just started asks for any state: `resourceVersion=0`).
 //! - Two live claimants of an address: neither gets it.
 
 use std::{
@@ -118,6 +120,13 @@ struct HandedBack {
 impl HandedBack {
     const MAX: usize = 4_096;
 
+    fn remove(&mut self, pod: &PodUid) {
+        if self.pods.remove(pod) {
+            // Or it would be the oldest one day, and be forgotten when it has handed its address back again.
+            self.in_order.retain(|other| other != pod);
+        }
+    }
+
     fn insert(&mut self, pod: PodUid) {
         if self.pods.insert(pod.clone()) {
             self.in_order.push_back(pod);
@@ -211,7 +220,7 @@ impl Directory {
         let shown = claims.pods.iter().filter(|uid| !self.handed_back.pods.contains(*uid));
         let mut owners: Vec<&Arc<Pod>> = shown.filter_map(|uid| self.may_own(uid)).collect();
         let mut newest_live = None;
-        let mut newest_pending: Option<&Record> = None;
+        let (mut newest_pending, mut newest_unknown): (Option<&Record>, Option<&Record>) = (None, None);
         for held in claims.records.iter().filter_map(|id| self.records.get(id)) {
             let record = &held.record;
             if let Some(pod) = self.may_own(&record.pod).filter(|_| self.is_newest(record)) {
@@ -219,14 +228,17 @@ impl Directory {
                 if !owners.iter().any(|owner| owner.uid == pod.uid) {
                     owners.push(pod);
                 }
-            } else if self.is_pending(held) && newest_pending.is_none_or(|other| other.written < record.written) {
-                newest_pending = Some(record);
+            } else if !self.pods.contains_key(&record.pod) {
+                let newest = if held.outlived { &mut newest_unknown } else { &mut newest_pending };
+                *newest = newest.filter(|other| other.written >= record.written).or(Some(record));
             }
         }
-        if let Some(pending) = newest_pending
-            && newest_live.is_none_or(|live| live <= pending.written)
+        // What nobody else claims may be stale and stay so.
+        let stale = newest_unknown.filter(|_| !owners.is_empty());
+        if let Some(unknown) = newest_pending.into_iter().chain(stale).max_by_key(|record| record.written)
+            && newest_live.is_none_or(|live| live <= unknown.written)
         {
-            return Owner::NotYet(pending.pod.clone());
+            return Owner::NotYet(unknown.pod.clone());
         }
         match &owners[..] {
             [] => Owner::Nobody,
@@ -293,7 +305,7 @@ impl Directory {
             self.claims.entry(address.to_canonical()).or_default().records.insert(record.id.clone());
         }
         self.records_of.entry(record.pod.clone()).or_default().insert(record.id.clone());
-        self.handed_back.pods.remove(&record.pod);
+        self.handed_back.remove(&record.pod);
         self.records.insert(record.id.clone(), Held { outlived: false, before_list: false, record });
     }
 

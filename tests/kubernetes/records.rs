@@ -139,21 +139,27 @@ fn a_record_of_a_pod_that_nobody_has_shown_blocks_its_address_until_it_goes() ->
     let site = Site::new()?;
     let records = site.records()?;
     site.account("app")?;
-    // Left behind: it was there before the pods were listed, and none of them is its.
+    // Left behind, it seems: it was there before the pods were listed, and none of them is its.
     let leftover = Sandbox::new("default", "gone", "11111111-2222-3333-4444-555555555555");
-    let pod = site.run("app-0", "app")?;
+    let sandbox = site.sandbox("app-0", &site.bind("app-0", "app")?);
+    let pod = site.join("app-0")?;
+    site.show(&pod)?;
     records.add_forged(&leftover, pod.address())?;
     let agent = site.start()?;
     states(&agent, 0.0, 0.0, 1.0)?;
+    ensure!(list(&pod)?.status == 503, "the list may be older than that record, and have its former pod");
+    // A pod that has the address has a record of its own.
+    records.add(&sandbox, &pod)?;
+    states(&agent, 1.0, 0.0, 1.0)?;
     site.serves(&pod, "app")?;
 
     let stranger = Sandbox::new("default", "stranger", "99999999-2222-3333-4444-555555555555");
     records.add_forged(&stranger, pod.address())?;
-    states(&agent, 0.0, 1.0, 1.0)?;
+    states(&agent, 1.0, 1.0, 1.0)?;
     let answer = list(&pod)?;
     ensure!(answer.status == 503, "{answer:?}");
     records.remove(&stranger)?;
-    states(&agent, 0.0, 0.0, 1.0)?;
+    states(&agent, 1.0, 0.0, 1.0)?;
     site.serves(&pod, "app")?;
     agent.stop()
 }
