@@ -43,8 +43,8 @@ pub struct Session(Weak<Slot>);
 /// The sessions of this node's pods.
 pub struct Cache {
     slots: Map<Arc<Key>, Arc<Slot>>,
-    /// Which sessions a pod may use, so that the last one to go takes them along.
-    of_pod: Mutex<HashMap<PodUid, Vec<Arc<Key>>>>,
+    /// Which session a pod may use, so that the last one to go takes it along.
+    of_pod: Mutex<HashMap<PodUid, Arc<Key>>>,
     issuer: Arc<dyn Issue>,
     budget: Arc<Budget>,
     holds: Holds,
@@ -106,12 +106,11 @@ impl Cache {
     pub fn forget(&self, pod: &PodUid) {
         {
             let mut of_pod = self.of_pod();
-            for key in of_pod.remove(pod).unwrap_or_default() {
-                if let Some(slot) = self.slots.get(&key)
-                    && slot.leave(pod)
-                {
-                    self.drop_slot(&key, &slot);
-                }
+            if let Some(key) = of_pod.remove(pod)
+                && let Some(slot) = self.slots.get(&key)
+                && slot.leave(pod)
+            {
+                self.drop_slot(&key, &slot);
             }
             for (key, slot) in self.slots.iter().filter(|(_, slot)| slot.abandoned()) {
                 self.drop_slot(&key, &slot);
@@ -152,10 +151,16 @@ impl Cache {
             let mut of_pod = self.of_pod();
             let start = || Slot::start(self.issuer.clone(), self.budget.clone(), self.holds.clone());
             let slot = self.slots.get_with(key.clone(), start);
-            slot.join(grant);
-            let keys = of_pod.entry(uid.clone()).or_default();
-            if !keys.contains(key) {
-                keys.push(key.clone());
+            // A pod that is gone, or whose account was changed meanwhile, would never leave again.
+            if (self.holds)(grant) {
+                slot.join(grant);
+                if let Some(former) = of_pod.insert(uid.clone(), key.clone()).filter(|former| former != key)
+                    && let Some(left) = self.slots.get(&former)
+                    && left.leave(uid)
+                {
+                    // Whoever waits for it still holds it; otherwise it ends here.
+                    self.slots.invalidate(&former);
+                }
             }
             slot
         };
@@ -163,7 +168,7 @@ impl Cache {
         slot
     }
 
-    fn of_pod(&self) -> MutexGuard<'_, HashMap<PodUid, Vec<Arc<Key>>>> {
+    fn of_pod(&self) -> MutexGuard<'_, HashMap<PodUid, Arc<Key>>> {
         self.of_pod.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -182,3 +187,75 @@ impl std::fmt::Debug for Cache {
 #[cfg(test)]
 #[path = "cache/model_tests.rs"]
 mod model_tests;
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::Future,
+        pin::Pin,
+        sync::atomic::{AtomicBool, Ordering::SeqCst},
+    };
+
+    use super::*;
+    use crate::attribute::Workload;
+
+    #[derive(Debug)]
+    struct Always;
+
+    impl Issue for Always {
+        fn issue<'a>(
+            &'a self,
+            grant: &'a Grant,
+        ) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
+            Box::pin(async { Ok(Credential::sample(grant.role().name(), Duration::from_secs(3_600))) })
+        }
+    }
+
+    fn cache(holds: impl Fn(&Grant) -> bool + Send + Sync + 'static) -> Cache {
+        let metrics = Metrics::new("test").unwrap();
+        Cache::new(Arc::new(Always), Budget::new(1_000, 1_000, metrics.clone()), holds, metrics)
+    }
+
+    fn grant(pod: &str, role: &str) -> Grant {
+        let role = format!("arn:aws:iam::111122223333:role/{role}");
+        Grant::sample(Workload::sample(pod, &format!("uid-{pod}"), "reader"), &role)
+    }
+
+    fn in_4s() -> Instant {
+        Instant::now() + Duration::from_secs(4)
+    }
+
+    /// Whoever may change a service account can do so as often as it likes.
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_takes_the_place_of_one_session_however_often_its_account_is_changed() {
+        let cache = cache(|_| true);
+        let shared = grant("b", "role-0");
+        cache.get(&shared, in_4s()).await.unwrap();
+        for number in 0..100 {
+            let role = format!("role-{number}");
+            let credential = cache.get(&grant("a", &role), in_4s()).await.unwrap();
+            assert_eq!(credential.access_key_id(), role);
+        }
+        cache.count();
+        assert_eq!(cache.slots.entry_count(), 2, "its last one, and that of the other pod");
+        assert_eq!(cache.of_pod().len(), 2);
+        assert!(cache.in_hand(&cache.session(&shared)).is_some(), "which lost nothing");
+    }
+
+    /// Between the look at who is calling and this, a pod may be deleted.
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_is_gone_joins_no_session() {
+        let live = Arc::new(AtomicBool::new(true));
+        let cache = cache({
+            let live = live.clone();
+            move |grant| grant.workload().pod() != "gone" || live.load(SeqCst)
+        });
+        cache.get(&grant("a", "role"), in_4s()).await.unwrap();
+        live.store(false, SeqCst);
+        cache.forget(grant("gone", "role").workload().uid());
+        cache.session(&grant("gone", "role"));
+        cache.forget(grant("a", "role").workload().uid());
+        cache.count();
+        assert_eq!((cache.slots.entry_count(), cache.of_pod().len()), (0, 0), "dropped with its last pod");
+    }
+}

@@ -48,7 +48,8 @@ struct Shared {
     waiting: AtomicBool,
     wake: Notify,
     last_used: Mutex<Option<Instant>>,
-    /// The pods that share this session: any one of them can stand for it at the API server.
+    /// The pods that share this session: any one of them can stand for it at the API server. Locked before the state,
+    /// where both are needed.
     pods: Mutex<HashMap<PodUid, Member>>,
 }
 
@@ -68,11 +69,12 @@ impl Slot {
 
     /// Seconds from now, and what went wrong last.
     pub(super) fn describe(&self) -> serde_json::Value {
+        let pods = self.shared.pods().len();
         let state = self.shared.state.borrow();
         let until = |at: Instant| at.saturating_duration_since(Instant::now()).as_secs();
         let held = state.held.as_ref();
         serde_json::json!({
-            "pods": self.shared.pods().len(),
+            "pods": pods,
             "access_key_id": held.map(|held| held.credential.access_key_id()),
             "age_seconds": held.map(|held| held.credential.issued_at().elapsed().as_secs()),
             "refresh_in_seconds": held.map(|held| until(held.refresh_at)),

@@ -37,14 +37,7 @@ impl Shared {
         loop {
             self.due().await;
             let turn = self.turn(&budget).await;
-            let Some(grant) = self.stand_in(&holds) else {
-                // Nobody may use it any more, so nobody shall; a new pod wakes it.
-                self.satisfied();
-                let nobody = Refusal::new(Reason::PodGone, "no live pod's service account has this role any more");
-                let until = Instant::now() + GONE;
-                self.state.send_replace(State { held: None, failure: Some((nobody, until)) });
-                continue;
-            };
+            let Some(grant) = self.stand_in(&holds) else { continue };
             let issued = issuer.issue(&grant).await;
             turn.ended(issued.as_ref().err());
             match issued {
@@ -142,7 +135,15 @@ impl Shared {
     fn stand_in(&self, holds: &Holds) -> Option<Grant> {
         let mut pods = self.pods();
         pods.retain(|_, member| holds(&member.grant));
-        pods.values().min_by_key(|member| member.refused).map(|member| member.grant.clone())
+        let chosen = pods.values().min_by_key(|member| member.refused).map(|member| member.grant.clone());
+        if chosen.is_none() {
+            // Nobody may use it any more, so nobody shall; a new pod wakes it, and joins after this.
+            self.satisfied();
+            let nobody = Refusal::new(Reason::PodGone, "no live pod's service account has this role any more");
+            let until = Instant::now() + GONE;
+            self.state.send_replace(State { held: None, failure: Some((nobody, until)) });
+        }
+        chosen
     }
 
     /// Notes that this pod was refused; how many pods there are.
