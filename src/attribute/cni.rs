@@ -16,6 +16,7 @@ use std::{
 
 use futures::StreamExt;
 use inotify::{EventMask, Inotify, WatchMask};
+use nix::errno::Errno;
 use serde::Deserialize;
 use tracing::{debug, info, warn};
 
@@ -31,6 +32,8 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Records {
     folder: PathBuf,
+    /// Asked for once: by the kernel, this moment moves when the clock is set.
+    boot: i64,
     attributor: Arc<Attributor>,
     metrics: Metrics,
 }
@@ -38,6 +41,8 @@ pub struct Records {
 /// Why a file of the folder is not a record of a pod's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Skip {
+    /// For want of file descriptors or memory: nothing that the file says.
+    NotNow,
     Unreadable,
     TooLarge,
     NotJson,
@@ -49,6 +54,7 @@ pub(crate) enum Skip {
 impl Skip {
     fn label(self) -> &'static str {
         match self {
+            Self::NotNow => "not_now",
             Self::Unreadable => "unreadable",
             Self::TooLarge => "too_large",
             Self::NotJson => "not_json",
@@ -61,7 +67,7 @@ impl Skip {
 
 impl Records {
     pub fn new(folder: PathBuf, attributor: Arc<Attributor>, metrics: Metrics) -> Self {
-        Self { folder, attributor, metrics }
+        Self { folder, boot: boot_time(), attributor, metrics }
     }
 
     /// Reads what is there. To be done before the pods are listed: what lies here then and names none of them is
@@ -113,18 +119,17 @@ impl Records {
             if event.mask.intersects(EventMask::DELETE | EventMask::MOVED_FROM) {
                 self.attributor.apply(Event::RecordGone(id.into()));
             } else {
-                self.read_one(id, boot_time());
+                self.read_one(id)?;
             }
         }
         Ok(())
     }
 
     fn read_all(&self) -> io::Result<usize> {
-        let boot = boot_time();
         let mut present = Vec::new();
         for entry in std::fs::read_dir(&self.folder)? {
             if let Ok(name) = entry?.file_name().into_string() {
-                self.read_one(&name, boot);
+                self.read_one(&name)?;
                 present.push(Arc::<str>::from(name));
             }
         }
@@ -133,9 +138,15 @@ impl Records {
         Ok(count)
     }
 
-    fn read_one(&self, id: &str, boot: i64) {
-        match read(&self.folder.join(id), id, boot) {
+    /// An error is to be followed by another look at the whole folder.
+    fn read_one(&self, id: &str) -> io::Result<()> {
+        match read(&self.folder.join(id), id, self.boot) {
             Ok(record) => self.attributor.apply(Event::Record(record)),
+            Err(Skip::NotNow) => {
+                self.metrics.cni_skipped(Skip::NotNow.label());
+                // What is known of it stays: a pod whose record is gone would lose its address.
+                return Err(io::Error::other("no file descriptor or memory to read a CNI record with"));
+            }
             Err(skip) => {
                 self.metrics.cni_skipped(skip.label());
                 debug!(file = id, reason = skip.label(), "CNI record skipped");
@@ -143,12 +154,13 @@ impl Records {
                 self.attributor.apply(Event::RecordGone(id.into()));
             }
         }
+        Ok(())
     }
 }
 
 fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
-    let file = File::open(path).map_err(|_| Skip::Unreadable)?;
-    let metadata = file.metadata().map_err(|_| Skip::Unreadable)?;
+    let file = File::open(path).map_err(|error| unread(&error))?;
+    let metadata = file.metadata().map_err(|error| unread(&error))?;
     if !metadata.is_file() {
         return Err(Skip::Foreign);
     }
@@ -160,8 +172,15 @@ fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
         return Err(Skip::BeforeBoot);
     }
     let mut json = Vec::new();
-    file.take(MAX_SIZE).read_to_end(&mut json).map_err(|_| Skip::Unreadable)?;
+    file.take(MAX_SIZE).read_to_end(&mut json).map_err(|error| unread(&error))?;
     parse(&json, id, (metadata.mtime(), metadata.mtime_nsec()))
+}
+
+fn unread(error: &io::Error) -> Skip {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Skip::NotNow,
+        _ => Skip::Unreadable,
+    }
 }
 
 /// What is needed of libcni's cache entry.
@@ -234,6 +253,12 @@ mod tests {
         let record = parse(BRIDGE.as_bytes(), "kit-1198af-eth0", (7, 0)).unwrap();
         assert_eq!((&*record.pod.0, &*record.interface), ("794615a3", "eth0"));
         assert_eq!(record.addresses, ["10.244.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    }
+
+    #[test]
+    fn want_of_file_descriptors_is_nothing_that_a_record_says() {
+        assert_eq!(unread(&io::Error::from(Errno::EMFILE)), Skip::NotNow);
+        assert_eq!(unread(&io::Error::from(Errno::ENOENT)), Skip::Unreadable);
     }
 
     #[test]
