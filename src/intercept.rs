@@ -20,8 +20,11 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, socket, sockopt,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{
+            AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, socket, sockopt,
+        },
     },
 };
 use tokio::{
@@ -41,6 +44,8 @@ pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADA
 use source::Sources;
 pub use source::{MAX_DELAY, Share};
 
+/// File descriptors for all but pods' connections: STS, the API server, CNI records, `nft`.
+const OTHER_DESCRIPTORS: usize = 256;
 /// Connections that are told "too many" at once.
 const TURNED_AWAY: usize = 64;
 
@@ -114,6 +119,23 @@ impl Accepted {
     /// must be kept for as long as it is open.
     pub fn into_parts(self) -> (TcpStream, Option<Peer>, Share, impl Send) {
         (self.stream, self.peer, self.share, self._permit)
+    }
+}
+
+/// Makes room for as many file descriptors as there may be connections: a container runtime may leave an agent with
+/// 1,024, and what is without one then can neither accept, nor ask STS, nor read a CNI record.
+pub fn make_room(connections: usize) {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
+    match raised {
+        Ok(most) if most >= (connections + OTHER_DESCRIPTORS) as u64 => {}
+        Ok(most) => warn!(
+            descriptors = most,
+            max_connections = connections,
+            "fewer file descriptors are allowed than connections: raise the limit of the container runtime \
+             (LimitNOFILE), or lower --max-connections"
+        ),
+        Err(error) => warn!(%error, "cannot raise the number of file descriptors"),
     }
 }
 
@@ -274,4 +296,17 @@ fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
     }
     let v6 = getsockopt(stream, sockopt::Ip6tOriginalDst).ok()?;
     Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_file_descriptors_as_are_allowed_are_used() {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, hard / 2, hard).unwrap();
+        make_room(2_048);
+        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
+    }
 }

@@ -1,14 +1,15 @@
 //! The admin port: metrics and health, for the kubelet and Prometheus. Pods cannot reach it through the metadata
-//! address, and it serves no secret of theirs.
+//! address, and it serves no secret of theirs. Where it listens on more than loopback any pod may ask it, so names of
+//! pods and roles are for this node's own processes.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 use tracing::{debug, warn};
 
 use super::{Metrics, Readiness};
@@ -16,32 +17,52 @@ use super::{Metrics, Readiness};
 /// What the agent holds, as JSON, for whoever debugs it.
 pub type Page = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 
+/// A few Prometheuses; whoever opens more must not take the file descriptors that pods' connections need. As many
+/// again from this node itself, so that nobody elsewhere keeps the kubelet's probes out.
+const CONNECTIONS: usize = 64;
+/// However slowly somebody reads, or often asks: the place is another's then.
+const LONGEST: Duration = Duration::from_secs(600);
+
 /// Serves until it is dropped.
 pub async fn serve_admin(listener: &TcpListener, metrics: &Metrics, readiness: &Readiness, slots: &Page) {
+    let (here, elsewhere) = (Arc::new(Semaphore::new(CONNECTIONS)), Arc::new(Semaphore::new(CONNECTIONS)));
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 warn!(%error, "cannot accept on the admin port");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
+        let is_here = is_here(from);
+        let places = if is_here { &here } else { &elsewhere };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            debug!(%from, "too many connections to the admin port");
+            continue;
+        };
         let (metrics, readiness, slots) = (metrics.clone(), readiness.clone(), slots.clone());
+        let slots = is_here.then_some(slots);
         tokio::spawn(async move {
+            let _place = place;
             let answer = service_fn(|request: Request<Incoming>| {
-                let response = answer(request.method(), request.uri().path(), &metrics, &readiness, &slots);
+                let response = answer(request.method(), request.uri().path(), &metrics, &readiness, slots.as_ref());
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(Duration::from_secs(30))
                 .serve_connection(TokioIo::new(stream), answer);
-            if let Err(error) = connection.await {
+            if let Ok(Err(error)) = timeout(LONGEST, connection).await {
                 debug!(%error, "admin connection");
             }
         });
     }
+}
+
+/// By an address that nobody can have elsewhere.
+fn is_here(from: SocketAddr) -> bool {
+    from.ip().to_canonical().is_loopback()
 }
 
 fn answer(
@@ -49,7 +70,7 @@ fn answer(
     path: &str,
     metrics: &Metrics,
     readiness: &Readiness,
-    slots: &Page,
+    slots: Option<&Page>,
 ) -> Response<Full<Bytes>> {
     if !matches!(*method, Method::GET | Method::HEAD) {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
@@ -65,7 +86,10 @@ fn answer(
             Ok(metrics) => text(StatusCode::OK, metrics),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         },
-        "/debug/slots" => text(StatusCode::OK, format!("{:#}\n", slots())),
+        "/debug/slots" => match slots {
+            Some(slots) => text(StatusCode::OK, format!("{:#}\n", slots())),
+            None => text(StatusCode::FORBIDDEN, "only from this node: 127.0.0.1\n"),
+        },
         _ => text(StatusCode::NOT_FOUND, "/metrics\n/healthz\n/readyz\n/debug/slots\n"),
     }
 }

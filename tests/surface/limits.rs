@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lab::agent::Agent;
-use lab::http::{CREDENTIALS_PATH, Wire};
+use lab::http::{CREDENTIALS_PATH, Client, Wire};
 use lab::poll::{poll, timed};
 
 use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
@@ -64,5 +64,29 @@ fn a_tight_loop_is_delayed_or_told_to_come_back_and_no_other_pod_waits() -> Resu
     ensure!(statuses.contains(&200) && statuses.contains(&503), "{statuses:?}");
     let refused = agent.metric("kirsa_refusals_total", &[("reason", "too_many_requests")])?;
     ensure!(refused as usize == statuses.iter().filter(|status| **status == 503).count());
+    agent.stop()
+}
+
+/// Where Prometheus is to reach the admin port, every pod can; it learns counts there, and cannot keep others out.
+#[test]
+fn what_pods_can_read_of_the_admin_port_names_nobody_and_they_cannot_keep_the_node_out() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let agent = Agent::start(&site.node, &site.options.clone().flag("--admin-address", "[::]:8182"))?;
+    ensure!(get(&reader, &credentials("reader"))?.status == 200);
+    let admin = (site.node.host_ip(), 8182);
+    let ask = |path: &str| Client::new(reader.netns(), admin).get(path).send();
+    let metrics = ask("/metrics")?;
+    ensure!(metrics.status == 200 && !metrics.body.contains("reader"), "{metrics:?}");
+    let slots = ask("/debug/slots")?;
+    ensure!(slots.status == 403 && !slots.body.contains("reader"), "{slots:?}");
+    ensure!(agent.admin("/debug/slots")?.body.contains("reader-role"), "the node's own processes may");
+
+    let held: Vec<_> =
+        (0..64).map(|_| reader.netns().connect(admin.into(), PATIENCE)).collect::<std::io::Result<_>>()?;
+    poll("all places to be taken", PATIENCE, || ask("/metrics").is_err().then_some(()))?;
+    ensure!(agent.admin("/healthz")?.status == 200, "the kubelet has places of its own");
+    drop(held);
+    poll("a place", PATIENCE, || ask("/metrics").is_ok().then_some(()))?;
     agent.stop()
 }
