@@ -18,7 +18,8 @@ use std::{
 use aws_sdk_sts::{
     Client, Config,
     config::{
-        BehaviorVersion, Builder, Region, StalledStreamProtectionConfig, retry::RetryConfig, timeout::TimeoutConfig,
+        BehaviorVersion, Builder, Region, StalledStreamProtectionConfig, http::HttpResponse, retry::RetryConfig,
+        timeout::TimeoutConfig,
     },
     error::{ProvideErrorMetadata, SdkError},
     operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError,
@@ -211,12 +212,21 @@ fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, Stri
             let status = status.unwrap_or(0);
             match code {
                 Some(code) => format!("{status} {code}: {}", answer.err().message().unwrap_or("no message")),
-                None => format!("{status} without a code: {}", describe(answer.err())),
+                None => format!("{status} without a code: {}", outline(answer.raw())),
             }
         }
         other => describe(other),
     };
     (reason, said)
+}
+
+/// What is known of an answer that was not understood without quoting it: the SDK's own words have parts of it, and it
+/// may hold credentials.
+fn outline(answer: &HttpResponse) -> String {
+    let size = answer.body().bytes().map_or(0, <[u8]>::len);
+    let kind = answer.headers().get("content-type").unwrap_or("no content type");
+    let kind: String = kind.chars().filter(char::is_ascii_graphic).take(40).collect();
+    format!("{size} bytes ({kind}) that are no answer of an STS")
 }
 
 /// STS API Reference, AssumeRoleWithWebIdentity, "Errors", and "Common Errors".
