@@ -11,12 +11,13 @@ pub mod pod;
 pub mod watch;
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
     fmt,
     future::Future,
     net::IpAddr,
     pin::Pin,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -24,7 +25,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc, watch as signal},
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
 pub use directory::{Change, Directory, Event};
@@ -42,6 +43,10 @@ use pod::Pod;
 pub const PATIENCE: Duration = Duration::from_millis(800);
 /// When the watch seems to lag, one read of the API server; early enough to be back before [`PATIENCE`] ends.
 const LIVE_READ_AFTER: Duration = Duration::from_millis(400);
+/// Of one read, its waiting for others included.
+const LIVE_READ_LIMIT: Duration = Duration::from_secs(10);
+/// Between two reads for one address: a process that stays unknown may ask as often as it likes.
+const LIVE_READ_PAUSE: Duration = Duration::from_secs(2);
 
 /// A pod that is calling, or that was bound to this node and is going to. Only this stage makes one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +103,8 @@ pub struct Attributor {
     edition: AtomicU64,
     changes: mpsc::UnboundedSender<Change>,
     live_read: RwLock<Option<LiveRead>>,
+    /// When each address was last read live, of the last seconds.
+    reads: Mutex<HashMap<IpAddr, Instant>>,
     /// A pod is here that the watch should have told of.
     doubt: Notify,
     metrics: Metrics,
@@ -113,6 +120,7 @@ impl Attributor {
             edition: AtomicU64::new(0),
             changes,
             live_read: RwLock::default(),
+            reads: Mutex::default(),
             doubt: Notify::new(),
             metrics,
         };
@@ -187,15 +195,7 @@ impl Attributor {
             if self.is_announced(peer.source().ip()) {
                 self.doubt.notify_one();
             }
-            let read = self
-                .live_read
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .as_ref()
-                .map(|read| read(peer.source().ip()));
-            if let Some(read) = read {
-                read.await;
-            }
+            self.read_live(peer.source().ip());
             std::future::pending::<()>().await;
         };
         tokio::pin!(live_read);
@@ -218,6 +218,20 @@ impl Attributor {
                     return Err(refusal);
                 }
             }
+        }
+    }
+
+    /// Unless somebody has just done so. Whatever comes of it wakes whoever waits, and is of use to whoever comes next:
+    /// the read goes on when this caller has given up.
+    fn read_live(&self, address: IpAddr) {
+        let read = self.live_read.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(read) = read.as_ref() else { return };
+        let now = Instant::now();
+        let mut reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
+        reads.retain(|_, at| now.duration_since(*at) < LIVE_READ_PAUSE);
+        if let Entry::Vacant(entry) = reads.entry(address) {
+            entry.insert(now);
+            tokio::spawn(timeout(LIVE_READ_LIMIT, read(address)));
         }
     }
 
@@ -301,6 +315,16 @@ mod tests {
         assert_eq!(refusal.reason, Reason::UnknownPod);
         assert!(began.elapsed() >= PATIENCE && began.elapsed() < PATIENCE + Duration::from_millis(10));
         assert_eq!(reads.load(std::sync::atomic::Ordering::SeqCst), 1);
+
+        // However many ask at once, and again; another address has its own.
+        for (address, expected) in [("10.0.0.1", 1), ("10.0.0.2", 2), ("10.0.0.1", 3)] {
+            let (asked, until) = (peer(address), Instant::now() + PATIENCE);
+            let all = (0..50).map(|_| attributor.attribute(&asked, until));
+            for answer in futures::future::join_all(all).await {
+                assert_eq!(answer.unwrap_err().reason, Reason::UnknownPod);
+            }
+            assert_eq!(reads.load(std::sync::atomic::Ordering::SeqCst), expected, "{address}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -27,6 +27,9 @@ pub(crate) const WATCH_SECONDS: u32 = 240;
 /// Between tries, with jitter, so that a node's agents do not all come back at once.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
+/// At once: a new pod's must not wait for a stranger's that is slow.
+const LIVE_READS: usize = 4;
+
 /// A watch that is in doubt, and says nothing, is started anew; at most this often.
 const DOUBT: Duration = Duration::from_secs(5);
 
@@ -104,14 +107,15 @@ fn translate(event: watcher::Event<SlimPod>) -> Option<Event> {
     })
 }
 
-/// For an address that the watch has not shown: one read, of which one at a time is under way whoever asks.
+/// For an address that the watch has not shown: one read, of which few are under way whoever asks.
 pub fn live_read(client: Client, node: String, attributor: Arc<Attributor>) -> LiveRead {
-    let turns = Arc::new(Semaphore::new(1));
+    let turns = Arc::new(Semaphore::new(LIVE_READS));
     let pods: Api<SlimPod> = Api::all(client);
     Box::new(move |address: IpAddr| {
         let (turns, pods, attributor, node) = (turns.clone(), pods.clone(), attributor.clone(), node.clone());
         Box::pin(async move {
-            let Ok(_turn) = turns.try_acquire() else { return };
+            // Closed never; whoever waits for too long gives up by itself.
+            let Ok(_turn) = turns.acquire().await else { return };
             let query = ListParams::default().fields(&format!("spec.nodeName={node},status.podIP={address}"));
             let mut found = pods.list(&query).await;
             if matches!(found, Err(ref error) if !matches!(error, kube::Error::Api(_))) {
