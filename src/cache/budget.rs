@@ -27,8 +27,9 @@ use crate::{
 /// Exchanges that are under way at once; each may take four seconds.
 const CONCURRENT: usize = 32;
 
-/// So many failures in a row, of whichever sessions, are no matter of one session.
+/// So many failures in a row, and of so many sessions, are no matter of one role or one account.
 const TROUBLE: u32 = 5;
+const IN_TROUBLE: usize = 3;
 /// Between two tries of the whole node in trouble: full jitter over this range, doubled with each failure.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Between two exchanges after that, at most, until nobody is left in the queue.
@@ -52,8 +53,9 @@ struct State {
     running: usize,
     queue: BTreeSet<Ticket>,
     next: u64,
-    /// Exchanges in a row that failed and may pass.
+    /// Exchanges in a row that failed and may pass, and whose they were, of the first few.
     failures: u32,
+    failing: Vec<Asking>,
     /// Something upstream has just come back.
     recovering: bool,
     /// In trouble and after it, no exchange that nobody waits for begins before.
@@ -63,9 +65,22 @@ struct State {
 /// Most urgent first, then first come.
 type Ticket = (Reverse<Urgency>, u64);
 
+/// Tells sessions apart.
+pub(super) type Asking = usize;
+
 /// The right to one exchange, while it is held.
 #[derive(Debug)]
-pub(super) struct Turn(Arc<Budget>);
+pub(super) struct Turn {
+    budget: Arc<Budget>,
+    asking: Asking,
+    urgency: Urgency,
+}
+
+impl State {
+    fn in_trouble(&self) -> bool {
+        self.failures >= TROUBLE && self.failing.len() >= IN_TROUBLE
+    }
+}
 
 impl Budget {
     pub fn new(rate: u32, burst: u32, metrics: Metrics) -> Arc<Self> {
@@ -77,6 +92,7 @@ impl Budget {
             queue: BTreeSet::new(),
             next: 0,
             failures: 0,
+            failing: Vec::new(),
             recovering: false,
             resume: now,
         };
@@ -90,7 +106,7 @@ impl Budget {
     }
 
     /// Waits until it is this one's turn; dropping the future gives up the place.
-    pub(super) async fn turn(self: &Arc<Self>, urgency: Urgency) -> Turn {
+    pub(super) async fn turn(self: &Arc<Self>, urgency: Urgency, asking: Asking) -> Turn {
         let began = Instant::now();
         let place = Place::take(self, urgency);
         loop {
@@ -106,7 +122,7 @@ impl Budget {
             }
         }
         self.metrics.exchange_waited(urgency, began.elapsed());
-        Turn(self.clone())
+        Turn { budget: self.clone(), asking, urgency }
     }
 
     fn try_begin(&self, ticket: &Ticket) -> Begin {
@@ -117,7 +133,7 @@ impl Budget {
         if state.queue.first() != Some(ticket) || state.running >= CONCURRENT {
             return Begin::WhenOthersHave;
         }
-        let in_trouble = state.failures >= TROUBLE;
+        let in_trouble = state.in_trouble();
         let held_back = (in_trouble || state.recovering) && ticket.0 != Reverse(Urgency::Waiting);
         if held_back && now < state.resume {
             return Begin::InABit(state.resume - now);
@@ -174,25 +190,33 @@ impl Drop for Place<'_> {
 impl Turn {
     /// The exchange has ended, and how.
     pub(super) fn ended(self, refusal: Option<&Refusal>) {
-        let mut state = self.0.state();
+        let mut state = self.budget.state();
         // A definite no is an answer, too.
         if refusal.is_some_and(|refusal| refusal.reason.spec().memory == Memory::Backoff) {
             state.failures = state.failures.saturating_add(1);
-            let doublings = state.failures.saturating_sub(TROUBLE).min(16);
-            let ceiling = PAUSE.0.saturating_mul(1 << doublings).min(PAUSE.1);
-            state.resume = Instant::now() + ceiling.mul_f64(fastrand::f64());
-        } else if state.failures >= TROUBLE {
-            (state.failures, state.recovering, state.resume) = (0, true, Instant::now());
+            if state.failing.len() < IN_TROUBLE && !state.failing.contains(&self.asking) {
+                state.failing.push(self.asking);
+            }
+            // A pod that asks again and again makes nobody else wait for longer.
+            if self.urgency != Urgency::Waiting {
+                let doublings = state.failures.saturating_sub(TROUBLE).min(16);
+                let ceiling = PAUSE.0.saturating_mul(1 << doublings).min(PAUSE.1);
+                state.resume = Instant::now() + ceiling.mul_f64(fastrand::f64());
+            }
         } else {
+            if state.in_trouble() {
+                (state.recovering, state.resume) = (true, Instant::now());
+            }
             state.failures = 0;
+            state.failing.clear();
         }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.state().running -= 1;
-        self.0.changed.notify_waiters();
+        self.budget.state().running -= 1;
+        self.budget.changed.notify_waiters();
     }
 }
 
@@ -210,7 +234,7 @@ mod tests {
         let budget = budget(10, 5);
         let began = Instant::now();
         for _ in 0..25 {
-            drop(budget.turn(Urgency::Ahead).await);
+            drop(budget.turn(Urgency::Ahead, 0).await);
         }
         let took = began.elapsed().as_millis();
         assert!((2_000..2_100).contains(&took), "20 beyond the burst at 10 a second: {took} ms");
@@ -219,12 +243,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn waiting_pods_come_first_whoever_queued_before() {
         let budget = budget(1, 1);
-        drop(budget.turn(Urgency::Refresh).await);
+        drop(budget.turn(Urgency::Refresh, 0).await);
         let order = Arc::new(Mutex::new(Vec::new()));
         let queued = [Urgency::Refresh, Urgency::Ahead, Urgency::Waiting].map(|urgency| {
             let (budget, order) = (budget.clone(), order.clone());
             tokio::spawn(async move {
-                let _turn = budget.turn(urgency).await;
+                let _turn = budget.turn(urgency, 0).await;
                 order.lock().unwrap().push(urgency);
             })
         });
@@ -242,11 +266,11 @@ mod tests {
         let tries = Arc::new(Mutex::new(Vec::new()));
         let began = Instant::now();
         let sessions: Vec<_> = (0..20)
-            .map(|_| {
+            .map(|session| {
                 let (budget, away, tries) = (budget.clone(), away.clone(), tries.clone());
                 tokio::spawn(async move {
                     loop {
-                        let turn = budget.turn(Urgency::Refresh).await;
+                        let turn = budget.turn(Urgency::Refresh, session).await;
                         sleep(Duration::from_millis(100)).await;
                         tries.lock().unwrap().push(began.elapsed());
                         let failed = away.load(std::sync::atomic::Ordering::SeqCst);
@@ -264,7 +288,7 @@ mod tests {
         assert!((100..300).contains(&tried.len()), "{} tries in half an hour", tried.len());
         // Whoever waits is let through, and fails or succeeds by itself.
         let asked = Instant::now();
-        budget.turn(Urgency::Waiting).await.ended(Some(&Reason::StsUnavailable.into()));
+        budget.turn(Urgency::Waiting, 0).await.ended(Some(&Reason::StsUnavailable.into()));
         assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
 
         away.store(false, std::sync::atomic::Ordering::SeqCst);
@@ -276,16 +300,44 @@ mod tests {
         assert!((20..180).contains(&took), "twenty sessions, 3 s apart on average: {took} s");
     }
 
+    /// A role whose STS or admission fails, and two pods that ask for it all the time; nothing else succeeds meanwhile.
     #[tokio::test(start_paused = true)]
     async fn one_session_that_fails_holds_up_no_other() {
         let budget = budget(20, 50);
-        for _ in 0..100 {
-            budget.turn(Urgency::Waiting).await.ended(Some(&Reason::StsUnavailable.into()));
-            let began = Instant::now();
-            budget.turn(Urgency::Refresh).await.ended(None);
-            assert!(began.elapsed() < Duration::from_millis(100));
-            budget.turn(Urgency::Refresh).await.ended(Some(&Reason::AccessDenied.into()));
+        for round in 0..100 {
+            for urgency in [Urgency::Waiting, Urgency::Ahead] {
+                budget.turn(urgency, 1).await.ended(Some(&Reason::StsUnavailable.into()));
+            }
+            if round % 10 == 9 {
+                let began = Instant::now();
+                budget.turn(Urgency::Refresh, 2).await.ended(None);
+                budget.turn(Urgency::Ahead, 3).await.ended(Some(&Reason::AccessDenied.into()));
+                assert!(began.elapsed() < Duration::from_millis(200), "{:?}", began.elapsed());
+            }
         }
+    }
+
+    /// What is away is tried for the node at its own pace, however often pods ask.
+    #[tokio::test(start_paused = true)]
+    async fn pods_that_wait_in_vain_do_not_put_off_the_others() {
+        let budget = budget(1_000, 1_000);
+        for session in 0..10 {
+            budget.turn(Urgency::Waiting, session).await.ended(Some(&Reason::StsUnavailable.into()));
+        }
+        let began = Instant::now();
+        budget.turn(Urgency::Refresh, 20).await.ended(Some(&Reason::StsUnavailable.into()));
+        assert!(began.elapsed() < Duration::from_millis(10));
+        let asks = async {
+            loop {
+                budget.turn(Urgency::Waiting, 0).await.ended(Some(&Reason::StsUnavailable.into()));
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::select! {
+            () = asks => {}
+            _ = budget.turn(Urgency::Refresh, 20) => {}
+        }
+        assert!(began.elapsed() <= PAUSE.1 + Duration::from_secs(1), "{:?}", began.elapsed());
     }
 
     #[tokio::test(start_paused = true)]
@@ -293,11 +345,11 @@ mod tests {
         let budget = budget(1_000_000, 1_000);
         let mut turns = Vec::new();
         for _ in 0..CONCURRENT {
-            turns.push(budget.turn(Urgency::Waiting).await);
+            turns.push(budget.turn(Urgency::Waiting, 0).await);
         }
-        let impatient = tokio::time::timeout(Duration::from_secs(1), budget.turn(Urgency::Waiting)).await;
+        let impatient = tokio::time::timeout(Duration::from_secs(1), budget.turn(Urgency::Waiting, 0)).await;
         assert!(impatient.is_err());
         turns.pop();
-        drop(budget.turn(Urgency::Refresh).await);
+        drop(budget.turn(Urgency::Refresh, 0).await);
     }
 }

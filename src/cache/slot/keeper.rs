@@ -113,6 +113,7 @@ impl Shared {
 
     /// A turn under the budget, at the urgency that this exchange has by then: a pod may come to wait for a prefetch.
     async fn turn(&self, budget: &Arc<Budget>) -> Turn {
+        let asking = std::ptr::from_ref(self).addr();
         loop {
             let woken = self.wake.notified();
             let urgency = if self.waiting.load(Ordering::SeqCst) {
@@ -124,7 +125,7 @@ impl Shared {
             };
             tokio::select! {
                 biased;
-                turn = budget.turn(urgency) => return turn,
+                turn = budget.turn(urgency, asking) => return turn,
                 () = woken, if urgency != Urgency::Waiting => {}
             }
         }
