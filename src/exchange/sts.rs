@@ -10,7 +10,7 @@ mod knock;
 mod whole;
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -44,6 +44,8 @@ use crate::{
 
 /// What every role allows (IAM User Guide, "Maximum session duration"), in seconds.
 const ROLE_DEFAULT: u32 = 3_600;
+/// Whoever follows the advice to raise it must not have to restart the agents.
+const ASK_AGAIN: Duration = Duration::from_secs(3_600);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
 const SKEW: i64 = 300;
@@ -54,8 +56,8 @@ const SHORTEST: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone)]
 pub struct Sts {
     client: Client,
-    /// Roles that do not allow as much as was asked for; all allow their default.
-    roles_with_default: Arc<Mutex<HashSet<RoleArn>>>,
+    /// Roles that did not allow as much as was asked for, and when; all allow their default.
+    roles_with_default: Arc<Mutex<HashMap<RoleArn, Instant>>>,
     metrics: Metrics,
 }
 
@@ -95,7 +97,7 @@ impl Sts {
     /// Why STS, or what is between here and it, said no.
     pub async fn assume(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
         let asked = grant.key().duration;
-        let duration = if self.roles_with_default().contains(grant.role()) { asked.min(ROLE_DEFAULT) } else { asked };
+        let duration = if self.has_default(grant.role()) { asked.min(ROLE_DEFAULT) } else { asked };
         let answer = self.ask(grant, token, duration).await;
         match answer {
             // STS has no code of its own for this.
@@ -104,14 +106,20 @@ impl Sts {
                     role_arn = %grant.role(), asked_seconds = duration, granted_seconds = ROLE_DEFAULT,
                     "the role's maximum session duration is shorter than asked for: raise it, or ask for less"
                 );
-                self.roles_with_default().insert(grant.role().clone());
+                self.roles_with_default().insert(grant.role().clone(), Instant::now());
                 self.ask(grant, token, ROLE_DEFAULT).await
             }
             answer => answer,
         }
     }
 
-    fn roles_with_default(&self) -> MutexGuard<'_, HashSet<RoleArn>> {
+    fn has_default(&self, role: &RoleArn) -> bool {
+        let mut roles = self.roles_with_default();
+        roles.retain(|_, since| since.elapsed() < ASK_AGAIN);
+        roles.contains_key(role)
+    }
+
+    fn roles_with_default(&self) -> MutexGuard<'_, HashMap<RoleArn, Instant>> {
         self.roles_with_default.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
