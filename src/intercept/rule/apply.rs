@@ -12,6 +12,8 @@ use tracing::{info, warn};
 
 use super::{Backend, CHAINS, RuleSet, TABLE};
 
+/// For the lock that all iptables tools share: one that hangs must not hang the agent, which says so and tries again.
+const WAIT: &str = "--wait=10";
 const IPTABLES: [(&str, &str); 2] = [("iptables", "iptables-restore"), ("ip6tables", "ip6tables-restore")];
 
 /// The rules as they were applied, to apply them again.
@@ -91,10 +93,10 @@ pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
 fn remove_chains(iptables: &str) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     for (table, builtin, chain) in CHAINS {
-        while run(iptables, &["-w", "-t", table, "-D", builtin, "-j", chain], "").is_ok() {}
+        while run(iptables, &[WAIT, "-t", table, "-D", builtin, "-j", chain], "").is_ok() {}
         // Emptying a chain fails only where there is none.
-        if run(iptables, &["-w", "-t", table, "-F", chain], "").is_ok() {
-            run(iptables, &["-w", "-t", table, "-X", chain], "")?;
+        if run(iptables, &[WAIT, "-t", table, "-F", chain], "").is_ok() {
+            run(iptables, &[WAIT, "-t", table, "-X", chain], "")?;
             removed.push(format!("{iptables} chain {chain} of table {table}"));
         }
     }
@@ -108,8 +110,8 @@ fn nft(rules: &RuleSet) -> anyhow::Result<()> {
 fn iptables(rules: &RuleSet) -> anyhow::Result<()> {
     for ((iptables, restore), v6) in IPTABLES.into_iter().zip([false, true]) {
         let jumps = CHAINS
-            .map(|(table, builtin, chain)| run(iptables, &["-w", "-t", table, "-C", builtin, "-j", chain], "").is_ok());
-        match run(restore, &["--noflush", "-w"], &rules.iptables(v6, jumps)) {
+            .map(|(table, builtin, chain)| run(iptables, &[WAIT, "-t", table, "-C", builtin, "-j", chain], "").is_ok());
+        match run(restore, &["--noflush", WAIT], &rules.iptables(v6, jumps)) {
             Ok(_) => {}
             // A kernel without IPv6 has no IPv6 path to the node's role either.
             Err(error) if v6 && rules.host.v6.is_none() => {
