@@ -6,19 +6,23 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow};
 use futures::StreamExt;
-use inotify::{Inotify, WatchMask};
+use inotify::{EventMask, EventStream, Inotify, WatchMask};
 use serde::Deserialize;
 use serde_saphyr::Spanned;
-use tracing::{error, info};
+use tracing::{debug, error, info};
 
 use super::{
     Attributor, Event,
     pod::{Pod, PodUid, ServiceAccountName},
 };
+
+/// How soon a folder that has gone is looked for again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// One entry of the file: a pod, and what its service account would say.
 #[derive(Debug, Clone)]
@@ -160,14 +164,9 @@ pub fn read(file: &Path) -> anyhow::Result<Vec<FileWorkload>> {
 /// Follows the file and hands over what it says now, until dropped.
 ///
 /// # Errors
-/// The folder of the file cannot be followed.
+/// The folder of the file cannot be followed at the start.
 pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -> anyhow::Result<()> {
-    // The folder rather than the file: editors and ConfigMap volumes replace it by renaming.
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let inotify = Inotify::init()?;
-    let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::DELETE;
-    inotify.watches().add(folder, mask).with_context(|| format!("cannot follow {}", folder.display()))?;
-    let mut events = inotify.into_event_stream(vec![0; 4 << 10])?;
+    let mut events = watch(&file)?;
     let mut last: Option<Arc<str>> = None;
     loop {
         match std::fs::read_to_string(&file) {
@@ -190,10 +189,32 @@ pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -
                 error!(file = %file.display(), %error, "workloads file cannot be read: keeping what it said before")
             }
         }
-        if events.next().await.is_none() {
-            return Ok(());
+        let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;
+        if events.next().await.is_none_or(|event| event.is_ok_and(|event| event.mask.intersects(gone))) {
+            // Its folder was replaced: what it said holds until there is another.
+            events = loop {
+                tokio::time::sleep(RETRY).await;
+                match watch(&file) {
+                    Ok(events) => break events,
+                    Err(error) => debug!(error = format!("{error:#}"), "workloads file cannot be followed now"),
+                }
+            };
         }
     }
+}
+
+/// Of the folder rather than of the file: editors and ConfigMap volumes replace it by renaming.
+fn watch(file: &Path) -> anyhow::Result<EventStream<Vec<u8>>> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let inotify = Inotify::init()?;
+    let mask = WatchMask::CLOSE_WRITE
+        | WatchMask::MOVED_TO
+        | WatchMask::CREATE
+        | WatchMask::DELETE
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF;
+    inotify.watches().add(folder, mask).with_context(|| format!("cannot follow {}", folder.display()))?;
+    Ok(inotify.into_event_stream(vec![0; 4 << 10])?)
 }
 
 #[cfg(test)]
@@ -243,5 +264,28 @@ mod tests {
             let error = format!("{:#}", parse(&GOOD.replace(from, to)).unwrap_err());
             assert!(error.contains(named) && !error.contains("eyJ"), "{named}: {error}");
         }
+    }
+
+    /// As configuration management does it.
+    #[tokio::test(start_paused = true)]
+    async fn a_folder_that_is_replaced_is_followed_on() {
+        let parent = std::env::temp_dir().join(format!("kirsa-workloads-{}", std::process::id()));
+        let (folder, file) = (parent.join("now"), parent.join("now/workloads.yaml"));
+        let entry = |pod: &str| format!("workloads:\n- {{pod: {pod}, serviceAccount: sa, addresses: [10.0.0.2]}}\n");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(&file, entry("a")).unwrap();
+        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let following = tokio::spawn(follow(file.clone(), move |workloads| told.send(workloads).unwrap()));
+        assert_eq!(&*heard.recv().await.unwrap()[0].pod.name, "a");
+        let next = parent.join("next");
+        std::fs::create_dir(&next).unwrap();
+        std::fs::write(next.join("workloads.yaml"), entry("b")).unwrap();
+        std::fs::rename(&folder, parent.join("old")).unwrap();
+        std::fs::rename(&next, &folder).unwrap();
+        assert_eq!(&*heard.recv().await.unwrap()[0].pod.name, "b");
+        std::fs::write(&file, entry("c")).unwrap();
+        assert_eq!(&*heard.recv().await.unwrap()[0].pod.name, "c", "not only once");
+        following.abort();
+        std::fs::remove_dir_all(&parent).unwrap();
     }
 }

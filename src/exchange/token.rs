@@ -10,7 +10,7 @@ use k8s_openapi::api::{
     core::v1::ServiceAccount,
 };
 use kube::{Api, Client, api::PostParams};
-use tokio::time::sleep;
+use tokio::{io::AsyncReadExt, time::sleep};
 
 use super::credential::Secret;
 use crate::{
@@ -135,7 +135,9 @@ async fn read(grant: &Grant) -> Result<Secret, Refusal> {
     let wrong = |what: &dyn std::fmt::Display| {
         Refusal::new(Reason::TokenFile, format!("tokenFile {} of {}: {what}", file.display(), grant.workload()))
     };
-    let bytes = zeroize::Zeroizing::new(tokio::fs::read(file).await.map_err(|error| wrong(&error))?);
+    let mut bytes = zeroize::Zeroizing::new(Vec::with_capacity(MAX_TOKEN_FILE + 1));
+    let opened = tokio::fs::File::open(file).await.map_err(|error| wrong(&error))?;
+    opened.take(MAX_TOKEN_FILE as u64 + 1).read_to_end(&mut bytes).await.map_err(|error| wrong(&error))?;
     if bytes.len() > MAX_TOKEN_FILE {
         return Err(wrong(&"is too large for a token"));
     }
