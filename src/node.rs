@@ -11,7 +11,7 @@ use std::{
     future::Future,
     os::fd::{AsFd, BorrowedFd},
     process::ExitCode,
-    sync::{Arc, OnceLock},
+    sync::Arc,
 };
 
 use anyhow::Context;
@@ -25,17 +25,16 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
-    attribute::{Attributor, cni},
-    authorise::{Accounts, Authoriser, Grant},
+    attribute::Attributor,
+    authorise::Grant,
     cache::{Budget, Cache},
-    config::{Command, Config, Source},
+    config::{Command, Config},
     doctor,
-    exchange::{Exchange, sts::Sts, token::TokenSource},
+    exchange::{Exchange, sts::Sts},
     intercept::{
         self, Direct, Doors, Duties, Duty, Handover, Predecessor, Probe,
         rule::{self, Installed},
     },
-    kubernetes::{self, Identity, Kubernetes},
     observe::{self, Metrics, Readiness},
     serve::{Server, session::Sessions, upstream::NodeMetadata},
 };
@@ -134,48 +133,16 @@ pub async fn run(
     let (changed, accounts) = mpsc::unbounded_channel();
     let mut tasks = JoinSet::new();
 
-    let defaults = config.defaults();
-    let role_annotation = format!("{}/role-arn", config.annotation_prefix);
     let conditions = (readiness.condition("pods"), readiness.condition("service accounts"));
-    let (authoriser, tokens, container) = match config.source.clone() {
-        Source::File(path) => {
-            let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
-            follow::follow_file(&path, &attributor, &authoriser, role_annotation, &conditions, &mut tasks)?;
-            (authoriser, TokenSource::File, None)
-        }
-        Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
-            let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
-            let accounts = Accounts::of_kubernetes(kubernetes.calls(Identity::Agent)?);
-            let authoriser = Arc::new(Authoriser::new(accounts, defaults));
-            if let Some(folder) = cni_results {
-                let records = cni::Records::new(folder, attributor.clone(), metrics.clone());
-                // Before the pods are listed: what then names none of them is a leftover.
-                records.scan();
-                tasks.spawn(always(records.follow()));
-            }
-            if let Some(taint) = startup_taint {
-                let (client, node) = (kubernetes.calls(Identity::Agent)?, node_name.clone());
-                let readiness = readiness.clone();
-                tasks.spawn(always(async move {
-                    readiness.ready().await;
-                    kubernetes::taint::remove(client, &node, &taint).await;
-                }));
-            }
-            let container = container::tokens(&kubernetes, config.container_audience.clone())?;
-            let minting = Arc::new(OnceLock::new());
-            let tokens = TokenSource::Kubernetes(minting.clone());
-            let follow = follow::Follow {
-                kubernetes,
-                node_name,
-                mint,
-                metrics: metrics.clone(),
-                attributor: attributor.clone(),
-                changed,
-            };
-            tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, conditions.clone()));
-            (authoriser, tokens, container)
-        }
+    let learning = follow::Learning {
+        config: &config,
+        attributor: attributor.clone(),
+        changed,
+        conditions: conditions.clone(),
+        readiness: readiness.clone(),
+        metrics: metrics.clone(),
     };
+    let follow::Sources { authoriser, tokens, container } = learning.begin(&mut tasks).await?;
 
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
@@ -256,19 +223,9 @@ pub async fn run(
         std::future::pending().await
     });
 
-    let failed = async {
-        loop {
-            match tasks.join_next().await {
-                Some(Ok(Ok(()))) => {}
-                Some(Ok(Err(error))) => return error,
-                Some(Err(error)) => return anyhow::anyhow!("a task of the agent failed: {error}"),
-                None => return anyhow::anyhow!("no task of the agent is left"),
-            }
-        }
-    };
     tokio::select! {
         () = shutdown => {}
-        error = failed => return Err(error),
+        error = first_failure(&mut tasks, &mut doormen) => return Err(error),
     }
     info!(drain = ?config.drain, "no more connections are taken; open requests may end. The redirect stays");
     let second = until_terminated()?;
@@ -279,6 +236,22 @@ pub async fn run(
         () = second => warn!("ended at once by a second signal"),
     }
     Ok(())
+}
+
+/// Returns when a task has failed that the agent cannot do without.
+async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>, doormen: &mut JoinSet<()>) -> anyhow::Error {
+    loop {
+        let ended = tokio::select! {
+            Some(ended) = tasks.join_next() => ended,
+            Some(ended) = doormen.join_next() => ended.map(Ok),
+            else => return anyhow::anyhow!("no task of the agent is left"),
+        };
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return error,
+            Err(error) => return anyhow::anyhow!("a task of the agent failed: {error}"),
+        }
+    }
 }
 
 async fn drained(graceful: Arc<GracefulShutdown>) {

@@ -7,26 +7,95 @@ use std::{
 
 use tokio::{sync::mpsc, task::JoinSet};
 
+use super::{always, container};
 use crate::{
-    attribute::{self, Attributor, ServiceAccountName, file},
-    authorise::{Authoriser, Told},
-    kubernetes::{Identity, Kubernetes, Mint},
-    observe::{Condition, Metrics},
+    attribute::{self, Attributor, ServiceAccountName, cni, file},
+    authorise::{Accounts, Authoriser, Told},
+    config::{Config, Source},
+    exchange::token::TokenSource,
+    kubernetes::{self, Identity, Kubernetes, Mint},
+    observe::{Condition, Metrics, Readiness},
+    serve::container::Tokens,
 };
 
-/// In Kubernetes: find out how tokens may be minted, then follow this node's pods and the service accounts.
-pub(super) struct Follow {
-    pub(super) kubernetes: Kubernetes,
-    pub(super) node_name: String,
-    pub(super) mint: Mint,
-    pub(super) metrics: Metrics,
+/// What is needed to begin, and where goes what is learnt.
+pub(super) struct Learning<'a> {
+    pub(super) config: &'a Config,
     pub(super) attributor: Arc<Attributor>,
     /// Where service accounts go whose terms have changed.
     pub(super) changed: mpsc::UnboundedSender<ServiceAccountName>,
+    /// Met when the pods are known, and when the service accounts are.
+    pub(super) conditions: (Condition, Condition),
+    pub(super) readiness: Readiness,
+    pub(super) metrics: Metrics,
+}
+
+/// What the stages to the right need of where pods come from.
+pub(super) struct Sources {
+    pub(super) authoriser: Arc<Authoriser>,
+    pub(super) tokens: TokenSource,
+    pub(super) container: Option<Tokens>,
+}
+
+impl Learning<'_> {
+    /// # Errors
+    /// What the configuration names cannot be used.
+    pub(super) async fn begin(self, tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Result<Sources> {
+        let role_annotation = format!("{}/role-arn", self.config.annotation_prefix);
+        let defaults = self.config.defaults();
+        match self.config.source.clone() {
+            Source::File(path) => {
+                let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
+                follow_file(&path, &self.attributor, &authoriser, role_annotation, &self.conditions, tasks)?;
+                Ok(Sources { authoriser, tokens: TokenSource::File, container: None })
+            }
+            Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
+                let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
+                let accounts = Accounts::of_kubernetes(kubernetes.calls(Identity::Agent)?);
+                let authoriser = Arc::new(Authoriser::new(accounts, defaults));
+                if let Some(folder) = cni_results {
+                    let records = cni::Records::new(folder, self.attributor.clone(), self.metrics.clone());
+                    // Before the pods are listed: what then names none of them is a leftover.
+                    records.scan();
+                    tasks.spawn(always(records.follow()));
+                }
+                if let Some(taint) = startup_taint {
+                    let (client, node) = (kubernetes.calls(Identity::Agent)?, node_name.clone());
+                    tasks.spawn(always(async move {
+                        self.readiness.ready().await;
+                        kubernetes::taint::remove(client, &node, &taint).await;
+                    }));
+                }
+                let container = container::tokens(&kubernetes, self.config.container_audience.clone())?;
+                let minting = Arc::new(OnceLock::new());
+                let tokens = TokenSource::Kubernetes(minting.clone());
+                let follow = Follow {
+                    kubernetes,
+                    node_name,
+                    mint,
+                    metrics: self.metrics,
+                    attributor: self.attributor,
+                    changed: self.changed,
+                };
+                tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, self.conditions));
+                Ok(Sources { authoriser, tokens, container })
+            }
+        }
+    }
+}
+
+/// In Kubernetes: find out how tokens may be minted, then follow this node's pods and the service accounts.
+struct Follow {
+    kubernetes: Kubernetes,
+    node_name: String,
+    mint: Mint,
+    metrics: Metrics,
+    attributor: Arc<Attributor>,
+    changed: mpsc::UnboundedSender<ServiceAccountName>,
 }
 
 impl Follow {
-    pub(super) async fn run(
+    async fn run(
         self,
         authoriser: Arc<Authoriser>,
         role_annotation: String,
@@ -59,7 +128,7 @@ impl Follow {
 }
 
 /// Without Kubernetes.
-pub(super) fn follow_file(
+fn follow_file(
     path: &Path,
     attributor: &Arc<Attributor>,
     authoriser: &Arc<Authoriser>,
