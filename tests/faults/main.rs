@@ -19,9 +19,8 @@ use kirsa::clock::UnixTime;
 use lab::agent::{Agent, field};
 use lab::http::{CREDENTIALS_PATH, Response};
 use lab::net::Pod;
-use lab::poll::{poll, poll_every};
+use lab::poll::poll_every;
 use lab::site::Site;
-use lab::workloads::Workload;
 use serde_json::Value;
 
 lab::enter!();
@@ -108,22 +107,6 @@ impl Held {
         ensure!((LAST_RESORT - 20..=LAST_RESORT).contains(&left), "with {left} s left: {document:?}");
         Ok((document, list(pod)?))
     }
-}
-
-/// A pod that the agent knows, and that has no role yet: nothing is fetched ahead for it.
-fn pod_for_later(site: &Site, name: &str) -> Result<Pod> {
-    let pod = site.stranger(name)?;
-    site.put(Workload::new(&pod, name))?;
-    Ok(pod)
-}
-
-/// Now it has one, and no session: the first request for credentials is the first that STS hears of it.
-fn give_role(site: &Site, pod: &Pod) -> Result<()> {
-    site.put(site.with_role(pod)?)?;
-    // Which takes the role, and no credentials.
-    let known = || pod.imds().get("/latest/meta-data/iam/info").send();
-    poll("the role to be known", PATIENCE, || known().ok().filter(|info| info.status == 200))?;
-    Ok(())
 }
 
 /// Whether this is the line about a refusal of the pod's with that reason, and with that text in its detail.

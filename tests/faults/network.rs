@@ -11,7 +11,7 @@ use lab::poll::{poll, poll_every};
 use lab::site::Site;
 use lab::sts::{Config, Keys, Provider, Role, StandIn, Tls};
 
-use super::{Held, LIFETIME, LOOK, PATIENCE, credentials, each, failed_calls, give_role, list, pod_for_later};
+use super::{Held, LIFETIME, LOOK, PATIENCE, credentials, each, failed_calls, list};
 use super::{refusal, site};
 
 const COLD: &str = "cold";
@@ -147,10 +147,10 @@ enum Instead {
 fn is_told_to_cold_pods_and_hidden_from_warm_ones(row: &Row) -> Result<()> {
     let (place, good) = Place::new(row)?;
     let site = &place.site;
-    let (cold, warm) = (pod_for_later(site, COLD)?, site.pod_with_role(WARM)?);
+    let (cold, warm) = (site.pod(COLD)?, site.pod_with_role(WARM)?);
     let agent = site.start()?;
     let first = Held::by(&warm)?;
-    give_role(site, &cold)?;
+    site.give_role(&cold)?;
     let instead = place.fail(good)?;
 
     let answers = [list(&cold)?, credentials(&cold)?];

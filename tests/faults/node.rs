@@ -9,7 +9,7 @@ use lab::http::{CREDENTIALS_PATH, TOKEN};
 use lab::poll::poll;
 use nix::mount::{MsFlags, mount, umount};
 
-use super::{Held, PATIENCE, give_role, list, pod_for_later, site};
+use super::{Held, PATIENCE, list, site};
 
 /// What the state directory is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ fn spoil(site: &lab::site::Site, disk: Disk) -> Result<()> {
 fn a_broken_disk_costs_session_tokens_at_a_restart_and_nothing_else(disk: Disk) -> Result<()> {
     let site = site()?;
     let warm = site.pod_with_role("warm")?;
-    let cold = pod_for_later(&site, "cold")?;
+    let cold = site.pod("cold")?;
     spoil(&site, disk)?;
     let agent = site.start()?;
     let warned = |entry: &serde_json::Value| {
@@ -58,7 +58,7 @@ fn a_broken_disk_costs_session_tokens_at_a_restart_and_nothing_else(disk: Disk) 
     let with_token = || warm.imds().get(CREDENTIALS_PATH).header(TOKEN, &token).send();
     ensure!(with_token()?.status == 200);
     Held::by(&warm)?;
-    give_role(&site, &cold)?;
+    site.give_role(&cold)?;
     Held::by(&cold)?;
     agent.kill()?;
     let agent = site.start()?;
@@ -112,10 +112,10 @@ fn a_disk_that_fills_up_later_costs_nothing() -> Result<()> {
 fn a_flush_of_all_rules_is_repaired_counted_and_no_session_is_lost() -> Result<()> {
     let site = site()?;
     let warm = site.pod_with_role("warm")?;
-    let cold = pod_for_later(&site, "cold")?;
+    let cold = site.pod("cold")?;
     let agent = site.start()?;
     let first = Held::by(&warm)?;
-    give_role(&site, &cold)?;
+    site.give_role(&cold)?;
     for flushed in 1..=3 {
         site.node.netns().shell("nft flush ruleset")?;
         poll("the redirect to be back", PATIENCE, || {

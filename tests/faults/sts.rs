@@ -11,7 +11,7 @@ use lab::site::Site;
 use lab::sts::{Effect, Fault};
 use tokio::time::Instant;
 
-use super::{Held, LIFETIME, LOOK, PATIENCE, credentials, each, failed_calls, give_role, list, pod_for_later};
+use super::{Held, LIFETIME, LOOK, PATIENCE, credentials, each, failed_calls, list};
 use super::{refusal, site};
 
 /// One fault, and what it comes to.
@@ -84,7 +84,7 @@ impl Case {
     fn new(site: &Site, number: usize, row: Row) -> Result<Self> {
         let case = Self {
             row,
-            cold: pod_for_later(site, &format!("cold{number}"))?,
+            cold: site.pod(&format!("cold{number}"))?,
             warm: site.pod_with_role(&format!("warm{number}"))?,
         };
         case.fail(site, &case.cold);
@@ -156,7 +156,7 @@ fn whatever_sts_answers_is_told_to_cold_pods_and_hidden_from_warm_ones() -> Resu
         firsts.push(Held::by(&case.warm)?);
         case.fail(&site, &case.warm);
     }
-    cases.iter().try_for_each(|case| give_role(&site, &case.cold))?;
+    cases.iter().try_for_each(|case| site.give_role(&case.cold))?;
     each(&cases, |case| case.is_told_to_a_cold_pod(&site, &agent).with_context(|| case.context()))?;
     let warm: Vec<_> = cases.iter().zip(&firsts).collect();
     each(&warm, |(case, first)| case.is_hidden_from_a_warm_pod(&site, &agent, first).with_context(|| case.context()))?;

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -13,12 +14,15 @@ use crate::imds::{Canary, Hit, Instance};
 use crate::issuer::{self, Issuer};
 use crate::namespace::BASE;
 use crate::net::{Node, Pod, Shape};
+use crate::poll::poll;
 use crate::sts::{Call, Config, Keys, Provider, Role, Session, StandIn};
 use crate::workloads::{self, Workload};
 
 /// The account of every role.
 pub const ACCOUNT: &str = "111122223333";
 const ISSUER: &str = "https://issuer.example";
+/// Longer than the agent takes to read the workloads file.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub struct Site {
@@ -57,6 +61,16 @@ impl Site {
         let pod = self.stranger(name)?;
         self.put(Workload::new(&pod, name))?;
         Ok(pod)
+    }
+
+    /// Gives a role to a pod that the agent knows to have none, and waits until it knows better. Nothing is fetched
+    /// ahead for such a pod: what STS hears first of it is its own first request for credentials.
+    pub fn give_role(&self, pod: &Pod) -> Result<()> {
+        self.put(self.with_role(pod)?)?;
+        // Which takes the role, and no credentials.
+        let known = || pod.imds().get("/latest/meta-data/iam/info").send();
+        poll("the role to be known", PATIENCE, || known().ok().filter(|info| info.status == 200))?;
+        Ok(())
     }
 
     /// A pod whose service account, of the same name, has a role of its own.
