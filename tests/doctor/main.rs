@@ -5,6 +5,7 @@ mod report;
 
 use anyhow::{Result, ensure};
 use lab::agent::{Agent, Options};
+use lab::imds::Hit;
 use lab::namespace::BASE;
 use lab::site::Site;
 use lab::sts::{Effect, Fault};
@@ -78,6 +79,8 @@ fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result
     let (site, agent) = site("nft")?;
     agent.kill()?;
     let report = doctor(&site.node, &site.options)?;
+    site.no_pod_got_outside()?;
+    let by_agent = site.hits();
     ensure!(report.code == 1 && report.verdicts("agent") == ["failed"], "{report:#?}");
     ensure!(report.verdicts("rules") == ["ok"], "{report:#?}");
     for check in families(&site) {
@@ -94,7 +97,11 @@ fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result
     }
     ensure!(report.failed("rules")?.fix.contains("flushes"), "{report:#?}");
     ensure!(report.failed("forwarding-drop")?.detail.contains("169.254.169.254"), "{report:#?}");
-    site.no_pod_got_outside()
+    // Nothing is in its own way any more.
+    let (by_doctor, others): (Vec<_>, Vec<_>) = site.hits().into_iter().partition(|hit| hit.path == "/");
+    let of_node = |hit: &Hit| hit.method == "GET" && site.node.host_ips().contains(&hit.from.ip());
+    ensure!(by_doctor.iter().all(of_node) && others == by_agent, "{by_doctor:?} {others:?}");
+    Ok(())
 }
 
 const KUBE2IAM: &str = "-i eth0 -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 10.0.0.1:8181";

@@ -9,7 +9,7 @@ use lab::poll::{poll, timed};
 use lab::sts::{Effect, Fault};
 use lab::workloads::Workload;
 
-use super::{PATIENCE, credentials, get, opens_the_session_of, site};
+use super::{PATIENCE, credentials, get, nobody_was_asked_but_sts_for, opens_the_session_of, site};
 
 /// What the answer may take on top of what the requirement says, on a busy machine.
 const SLACK: Duration = Duration::from_millis(400);
@@ -32,7 +32,7 @@ fn a_pod_without_a_role_is_told_at_once() -> Result<()> {
     ensure!(times[times.len() / 2] < Duration::from_millis(50), "{times:?}");
     let refusal = agent.wait_for_refusal("no_role")?;
     ensure!(field(&refusal, "pod") == Some("idle") && field(&refusal, "service_account") == Some("idle"), "{refusal}");
-    ensure!(site.sts.calls().is_empty());
+    nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }
 
@@ -49,7 +49,7 @@ fn a_pod_that_nobody_knows_waits_for_800_ms_and_is_told_to_come_back() -> Result
     }
     let refusal = agent.wait_for_refusal("unknown_pod")?;
     ensure!(field(&refusal, "detail").is_some_and(|detail| detail.contains(&stranger.ip().to_string())), "{refusal}");
-    site.no_pod_got_outside()?;
+    nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }
 

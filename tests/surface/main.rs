@@ -21,6 +21,7 @@ use anyhow::{Context, Result, ensure};
 use lab::http::{CREDENTIALS_PATH, Client, Response};
 use lab::net::Pod;
 use lab::site::Site;
+use lab::sts::Call;
 
 lab::enter!();
 
@@ -58,4 +59,13 @@ fn opens_the_session_of(site: &Site, name: &str, answer: &Response) -> Result<()
     ensure!(session.role_arn == site.arn(name), "{name} got {session:?}");
     ensure!(site.calls(name).len() == 1, "{:?}", site.calls(name));
     Ok(())
+}
+
+/// That nothing went upstream on a request's account: the node's own metadata service saw what the agent reads there by
+/// itself, and STS was asked for the roles of these pods only.
+fn nobody_was_asked_but_sts_for(site: &Site, names: &[&str]) -> Result<()> {
+    let calls = site.sts.calls();
+    let expected = |call: &Call| names.iter().any(|name| call.role_arn == site.arn(name));
+    ensure!(calls.iter().all(expected), "{calls:?}");
+    site.no_pod_got_outside()
 }

@@ -5,7 +5,7 @@ use lab::agent::{Agent, field};
 use lab::imds::{Instance, NODE_ROLE};
 use lab::site::{ACCOUNT, Site};
 
-use super::{get, site};
+use super::{get, nobody_was_asked_but_sts_for, site};
 
 const DOCUMENT: &str = "/latest/dynamic/instance-identity/document";
 
@@ -30,6 +30,7 @@ fn iam_info_is_that_of_the_pods_role() -> Result<()> {
     );
     ensure!(info["InstanceProfileId"].is_string() && info["LastUpdated"].as_str().is_some_and(|at| at.len() == 20));
     ensure!(get(&idle, "/latest/meta-data/iam/info")?.status == 404);
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }
 
@@ -51,14 +52,15 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
     }
     ensure!(get(&reader, DOCUMENT)?.json()?["accountId"] == ACCOUNT);
     ensure!(get(&idle, DOCUMENT)?.json()?.get("accountId").is_none());
-    site.no_pod_got_outside()?;
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }
 
 /// IMDS-32: the list is exact, and what is not on it does not exist, whatever the node's own service has.
 #[test]
 fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
-    let site = site()?;
+    let mut site = site()?;
+    site.node_metadata = vec!["/latest/meta-data/instance-id"];
     let reader = site.pod_with_role("reader")?;
     let flags = [
         ("--node-metadata", "meta-data/instance-id,meta-data/placement/region"),
@@ -77,6 +79,7 @@ fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
     ] {
         ensure!(get(&reader, path)?.status == 404, "{path}");
     }
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()?;
     for path in ["meta-data/iam/info", "user-data", "dynamic/instance-identity/signature", "meta-data"] {
         let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata", path))?;

@@ -7,7 +7,7 @@ use lab::http::{CREDENTIALS_PATH, Response};
 use lab::net::Pod;
 use lab::sts::{Effect, Fault};
 
-use super::{get, get_with, site};
+use super::{get, get_with, nobody_was_asked_but_sts_for, site};
 
 const FOLDERS: [&str; 2] = [CREDENTIALS_PATH, "/latest/meta-data/iam/security-credentials-extended/"];
 /// Roles that there are, in whatever way: another pod's, one whose exchange was denied, the node's own.
@@ -74,7 +74,7 @@ fn a_role_that_there_is_and_one_that_there_is_not_are_the_same_bytes_by_the_same
         ensure!(by_real[..2] == [0.0; 2], "{}: no session was looked at: {by_real:?}", pod.name());
     }
     ensure!(site.calls("reader").len() + site.calls("writer").len() == asked, "nor was STS asked");
-    site.no_pod_got_outside()?;
+    nobody_was_asked_but_sts_for(&site, &["reader", "writer", "denied", "cold"])?;
     agent.stop()
 }
 
@@ -82,13 +82,15 @@ fn a_role_that_there_is_and_one_that_there_is_not_are_the_same_bytes_by_the_same
 #[test]
 fn with_a_wrong_token_no_name_is_looked_at() -> Result<()> {
     let site = site()?;
-    let reader = site.pod_with_role("reader")?;
+    let reader = site.pod("reader")?;
     let agent = site.start()?;
+    site.give_role(&reader)?;
     let mut seen = Vec::new();
     for name in ["reader-role", "writer-role", "node-role", "nobody", ""] {
         let token = [(lab::http::TOKEN, "INVALID")];
         seen.push(bytes(get_with(&mut reader.imds(), &format!("{CREDENTIALS_PATH}{name}"), &token)?));
     }
     ensure!(seen.iter().all(|answer| answer.status == 401 && *answer == seen[0]), "{seen:?}");
+    nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }

@@ -5,7 +5,7 @@ use lab::http::{CREDENTIALS_PATH, TOKEN_TTL};
 use lab::sts::{Effect, Fault};
 use lab::workloads::Workload;
 
-use super::{credentials, get, get_with, opens_the_session_of, role, site};
+use super::{credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, role, site};
 
 const EXTENDED_PATH: &str = "/latest/meta-data/iam/security-credentials-extended";
 
@@ -112,7 +112,7 @@ fn the_name_stays_and_no_other_name_is_found() -> Result<()> {
     agent.stop()?;
     let agent = site.start()?;
     ensure!(get(&reader, CREDENTIALS_PATH)?.body == role("reader"), "after a restart");
-    site.no_pod_got_outside()?;
+    nobody_was_asked_but_sts_for(&site, &["reader", "writer", "denied"])?;
     agent.stop()
 }
 
@@ -139,6 +139,7 @@ fn extended_credentials_are_the_same_with_the_account() -> Result<()> {
     ensure!(get(&reader, "/latest/meta-data/iam/security-credentials-extende/reader-role")?.status == 404);
     ensure!(get(&reader, "/latest/meta-data/iam/security-credentials-extendedx/reader-role")?.status == 404);
     ensure!(site.calls("reader").len() == 1, "one session for both documents");
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }
 
@@ -166,6 +167,7 @@ fn the_way_down_to_the_credentials_can_be_listed() -> Result<()> {
         let answer = get_with(&mut idle.imds(), path, &[(lab::http::TOKEN, "INVALID")])?;
         ensure!(answer.status == 401, "{path}: {answer:?}");
     }
+    nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }
 

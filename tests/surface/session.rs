@@ -9,7 +9,7 @@ use lab::http::{CREDENTIALS_PATH, TOKEN, TOKEN_TTL, Wire};
 use lab::poll::{poll, timed};
 use lab::sts::{Effect, Fault};
 
-use super::{PATIENCE, credentials, get, get_with, opens_the_session_of, site};
+use super::{PATIENCE, credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, site};
 
 const TOKEN_PATH: &str = "/latest/api/token";
 
@@ -17,12 +17,13 @@ const TOKEN_PATH: &str = "/latest/api/token";
 #[test]
 fn a_token_is_printable_and_comes_with_the_ttl_that_was_asked_for() -> Result<()> {
     let site = site()?;
-    let reader = site.pod_with_role("reader")?;
+    let idle = site.pod("idle")?;
     let agent = site.start()?;
-    let answer = reader.imds().put(TOKEN_PATH).header(TOKEN_TTL, "21600").send()?;
+    let answer = idle.imds().put(TOKEN_PATH).header(TOKEN_TTL, "21600").send()?;
     ensure!(answer.status == 200 && answer.header(TOKEN_TTL) == Some("21600"), "{answer:?}");
     ensure!(answer.header("content-type") == Some("text/plain"), "{answer:?}");
     ensure!(!answer.body.is_empty() && answer.body.bytes().all(|byte| byte.is_ascii_graphic()), "{answer:?}");
+    nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }
 
@@ -53,6 +54,7 @@ fn a_put_may_be_framed_in_any_way_and_leaves_the_connection_usable() -> Result<(
     ensure!(wire.response()?.status == 200);
     wire.send(format!("GET {} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", credentials("reader")))?;
     opens_the_session_of(&site, "reader", &wire.response()?)?;
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }
 
@@ -60,9 +62,9 @@ fn a_put_may_be_framed_in_any_way_and_leaves_the_connection_usable() -> Result<(
 #[test]
 fn a_ttl_is_from_one_second_to_six_hours() -> Result<()> {
     let site = site()?;
-    let reader = site.pod_with_role("reader")?;
+    let idle = site.pod("idle")?;
     let agent = site.start()?;
-    let mut imds = reader.imds();
+    let mut imds = idle.imds();
     for ttl in ["1", "10", "60", "300", "600", "900", "21600"] {
         let answer = imds.put(TOKEN_PATH).header(TOKEN_TTL, ttl).send()?;
         ensure!(answer.status == 200 && answer.header(TOKEN_TTL) == Some(ttl), "{ttl}: {answer:?}");
@@ -72,6 +74,7 @@ fn a_ttl_is_from_one_second_to_six_hours() -> Result<()> {
         ensure!(answer.status == 400, "{ttl:?}: {answer:?}");
     }
     ensure!(imds.put(TOKEN_PATH).send()?.status == 400, "without a TTL");
+    nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }
 
@@ -98,6 +101,7 @@ fn a_token_waits_for_nobody() -> Result<()> {
         ensure!(times[50] < Duration::from_millis(50), "{}: {times:?}", pod.name());
         ensure!(times[98] < Duration::from_millis(250), "{}: {times:?}", pod.name());
     }
+    nobody_was_asked_but_sts_for(&site, &["cold", "denied"])?;
     agent.stop()
 }
 
@@ -121,6 +125,7 @@ fn requests_without_a_token_are_answered_until_imdsv2_is_required() -> Result<()
     ensure!(get(&idle, CREDENTIALS_PATH)?.status == 401, "who has no role learns of the token first");
     let refusal = agent.wait_for_refusal("session_required")?;
     ensure!(field(&refusal, "advice").is_some_and(|advice| advice.contains("--require-imdsv2")), "{refusal}");
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }
 
@@ -146,6 +151,7 @@ fn a_service_account_can_require_imdsv2_of_its_pods_alone() -> Result<()> {
         ensure!(get_with(&mut strict.imds(), path, &[(TOKEN, &token)])?.status == 200, "{path} with a token");
         ensure!(get(&reader, path.replace("strict", "reader").as_str())?.status == 200, "{path} of another account");
     }
+    nobody_was_asked_but_sts_for(&site, &["reader", "strict"])?;
     agent.stop()
 }
 
@@ -193,6 +199,7 @@ fn a_token_that_is_malformed_expired_or_another_pods_is_unauthorized() -> Result
     })?;
     let fresh = imds.put_token(60)?;
     opens_the_session_of(&site, "reader", &get_with(&mut imds, &path, &[(TOKEN, &fresh)])?)?;
+    nobody_was_asked_but_sts_for(&site, &["reader", "writer"])?;
     agent.stop()
 }
 
@@ -230,5 +237,6 @@ fn a_token_outlives_the_agent_in_whatever_way_that_ends() -> Result<()> {
     agent.stop()?;
     let agent = site.start()?;
     ensure!(get_with(&mut reader.imds(), CREDENTIALS_PATH, &[(TOKEN, &again)])?.status == 200, "the new key is kept");
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }

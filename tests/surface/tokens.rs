@@ -7,7 +7,7 @@ use lab::http::{CREDENTIALS_PATH, TOKEN};
 use lab::net::Shape;
 use lab::poll::poll;
 
-use super::{PATIENCE, credentials, get, get_with, opens_the_session_of, site};
+use super::{PATIENCE, credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, site};
 
 /// 2100-01-01T00:00:00Z
 const YEAR_2100: u64 = 4_102_444_800;
@@ -51,7 +51,7 @@ fn no_bit_of_a_token_can_be_changed_and_none_can_be_made_up() -> Result<()> {
         ensure!(answer.status == 401, "{token}: {answer:?}");
     }
     opens_the_session_of(&site, "reader", &get_with(&mut imds, &credentials("reader"), &[(TOKEN, &good)])?)?;
-    site.no_pod_got_outside()?;
+    nobody_was_asked_but_sts_for(&site, &["reader", "writer"])?;
     agent.stop()
 }
 
@@ -77,6 +77,7 @@ fn a_token_of_the_pod_that_had_the_address_before_is_worth_nothing() -> Result<(
     ensure!(answer.status == 401, "{answer:?}");
     ensure!(get(&second, &credentials("first"))?.status == 404);
     opens_the_session_of(&site, "second", &get(&second, &credentials("second"))?)?;
+    nobody_was_asked_but_sts_for(&site, &["first", "second"])?;
     agent.stop()
 }
 
@@ -94,5 +95,6 @@ fn a_token_from_before_the_pod_was_known_is_good_afterwards() -> Result<()> {
     })?;
     opens_the_session_of(&site, "late", &get_with(&mut late.imds(), &credentials("late"), &[(TOKEN, &token)])?)?;
     ensure!(get_with(&mut other.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)])?.status == 401, "for its address only");
+    nobody_was_asked_but_sts_for(&site, &["late"])?;
     agent.stop()
 }

@@ -29,6 +29,7 @@ const LONGEST_TTL: u32 = 21600;
 pub struct Hit {
     pub from: SocketAddr,
     pub method: String,
+    /// With its query, as it was sent.
     pub path: String,
 }
 
@@ -70,7 +71,8 @@ impl Canary {
 impl State {
     fn handle(&self, peer: &Peer, request: &Request<Bytes>) -> Answer {
         let (method, path) = (request.method(), request.uri().path());
-        lock(&self.hits).push(Hit { from: peer.address, method: method.to_string(), path: path.to_owned() });
+        let asked = request.uri().to_string();
+        lock(&self.hits).push(Hit { from: peer.address, method: method.to_string(), path: asked });
         if path == "/latest/api/token" {
             return Ok(if method == Method::PUT { self.issue(request) } else { error(StatusCode::METHOD_NOT_ALLOWED) });
         }
