@@ -23,6 +23,7 @@ fn a_token_is_printable_and_comes_with_the_ttl_that_was_asked_for() -> Result<()
     ensure!(answer.status == 200 && answer.header(TOKEN_TTL) == Some("21600"), "{answer:?}");
     ensure!(answer.header("content-type") == Some("text/plain"), "{answer:?}");
     ensure!(!answer.body.is_empty() && answer.body.bytes().all(|byte| byte.is_ascii_graphic()), "{answer:?}");
+    ensure!(answer.body.len() <= 64, "longer than the Common Runtime can take: {answer:?}");
     nobody_was_asked_but_sts_for(&site, &[])?;
     agent.stop()
 }

@@ -27,12 +27,13 @@ fn no_bit_of_a_token_can_be_changed_and_none_can_be_made_up() -> Result<()> {
         changed[bit / 8] ^= 1 << (bit % 8);
         forged.push(URL_SAFE_NO_PAD.encode(changed));
     }
-    // Wherever the expiry stands, as seconds since 1970.
-    for at in 0..=raw.len() - 8 {
-        let mut later = raw.clone();
-        later[at..at + 8].copy_from_slice(&YEAR_2100.to_be_bytes());
-        forged.push(URL_SAFE_NO_PAD.encode(later));
-    }
+    // Behind a byte that tells whom it is for stand when it was issued and when it expires, as seconds since 1970, and
+    // nothing but the second of them is changed here.
+    let seconds = |at: usize| raw[at..at + 5].iter().fold(0, |seconds, byte| seconds << 8 | u64::from(*byte));
+    ensure!(seconds(6) == seconds(1) + 21_600, "the expiry stands elsewhere: {raw:?}");
+    let mut later = raw.clone();
+    later[6..11].copy_from_slice(&YEAR_2100.to_be_bytes()[3..]);
+    forged.push(URL_SAFE_NO_PAD.encode(later));
     let foreign = URL_SAFE_NO_PAD.decode(writer.imds().put_token(21_600)?)?;
     let half = raw.len() / 2;
     forged.extend([
