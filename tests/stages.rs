@@ -1,6 +1,7 @@
-//! The order of the pipeline: a stage names the stages before it and the shared modules, never those after it.
+//! What the tree itself shows. The order of the pipeline: a stage names the stages before it and the shared modules,
+//! never those after it. And that each requirement on the surface has a test.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 /// From left to right, as in ARCHITECTURE.md.
 const STAGES: [&str; 6] = ["intercept", "attribute", "authorise", "exchange", "cache", "serve"];
@@ -48,6 +49,31 @@ fn each_stage_knows_only_its_own_part_of_the_world() {
             assert!(!code.contains(name), "{room} names {name}");
         }
     }
+}
+
+/// So that whoever changes a requirement finds its tests, and whoever changes a test what it is for.
+#[test]
+fn every_requirement_is_cited_by_a_black_box_test_and_no_number_is_made_up() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/imds-requirements.md")).unwrap();
+    let numbers: BTreeSet<u32> = page.lines().filter_map(|line| line.split_once(". ")?.0.parse().ok()).collect();
+    assert_eq!(numbers, (1..=33).collect());
+    assert_eq!(cited(&root.join("tests")), numbers);
+    assert!(cited(&root.join("src")).is_subset(&numbers));
+}
+
+/// The numbers of requirements in the comments of all source files there.
+fn cited(folder: &Path) -> BTreeSet<u32> {
+    let mut numbers = BTreeSet::new();
+    for (_, text) in files(folder, None) {
+        for comment in text.lines().filter(|line| line.trim_start().starts_with("//")) {
+            let behind = comment.split("IMDS-").skip(1);
+            numbers.extend(
+                behind.filter_map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u32>().ok()),
+            );
+        }
+    }
+    numbers
 }
 
 /// Every source file with its room: the first part of its path.

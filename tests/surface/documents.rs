@@ -11,7 +11,7 @@ use lab::sts::{Effect, Fault};
 
 use super::{credentials, get, get_with, site};
 
-/// IMDS-11
+/// IMDS-11; and IMDS-23, which is not done: what is served is dated as STS dates it.
 #[test]
 fn a_document_has_every_member_in_the_form_that_every_sdk_reads() -> Result<()> {
     let site = site()?;

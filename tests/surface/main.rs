@@ -12,6 +12,7 @@ mod metadata;
 mod oracle;
 mod smuggling;
 mod paths;
+mod retry;
 mod session;
 mod tokens;
 
