@@ -271,7 +271,7 @@ impl Reason {
             Self::BadSessionPolicy => row(
                 "bad_session_policy",
                 403,
-                seconds(30),
+                seconds(10),
                 Level::WARN,
                 "STS refuses the session policy: correct the session-policy annotations on the service account",
             ),
@@ -286,7 +286,7 @@ impl Reason {
             Self::RegionDisabled => row(
                 "region_disabled",
                 403,
-                seconds(30),
+                seconds(10),
                 Level::ERROR,
                 "STS is not active in this region for the role's account: activate it, or choose another --region",
             ),
