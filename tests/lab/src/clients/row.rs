@@ -14,6 +14,7 @@ use crate::{
     agent::{Agent, field},
     namespace::BASE,
     net::Pod,
+    poll::poll,
     site::{ACCOUNT, Site},
     sts::{Fault, ObjectStore},
     workloads::Workload,
@@ -21,6 +22,8 @@ use crate::{
 
 /// How long ago a pod was bound when its program starts.
 const SINCE_BINDING: Duration = Duration::from_secs(1);
+/// Enough for anything that the agent does on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// `agent` is the binary of the agent. The conditions are met in the order of [`Condition::ALL`].
 pub fn row(client: &Client, agent: &Path, wanted: &[Condition]) -> Result<Vec<(Condition, Cell)>> {
@@ -35,6 +38,10 @@ pub fn row(client: &Client, agent: &Path, wanted: &[Condition]) -> Result<Vec<(C
     }
     if !late.is_empty() {
         agent.wait_for_log_after(mark, |entry| entry["workloads"] == late.len())?;
+        // Who fetches ahead looks at pods in the order of their coming: it has looked at these once it is at the next.
+        let next = row.site.pod_with_role("next")?;
+        poll("a pod is fetched for ahead", PATIENCE, || (!row.site.calls(next.name()).is_empty()).then_some(()))?;
+        row.pods.push(next);
     }
     row.agent = Some(agent);
     let mut cells = Vec::new();
@@ -58,7 +65,9 @@ struct Row<'a> {
 
 impl<'a> Row<'a> {
     fn new(client: &'a Client, agent: &Path, wanted: &[Condition]) -> Result<Self> {
-        let site = Site::new(agent)?;
+        let mut site = Site::new(agent)?;
+        // So that an agent that was started again fetches for hardly a pod before it asks.
+        site.options = site.options.flag("--start-window", "900");
         let store = site.sts.start_store(TcpListener::bind((BASE, 0))?)?;
         let mut row = Self { client, site, store, pods: Vec::new(), agent: None };
         for condition in wanted.iter().filter(|condition| **condition != Condition::Warm) {
