@@ -7,6 +7,7 @@ mod catalogue;
 mod cell;
 mod client;
 mod condition;
+mod expected;
 mod report;
 mod row;
 mod run;
@@ -16,6 +17,7 @@ pub use self::{
     cell::{Cell, Verdict},
     client::{Client, Set},
     condition::Condition,
+    expected::{Miss, again, miss},
     report::{Report, into_page},
     row::row,
 };

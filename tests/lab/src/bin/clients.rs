@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use lab::clients::{CLIENTS, Client, Condition, Report, Set, into_page, row};
+use lab::clients::{self, CLIENTS, Client, Condition, Miss, Report, Set, into_page, row};
 
 /// Runs AWS clients in pods, in every condition, against the agent beside this program (or KIRSA_BIN).
 #[derive(Parser)]
@@ -27,8 +27,8 @@ struct Args {
     /// How many clients run at the same time.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
-    /// The page that the table is written into.
-    #[arg(long)]
+    /// The page that the table is written into: a whole table, of one run.
+    #[arg(long, conflicts_with_all = ["only", "condition", "quick"])]
     page: Option<PathBuf>,
 }
 
@@ -57,15 +57,14 @@ fn main() -> Result<ExitCode> {
     let wanted = |condition: &Condition| args.condition.is_empty() || args.condition.contains(&condition.title());
     let conditions: Vec<Condition> = Condition::ALL.into_iter().filter(wanted).collect();
     let mut report = run(&agent, present, report, &conditions, args.jobs)?;
-    again(&agent, &mut report)?;
+    let misses = again(&agent, &mut report)?;
     print!("{}", report.table());
     if let Some(page) = args.page {
         let text = fs::read_to_string(&page).with_context(|| page.display().to_string())?;
         fs::write(&page, into_page(&text, &report)?)?;
     }
-    let misses = report.misses();
-    for (.., miss) in &misses {
-        println!("not as it should be: {miss}");
+    for miss in &misses {
+        println!("not as it should be: {}", miss.why);
     }
     Ok(if misses.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -96,15 +95,14 @@ fn run(
 }
 
 /// Many of them give a request one second, which a busy machine may have cost them: what missed is tried again, alone.
-fn again(agent: &Path, report: &mut Report) -> Result<()> {
-    for (client, condition, why) in report.misses() {
-        eprintln!("again, alone: {why}");
-        // What is warm was cold before.
-        let before = (condition == Condition::Warm).then_some(Condition::Cold(0));
-        let conditions: Vec<Condition> = before.into_iter().chain([condition]).collect();
-        if let Some((_, cell)) = row(&client, agent, &conditions).context(client.name)?.pop() {
-            report.replace(client, condition, cell);
-        }
+/// What still does.
+fn again(agent: &Path, report: &mut Report) -> Result<Vec<Miss>> {
+    let mut left = Vec::new();
+    for (client, condition, miss) in report.misses() {
+        eprintln!("again, alone: {}", miss.why);
+        let (cell, miss) = clients::again(&client, agent, condition)?;
+        report.replace(client, condition, cell);
+        left.extend(miss);
     }
-    Ok(())
+    Ok(left)
 }

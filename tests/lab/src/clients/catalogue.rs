@@ -2,29 +2,31 @@
 //! several of a kind the others are in the matrix only, and so is what takes another release of Debian or compiles for
 //! minutes.
 
+use std::time::Duration;
+
 use super::client::{Client, Start};
 
 /// Every client that the installation knows, oldest SDKs first within a language.
 pub const CLIENTS: &[Client] = &[
-    quick("boto-2.49", Start::Python("with_boto2.py")).without_imdsv2(),
-    heavy("boto-2.49-py27", Start::Built).without_imdsv2(),
-    quick("botocore-1.5", Start::Python("with_botocore.py")).without_imdsv2(),
-    heavy("botocore-1.13", Start::Python("with_botocore.py")).without_imdsv2(),
-    quick("boto3", Start::Python("with_botocore.py")),
-    quick("awscli-1", Start::Python("with_awscli.py")),
-    quick("s3fs-py", Start::Python("with_s3fs.py")),
+    quick("boto-2.49", Start::Python("with_boto2.py")).without_imdsv2().in_a_second(),
+    heavy("boto-2.49-py27", Start::Built).without_imdsv2().in_a_second(),
+    quick("botocore-1.5", Start::Python("with_botocore.py")).without_imdsv2().in_a_second(),
+    heavy("botocore-1.13", Start::Python("with_botocore.py")).without_imdsv2().in_a_second(),
+    quick("boto3", Start::Python("with_botocore.py")).in_a_second(),
+    quick("awscli-1", Start::Python("with_awscli.py")).in_a_second(),
+    quick("s3fs-py", Start::Python("with_s3fs.py")).in_a_second(),
     quick("awscrt", Start::Python("with_awscrt.py")),
     quick("js-2.100", Start::Node("with_js2.js")).without_imdsv2(),
     quick("js-2.1693", Start::Node("with_js2.js")),
-    quick("js-3", Start::Node("with_js3.js")),
+    quick("js-3", Start::Node("with_js3.js")).in_a_second(),
     quick("go1-1.23", Start::Built).without_imdsv2(),
     quick("go1-1.25", Start::Built),
     quick("go1-1.55", Start::Built),
     heavy("go2-1.17", Start::Built),
     quick("go2", Start::Built),
     heavy("rusoto", Start::Built).without_imdsv2(),
-    quick("rust", Start::Lab(&["calls"])),
-    heavy("rust-imds", Start::Lab(&["calls", "--imds"])),
+    quick("rust", Start::Lab(&["calls"])).in_a_second(),
+    heavy("rust-imds", Start::Lab(&["calls", "--imds"])).in_a_second(),
     quick("minio-py", Start::Python("with_minio.py")),
     quick("minio-go", Start::Built),
     heavy("minio-js", Start::Node("with_minio.js")),
@@ -34,13 +36,13 @@ pub const CLIENTS: &[Client] = &[
     heavy("s3cmd-2.3", Start::Shell(S3CMD)),
     quick("s3cmd", Start::Shell(S3CMD)),
     quick("curl", Start::Shell("exec sh $PROGRAMS/curl.sh")),
-    heavy("awscli-2", Start::Built),
-    heavy("awscli-2-sid", Start::Built),
-    quick("java-1", Start::Java),
-    heavy("java-2.18", Start::Java),
-    heavy("java-2", Start::Java),
-    quick("ruby", Start::Built),
-    heavy("ruby-sid", Start::Built),
+    heavy("awscli-2", Start::Built).in_a_second(),
+    heavy("awscli-2-sid", Start::Built).in_a_second(),
+    quick("java-1", Start::Java).in_a_second(),
+    heavy("java-2.18", Start::Java).in_a_second(),
+    heavy("java-2", Start::Java).in_a_second(),
+    quick("ruby", Start::Built).gives_up_within(3_200),
+    heavy("ruby-sid", Start::Built).gives_up_within(3_200),
     quick("php-async-aws", Start::Built).without_imdsv2(),
     heavy("pyarrow-6", Start::Built),
     quick("pyarrow", Start::Python("with_pyarrow.py")),
@@ -62,15 +64,26 @@ const RCLONE: &str = "exec $CLIENT/bin/rclone --config= --retries=1 --low-level-
                       \":s3,provider=Other,env_auth=true,region=$AWS_REGION,endpoint='$S3_URL':$BUCKET/$KEY\"";
 
 const fn quick(name: &'static str, start: Start) -> Client {
-    Client { name, start, quick: true, knows_imdsv2: true }
+    Client { quick: true, ..heavy(name, start) }
 }
 
 const fn heavy(name: &'static str, start: Start) -> Client {
-    Client { name, start, quick: false, knows_imdsv2: true }
+    let gives_up_within = Duration::from_millis(300);
+    Client { name, start, quick: false, knows_imdsv2: true, waits: true, gives_up_within }
 }
 
 impl Client {
     const fn without_imdsv2(self) -> Self {
         Self { knows_imdsv2: false, ..self }
+    }
+
+    /// It has one second for each request, and one try (IMDS-18).
+    const fn in_a_second(self) -> Self {
+        Self { waits: false, ..self }
+    }
+
+    /// Where IMDS-24 allows more than to most. AsyncAws is not the SDK for PHP, and needs no more than others.
+    const fn gives_up_within(self, milliseconds: u64) -> Self {
+        Self { gives_up_within: Duration::from_millis(milliseconds), ..self }
     }
 }

@@ -4,6 +4,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use anyhow::{Result, bail};
@@ -46,6 +47,10 @@ pub struct Client {
     pub(super) quick: bool,
     /// Whether it knows session tokens.
     pub knows_imdsv2: bool,
+    /// Whether it waits longer than a second for an answer, or asks again.
+    pub(super) waits: bool,
+    /// Within what time of its first request it says that it has no credentials, once it was told so.
+    pub(super) gives_up_within: Duration,
 }
 
 impl Client {

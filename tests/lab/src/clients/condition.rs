@@ -24,10 +24,11 @@ pub enum Condition {
 }
 
 impl Condition {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Cold(0),
         Self::Cold(700),
         Self::Cold(1_200),
+        Self::Cold(2_000),
         Self::Bound(2_000),
         Self::Warm,
         Self::Restarted,
@@ -55,15 +56,6 @@ impl Condition {
     /// For the names of pods and service accounts.
     pub(super) fn name(self) -> String {
         self.title().to_ascii_lowercase().replace([',', '.'], "").replace(' ', "-")
-    }
-
-    /// Whether a client has to succeed.
-    pub fn is_to_succeed(self, knows_imdsv2: bool) -> bool {
-        match self {
-            Self::Cold(_) | Self::Bound(_) | Self::Warm | Self::Restarted => true,
-            Self::ImdsV2Required => knows_imdsv2,
-            Self::NoRole | Self::Denied | Self::StsDown => false,
-        }
     }
 
     /// What happens to the exchanges of its pod's role.

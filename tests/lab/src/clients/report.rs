@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 
 use super::{
     catalogue::CLIENTS,
-    cell::{Cell, Verdict},
+    cell::Cell,
     client::Client,
     condition::Condition,
+    expected::{Miss, miss},
 };
 
 const BEGIN: &str = "<!-- begin: make clients writes this -->";
@@ -43,23 +44,13 @@ impl Report {
         cells.filter(|(known, _)| *known == condition).for_each(|(_, known)| *known = cell.clone());
     }
 
-    /// Where a client did otherwise than its condition has it, and how.
-    pub fn misses(&self) -> Vec<(Client, Condition, String)> {
-        let mut misses = Vec::new();
-        for (client, _, cells) in &self.rows {
-            for (condition, cell) in cells {
-                let wanted = condition.is_to_succeed(client.knows_imdsv2);
-                let why = match &cell.verdict {
-                    Verdict::OwnRole if wanted => continue,
-                    Verdict::OwnRole => "succeeded",
-                    Verdict::CleanFailure(_) if !wanted => continue,
-                    Verdict::CleanFailure(why) | Verdict::Wrong(why) => why,
-                };
-                let (title, seconds) = (condition.title(), cell.took.as_secs_f64());
-                misses.push((*client, *condition, format!("{}, {title}, {seconds:.1} s: {why}", client.name)));
-            }
-        }
-        misses
+    /// Where a client did otherwise than is expected of it.
+    pub fn misses(&self) -> Vec<(Client, Condition, Miss)> {
+        let rows = self.rows.iter();
+        let cells = rows.flat_map(|(client, _, cells)| cells.iter().map(move |(known, _)| (client, *known, cells)));
+        cells
+            .filter_map(|(client, condition, cells)| Some((*client, condition, miss(client, condition, cells)?)))
+            .collect()
     }
 
     /// As a table in Markdown, which is aligned for a terminal too.
