@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 use anyhow::{Result, ensure};
-use lab::clients::{CLIENTS, Cell, Client, Condition, Miss, Set, again, miss, row};
+use lab::clients::{CLIENTS, Cell, Client, Condition, Kept, Miss, Set, again, kept, miss, row};
 
 lab::enter!();
 
@@ -86,6 +86,18 @@ fn every_client_that_waits_succeeds_within_3_s_when_the_exchange_takes_2_s() -> 
 #[test]
 fn every_client_succeeds_a_second_after_its_pod_was_bound_when_the_exchange_takes_2_s() -> Result<()> {
     all(Condition::Bound(2_000))
+}
+
+/// IMDS-21
+#[test]
+fn a_client_that_keeps_credentials_asks_for_them_once() -> Result<()> {
+    let keeping = installed().into_iter().filter(|client| client.keeps).collect();
+    let misses =
+        at_once(AT_ONCE, keeping, kept).into_iter().filter_map(|(client, Kept { signed_requests, fetches })| {
+            let why = format!("{}: {fetches} for {signed_requests} signed requests", client.name);
+            (signed_requests < 2 || fetches != 1.0).then_some(Ok(Some(Miss { why, of_time: false })))
+        });
+    told(misses)
 }
 
 /// What every client made of one condition.

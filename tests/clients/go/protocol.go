@@ -10,11 +10,16 @@ import (
 	"time"
 )
 
-// run makes the first call, and `again` for each line: the same call, once its credentials are gone.
+// run makes the first call, and `again` for each line: the same call, once its credentials are gone; or with those that
+// it has, if the line says so.
 func run(call func() error, again func() error) {
 	tell(call)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		tell(again)
+		if lines.Text() == "go on" {
+			tell(call)
+		} else {
+			tell(again)
+		}
 	}
 }
 

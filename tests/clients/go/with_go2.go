@@ -19,6 +19,9 @@ func main() {
 		return err
 	}
 	run(func() (err error) {
+		if client != nil {
+			return call()
+		}
 		if cfg, err = config.LoadDefaultConfig(ctx); err != nil {
 			return err
 		}

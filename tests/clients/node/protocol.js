@@ -17,7 +17,7 @@ async function tell(call) {
 
 exports.run = async (call, again = call) => {
   await tell(call);
-  for await (const _ of readline.createInterface({ input: process.stdin })) {
-    await tell(again);
+  for await (const line of readline.createInterface({ input: process.stdin })) {
+    await tell(line === "go on" ? call : again);
   }
 };

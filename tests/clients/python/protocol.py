@@ -20,8 +20,9 @@ def tell(call):
 
 
 def run(call, again=None):
-    """The first call, then one call more for each line. `again` is given where a client object goes on."""
+    """The first call, then one call more for each line: `again` gets new credentials for it, where `call` goes on with
+    those that it has."""
     tell(call)
     # Not the file's own iterator: that of Python 2 reads ahead.
-    for _ in iter(sys.stdin.readline, ""):
-        tell(again or call)
+    for line in iter(sys.stdin.readline, ""):
+        tell(call if line.strip() == "go on" else again or call)

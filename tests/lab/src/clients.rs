@@ -8,6 +8,7 @@ mod cell;
 mod client;
 mod condition;
 mod expected;
+mod kept;
 mod report;
 mod row;
 mod run;
@@ -18,6 +19,7 @@ pub use self::{
     client::{Client, Set},
     condition::Condition,
     expected::{Miss, again, miss},
+    kept::{Kept, kept},
     report::{Report, into_page},
     row::row,
 };

@@ -20,8 +20,8 @@ public class Client {
             .build();
     tell(sts, null);
     BufferedReader lines = new BufferedReader(new InputStreamReader(System.in));
-    while (lines.readLine() != null) {
-      tell(sts, chain);
+    for (String line = lines.readLine(); line != null; line = lines.readLine()) {
+      tell(sts, line.equals("go on") ? null : chain);
     }
   }
 

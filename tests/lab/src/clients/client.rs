@@ -51,6 +51,8 @@ pub struct Client {
     pub(super) waits: bool,
     /// Within what time of its first request it says that it has no credentials, once it was told so.
     pub(super) gives_up_within: Duration,
+    /// Whether its calls are those of one client object, which keeps the credentials that it has.
+    pub keeps: bool,
 }
 
 impl Client {

@@ -57,14 +57,23 @@ impl<'a> Running<'a> {
 
     /// Has it call again: with the same client object where it keeps one, and in any case for new credentials.
     pub(super) fn again(&mut self) -> Result<Call> {
-        if self.client.talks() {
-            self.mark = self.process.mark();
-            self.started = Instant::now();
-            if self.process.tell("again").is_err() {
-                return self.ended();
-            }
-        } else {
+        if !self.client.talks() {
             *self = Self::start(self.client, self.pod, self.sts, self.store)?;
+            return self.call();
+        }
+        self.told("again")
+    }
+
+    /// Has it call again, with what it has.
+    pub(super) fn go_on(&mut self) -> Result<Call> {
+        self.told("go on")
+    }
+
+    fn told(&mut self, what: &str) -> Result<Call> {
+        self.mark = self.process.mark();
+        self.started = Instant::now();
+        if self.process.tell(what).is_err() {
+            return self.ended();
         }
         self.call()
     }
