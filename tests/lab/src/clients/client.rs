@@ -47,7 +47,7 @@ pub struct Client {
     pub(super) quick: bool,
     /// Whether it knows session tokens.
     pub knows_imdsv2: bool,
-    /// Whether it waits longer than a second for an answer, or asks again.
+    /// Whether it waits longer than a second for an answer, or asks again for long enough.
     pub(super) waits: bool,
     /// Within what time of its first request it says that it has no credentials, once it was told so.
     pub(super) gives_up_within: Duration,
