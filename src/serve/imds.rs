@@ -65,7 +65,9 @@ impl Server {
 
     /// The node's, with the account of the pod's role, and with none for a pod that has no role.
     pub(super) async fn identity_document(&self, asked: &Asked<'_>) -> Answer {
-        let document = self.metadata.value(upstream::IDENTITY_DOCUMENT).ok_or(Reason::NotFound)?;
+        if self.metadata.value(upstream::IDENTITY_DOCUMENT).is_none() {
+            return Err(Reason::NotFound.into());
+        }
         let workload = self.caller(asked).await?;
         let grant = match self.grant(&workload, asked, asked.at + PATIENCE).await {
             Ok(grant) => Some(grant),
@@ -73,7 +75,7 @@ impl Server {
             Err(refusal) => return Err(refusal),
         };
         let account = grant.as_ref().and_then(|grant| grant.role().account());
-        let document = upstream::identity_document(&document, account).ok_or(Reason::NotFound)?;
+        let document = self.metadata.identity_document(account).ok_or(Reason::NotFound)?;
         Ok(answer::text(document))
     }
 

@@ -46,6 +46,15 @@ pub const DEFAULT: &str = "dynamic/instance-identity/document,meta-data/placemen
                            meta-data/services/domain,meta-data/services/partition";
 /// Where a pod's account stands in for the node's.
 pub const IDENTITY_DOCUMENT: &str = "dynamic/instance-identity/document";
+/// What the identity document is allowed for, and what in it says no more than another path: a pod reads that in the
+/// one place if it may in the other (EC2 User Guide, "Instance identity documents").
+const OF_DOCUMENT: [&str; 5] = ["accountId", "architecture", "availabilityZone", "region", "version"];
+const OF_PATHS: [(&str, &str); 4] = [
+    ("imageId", "meta-data/ami-id"),
+    ("instanceId", "meta-data/instance-id"),
+    ("instanceType", "meta-data/instance-type"),
+    ("privateIp", "meta-data/local-ipv4"),
+];
 
 /// None of it changes while the node runs, but for a resize.
 const REFRESH: Duration = Duration::from_secs(3_600);
@@ -79,6 +88,20 @@ impl NodeMetadata {
             .collect();
         entries.dedup();
         entries
+    }
+
+    /// The identity document with the account of the pod's role in place of the node's, so that a program that takes its
+    /// account from there is right about its credentials; without any where the pod has no role. What else it says of
+    /// the node it says where that may be read by itself.
+    pub(super) fn identity_document(&self, account: Option<&str>) -> Option<Bytes> {
+        let mut document: Map<String, Value> = serde_json::from_slice(&self.value(IDENTITY_DOCUMENT)?).ok()?;
+        let allowed = |member: &str| OF_PATHS.iter().any(|(of, path)| *of == member && self.value(path).is_some());
+        document.retain(|member, _| OF_DOCUMENT.contains(&member.as_str()) || allowed(member));
+        match account {
+            Some(account) => document.insert("accountId".into(), account.into()),
+            None => document.remove("accountId"),
+        };
+        serde_json::to_vec_pretty(&document).ok().map(Bytes::from)
     }
 
     /// Reads what is allowed and was not given, again and again, until dropped.
@@ -138,17 +161,6 @@ async fn call(method: Method, path: &str, header: (&str, &str)) -> anyhow::Resul
     timeout(CALL, answer).await?
 }
 
-/// The identity document with the account of the pod's role in place of the node's, so that a program that takes its
-/// account from there is right about its credentials; without any where the pod has no role.
-pub(super) fn identity_document(document: &[u8], account: Option<&str>) -> Option<Bytes> {
-    let mut document: Map<String, Value> = serde_json::from_slice(document).ok()?;
-    match account {
-        Some(account) => document.insert("accountId".into(), account.into()),
-        None => document.remove("accountId"),
-    };
-    serde_json::to_vec_pretty(&document).ok().map(Bytes::from)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,9 +186,23 @@ mod tests {
 
     #[test]
     fn the_identity_document_names_the_account_of_the_role() {
-        let node = br#"{"accountId":"999999999999","region":"eu-central-1"}"#;
-        let text = |account| String::from_utf8(identity_document(node, account).unwrap().to_vec()).unwrap();
-        assert!(text(Some("111122223333")).contains("111122223333") && !text(Some("111122223333")).contains("9999"));
-        assert!(!text(None).contains("accountId") && text(None).contains("eu-central-1"));
+        let metadata = |more: &[(&str, &str)]| {
+            let node = r#"{"accountId":"999999999999","region":"eu-central-1","instanceId":"i-7","privateIp":"10.0.0.7",
+                "kernelId":null}"#;
+            NodeMetadata::new(
+                [(IDENTITY_DOCUMENT, node)].iter().chain(more).map(|(a, b)| (a.to_string(), b.to_string())),
+            )
+        };
+        let text = |account, more: &[(&str, &str)]| {
+            String::from_utf8(metadata(more).identity_document(account).unwrap().to_vec()).unwrap()
+        };
+        let with = text(Some("111122223333"), &[]);
+        assert!(with.contains("111122223333") && !with.contains("9999"), "{with}");
+        assert!(!text(None, &[]).contains("accountId") && text(None, &[]).contains("eu-central-1"));
+        for hidden in ["i-7", "10.0.0.7", "kernelId"] {
+            assert!(!with.contains(hidden), "{with}");
+        }
+        let more = text(None, &[("meta-data/instance-id", "i-7")]);
+        assert!(more.contains("i-7") && !more.contains("10.0.0.7"), "what may be read by itself: {more}");
     }
 }
