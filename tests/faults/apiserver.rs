@@ -86,8 +86,8 @@ fn is_told_to_cold_pods_and_hidden_from_warm_ones(row: &Row) -> Result<()> {
     // The answer of a live read holds for ten seconds.
     ensure!(list(&without)?.status == 404);
     row.begin(&cluster)?;
-    // Once the fault has hit it, no token is on its way to STS any more.
-    list(&cold)?;
+    // Once the fault has hit it, no token is on its way to STS any more. Held for seconds, so that a try comes soon.
+    credentials(&cold)?;
     refusal(&agent, &cold, row.cold)?;
     cluster.sts.heal();
     let throttled = cluster.calls(&cold);
