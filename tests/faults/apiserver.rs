@@ -8,7 +8,7 @@ use lab::net::{Pod, Shape};
 use lab::poll::{poll, poll_every, timed};
 
 use super::cluster::Cluster;
-use super::{Held, LOOK, PATIENCE, credentials, each, list, refusal};
+use super::{Held, LOOK, PATIENCE, credentials, each, is_refusal, list, refusal};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
@@ -86,9 +86,12 @@ fn is_told_to_cold_pods_and_hidden_from_warm_ones(row: &Row) -> Result<()> {
     // The answer of a live read holds for ten seconds.
     ensure!(list(&without)?.status == 404);
     row.begin(&cluster)?;
-    // Once the fault has hit it, no token is on its way to STS any more. Held for seconds, so that a try comes soon.
-    credentials(&cold)?;
-    refusal(&agent, &cold, row.cold)?;
+    // Once the fault has hit it, no token is on its way to STS any more. It asks until then: nobody's next try may be
+    // half a minute away.
+    poll_every(LOOK, "the fault to hit a cold pod", PATIENCE, || {
+        let _ = list(&cold);
+        agent.log().iter().any(|entry| is_refusal(entry, &cold, row.cold)).then_some(())
+    })?;
     cluster.sts.heal();
     let throttled = cluster.calls(&cold);
 
