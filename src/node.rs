@@ -32,7 +32,7 @@ use crate::{
     doctor,
     exchange::{Exchange, sts::Sts},
     intercept::{
-        self, Direct, Doors, Duties, Duty, Handover, Predecessor, Probe,
+        self, Acceptor, Direct, Duties, Duty, Handover, Predecessor, Probe,
         rule::{self, Installed},
     },
     observe::{self, Metrics, Readiness},
@@ -187,14 +187,14 @@ pub async fn run(
     let graceful = Arc::new(GracefulShutdown::new());
     let probe = Arc::new(Probe::default());
     let direct = if installed.is_some() { Direct::Refuse } else { Direct::Accept };
-    let doors = Doors::new(config.limits, direct, probe.clone(), metrics.clone());
-    let mut doormen = JoinSet::new();
+    let acceptor = Acceptor::new(config.limits, direct, probe.clone(), metrics.clone());
+    let mut listening = JoinSet::new();
     for listener in listeners.pods {
-        let (server, graceful, doors, duties) = (server.clone(), graceful.clone(), doors.clone(), duties.clone());
+        let (server, graceful, acceptor, duties) = (server.clone(), graceful.clone(), acceptor.clone(), duties.clone());
         let listener = TcpListener::from_std(listener)?;
-        doormen.spawn(async move {
-            let serve = |accepted| server.clone().connection(accepted, graceful.watcher());
-            duties.during(Duty::Pods, || intercept::accept(&listener, &doors, &serve)).await;
+        listening.spawn(async move {
+            let serve = |arrival| server.clone().connection(arrival, graceful.watcher());
+            duties.during(Duty::Pods, || acceptor.accept(&listener, &serve)).await;
         });
     }
     match installed {
@@ -206,8 +206,8 @@ pub async fn run(
         }
         None => redirected.set(true),
     }
-    // With the doormen, so that at the first signal the next agent is told, and this one's listeners are its alone.
-    doormen.spawn(async move {
+    // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.
+    listening.spawn(async move {
         let _taken = match listeners.predecessor {
             Some(predecessor) => {
                 let learnt = async {
@@ -225,11 +225,11 @@ pub async fn run(
 
     tokio::select! {
         () = shutdown => {}
-        error = first_failure(&mut tasks, &mut doormen) => return Err(error),
+        error = first_failure(&mut tasks, &mut listening) => return Err(error),
     }
     info!(drain = ?config.drain, "no more connections are taken; open requests may end. The redirect stays");
     let second = until_terminated()?;
-    doormen.shutdown().await;
+    listening.shutdown().await;
     tokio::select! {
         () = drained(graceful) => info!("every request has ended"),
         () = tokio::time::sleep(config.drain) => warn!("requests were open still when --drain was over"),
@@ -239,11 +239,11 @@ pub async fn run(
 }
 
 /// Returns when a task has failed that the agent cannot do without.
-async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>, doormen: &mut JoinSet<()>) -> anyhow::Error {
+async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>, listening: &mut JoinSet<()>) -> anyhow::Error {
     loop {
         let ended = tokio::select! {
             Some(ended) = tasks.join_next() => ended,
-            Some(ended) = doormen.join_next() => ended.map(Ok),
+            Some(ended) = listening.join_next() => ended.map(Ok),
             else => return anyhow::anyhow!("no task of the agent is left"),
         };
         match ended {
@@ -255,7 +255,7 @@ async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>, doormen: &mut Jo
 }
 
 async fn drained(graceful: Arc<GracefulShutdown>) {
-    // The doormen, who had the other references, are gone.
+    // The listeners, which had the other references, are gone.
     if let Some(graceful) = Arc::into_inner(graceful) {
         graceful.shutdown().await;
     }

@@ -58,24 +58,22 @@ const REMEMBERED: usize = 1_024;
 
 /// Logs refusals, each kind to each source once in a while; the metrics count every one.
 #[derive(Debug, Default)]
-pub struct RefusalLog(Mutex<HashMap<(Reason, Option<IpAddr>), Instant>>);
+pub struct RefusalLog(Mutex<HashMap<(Reason, IpAddr), Instant>>);
 
 impl RefusalLog {
-    /// `describe` is called with what takes namespace, pod and service account, if this one is to be logged.
-    pub fn refused(&self, refusal: &Refusal, source: Option<IpAddr>, describe: impl FnOnce(&dyn Fn(&str, &str, &str))) {
+    /// Whether this kind of refusal was not logged of this source a moment ago. If so, it counts as logged.
+    pub fn is_news(&self, reason: Reason, source: IpAddr) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (refusal.reason, source);
-        if last.get(&key).is_some_and(|at| at.elapsed() < REPEAT) {
-            return;
+        if last.get(&(reason, source)).is_some_and(|at| at.elapsed() < REPEAT) {
+            return false;
         }
         if last.len() >= REMEMBERED {
             last.retain(|_, at| at.elapsed() < REPEAT);
         }
         if last.len() < REMEMBERED {
-            last.insert(key, Instant::now());
+            last.insert((reason, source), Instant::now());
         }
-        drop(last);
-        describe(&|namespace, pod, account| log_refusal(refusal, namespace, pod, account));
+        true
     }
 }
 

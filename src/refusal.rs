@@ -9,6 +9,8 @@ use tracing::Level;
 
 /// What kind of no. Bounded, so that it can be a metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+// For tests that go through all of them.
+#[cfg_attr(test, derive(clap::ValueEnum))]
 pub enum Reason {
     // The request itself.
     NotFound,
@@ -20,6 +22,7 @@ pub enum Reason {
     SessionInvalid,
     ContainerTokenMissing,
     TooManyRequests,
+    TooManyConnections,
     // Who is calling.
     NotRedirected,
     Starting,
@@ -139,6 +142,14 @@ impl Reason {
                 None,
                 Level::WARN,
                 "one source asks more often than it may: look at what it runs, or raise --max-requests-per-source",
+            ),
+            Self::TooManyConnections => row(
+                "too_many_connections",
+                503,
+                None,
+                Level::WARN,
+                "one source, or all together, have as many connections open as they may: look at what runs there, or \
+                 raise --max-connections-per-source, --max-connections",
             ),
             Self::NotRedirected => row(
                 "not_redirected",
@@ -367,54 +378,14 @@ impl std::error::Error for Refusal {}
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use clap::ValueEnum;
 
-    const ALL: [Reason; 36] = {
-        use Reason::*;
-        [
-            NotFound,
-            MethodNotAllowed,
-            BadRequest,
-            BadTtl,
-            ForwardedToken,
-            SessionRequired,
-            SessionInvalid,
-            ContainerTokenMissing,
-            TooManyRequests,
-            NotRedirected,
-            Starting,
-            UnknownPod,
-            AmbiguousAddress,
-            ContainerTokenRefused,
-            ContainerTokenForeign,
-            ReviewForbidden,
-            ReviewUnavailable,
-            NoRole,
-            BadAnnotation,
-            AccountUnavailable,
-            TokenForbidden,
-            TokenRefused,
-            PodGone,
-            TokenUnavailable,
-            TokenFile,
-            AccessDenied,
-            WebIdentityRefused,
-            BadSessionPolicy,
-            BadStsRequest,
-            RegionDisabled,
-            StsThrottled,
-            StsUnavailable,
-            IdentityProviderUnreachable,
-            BadStsAnswer,
-            ClockSkew,
-            ExchangeTimeout,
-        ]
-    };
+    use super::*;
 
     #[test]
     fn the_page_on_failures_has_every_row_of_the_table() {
         let page = include_str!("../docs/failures.md");
-        for reason in ALL {
+        for reason in Reason::value_variants() {
             let spec = reason.spec();
             let row = page.lines().find(|line| line.starts_with(&format!("| `{}` | {} |", spec.label, spec.status)));
             assert!(row.is_some_and(|row| row.contains(spec.advice)), "{}: {}", spec.label, spec.advice);
@@ -424,7 +395,7 @@ mod tests {
     /// IMDS-27: what may pass by itself is never 400, 401, 429 or 500.
     #[test]
     fn what_is_tried_again_is_503() {
-        for spec in ALL.map(Reason::spec) {
+        for spec in Reason::value_variants().iter().map(|reason| reason.spec()) {
             assert!(spec.memory != Memory::Backoff || spec.status == 503, "{}", spec.label);
         }
     }

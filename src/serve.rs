@@ -32,8 +32,8 @@ use crate::{
     attribute::Attributor,
     authorise::Authoriser,
     cache::Cache,
-    intercept::{Accepted, MAX_DELAY, Peer, Service, Share},
-    observe::{Metrics, Outcome, RefusalLog},
+    intercept::{Accepted, Arrival, MAX_DELAY, Peer, Service, Share, TurnedAway},
+    observe::{Metrics, Outcome, RefusalLog, log_refusal},
     refusal::{Reason, Refusal},
 };
 use caller::Caller;
@@ -52,6 +52,8 @@ const MAX_HEAD: usize = 16 << 10;
 /// SDKs send no bodies, or empty ones.
 const MAX_BODY: usize = 16 << 10;
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
+/// What a connection that is turned away may take.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Everything that an answer depends on.
 #[derive(Debug)]
@@ -70,18 +72,22 @@ pub struct Server {
 
 impl Server {
     /// Serves one connection to its end.
-    pub async fn connection(self: Arc<Self>, accepted: Accepted, drain: Watcher) {
-        let (stream, peer, share, _place) = accepted.into_parts();
-        // Answers are small and whole: waiting to fill a segment only delays them.
-        let _ = stream.set_nodelay(true);
-        self.converse(stream, peer, share, drain).await;
+    pub async fn connection(self: Arc<Self>, arrival: Arrival, drain: Watcher) {
+        match arrival {
+            Arrival::Accepted(Accepted { stream, peer, share, place: _place }) => {
+                // Answers are small and whole: waiting to fill a segment only delays them.
+                let _ = stream.set_nodelay(true);
+                self.converse(stream, peer, share, drain).await;
+            }
+            Arrival::TurnedAway(turned_away) => self.turn_away(turned_away).await,
+        }
     }
 
     /// The same over any stream, so that what is tested without a network is what is run with one.
     pub(crate) async fn converse(
         &self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        peer: Option<Peer>,
+        peer: Peer,
         share: Share,
         drain: Watcher,
     ) {
@@ -101,10 +107,28 @@ impl Server {
         }
     }
 
+    /// Answers the first request with a refusal, whatever it asks for, and closes.
+    async fn turn_away(&self, turned_away: TurnedAway) {
+        let TurnedAway { stream, source, service, refusal, place: _place } = turned_away;
+        let answer = |request: Request<Incoming>| {
+            self.metrics.request(route(service, request.uri()).label(), Outcome::Refused(refusal.reason));
+            if self.refusals.is_news(refusal.reason, source) {
+                log_refusal(&refusal, "", "", "");
+            }
+            std::future::ready(Ok::<_, Infallible>(answer::refuse(service, refusal.reason)))
+        };
+        let connection = http1::Builder::new()
+            .keep_alive(false)
+            .max_buf_size(MAX_HEAD)
+            .serve_connection(TokioIo::new(stream), service_fn(answer));
+        // The caller may be gone already, or never ask: neither matters.
+        let _ = timeout(LAST_WORD, connection).await;
+    }
+
     async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let (head, body) = request.into_parts();
-        let service = caller.peer.as_ref().map_or(Service::Metadata, Peer::service);
-        let route = target(&head.uri).map_or(Route::NotFound, |path| Route::of(service, path));
+        let service = caller.peer.service();
+        let route = route(service, &head.uri);
         let result = self.respond(caller, &route, &head, body).await;
         self.metrics.request(route.label(), Outcome::of(&result));
         caller.step();
@@ -130,9 +154,8 @@ impl Server {
                 return Err(Reason::TooManyRequests.into());
             }
         }
-        let peer = caller.peer.as_ref().ok_or(Reason::NotRedirected)?;
-        let asked = Asked { caller, peer, headers: &head.headers, at: Instant::now() };
-        match (peer.service(), &head.method, route) {
+        let asked = Asked { caller, headers: &head.headers, at: Instant::now() };
+        match (caller.peer.service(), &head.method, route) {
             (Service::Metadata, &Method::PUT, Route::Token) => {
                 drain(body).await?;
                 self.token(&asked)
@@ -158,18 +181,19 @@ impl Server {
     }
 
     fn log(&self, caller: &Caller, refusal: &Refusal) {
-        let workload = caller.peer.as_ref().and_then(|peer| self.attributor.peek(peer).ok());
-        let source = caller.peer.as_ref().map(|peer| peer.source().ip());
-        self.refusals.refused(refusal, source, |log| match &workload {
-            Some(workload) => log(workload.namespace(), workload.pod(), &workload.service_account().name),
-            None => log("", "", ""),
-        });
+        if self.refusals.is_news(refusal.reason, caller.peer.source().ip()) {
+            match self.attributor.peek(&caller.peer) {
+                Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
+                Err(_) => log_refusal(refusal, "", "", ""),
+            }
+        }
     }
 }
 
-/// The request target without its query; `None` for the forms that are for proxies.
-fn target(uri: &Uri) -> Option<&str> {
-    (uri.scheme().is_none() && uri.authority().is_none()).then(|| uri.path())
+/// By the request target without its query. The forms that are for proxies are not found.
+fn route(service: Service, uri: &Uri) -> Route<'_> {
+    let for_proxies = uri.scheme().is_some() || uri.authority().is_some();
+    if for_proxies { Route::NotFound } else { Route::of(service, uri.path()) }
 }
 
 /// Reads a body to its end, so that the connection stays usable; a client that awaits `100 Continue` gets it by that.

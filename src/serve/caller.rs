@@ -24,8 +24,7 @@ const LOOK: Duration = Duration::from_secs(25);
 
 #[derive(Debug)]
 pub(super) struct Caller {
-    /// `None`: the connection did not come through the redirect.
-    pub(super) peer: Option<Peer>,
+    pub(super) peer: Peer,
     pub(super) share: Share,
     /// Fixed by the first request, whatever the directory says later.
     pod: OnceLock<PodUid>,
@@ -48,7 +47,7 @@ pub(super) struct Known {
 }
 
 impl Caller {
-    pub(super) fn new(peer: Option<Peer>, share: Share) -> Self {
+    pub(super) fn new(peer: Peer, share: Share) -> Self {
         Self { peer, share, pod: OnceLock::new(), known: Mutex::default(), steps: AtomicU32::new(0) }
     }
 

@@ -11,7 +11,6 @@ use crate::{
     attribute::{PATIENCE, Workload},
     authorise::Grant,
     clock::UnixTime,
-    intercept::Peer,
     refusal::{Reason, Refusal},
 };
 
@@ -19,7 +18,6 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Asked<'a> {
     pub(super) caller: &'a Caller,
-    pub(super) peer: &'a Peer,
     pub(super) headers: &'a HeaderMap,
     pub(super) at: Instant,
 }
@@ -28,7 +26,7 @@ impl Server {
     /// For what is the same for every pod, whose caller need not be known: only a session token that is wrong, or
     /// missing where that is known to matter, stands in the way.
     pub(super) async fn anybody(&self, asked: &Asked<'_>) -> Result<(), Refusal> {
-        if let Ok(workload) = self.attributor.peek(asked.peer) {
+        if let Ok(workload) = self.attributor.peek(&asked.caller.peer) {
             return self.permitted(asked, &workload);
         }
         match asked.headers.get(&TOKEN).map(|token| self.sessions.read(token.as_bytes(), UnixTime::now())) {
@@ -58,7 +56,7 @@ impl Server {
 
     /// Who is calling, if it is still who it was on this connection's first request.
     pub(super) async fn attributed(&self, asked: &Asked<'_>) -> Result<Workload, Refusal> {
-        let workload = self.attributor.attribute(asked.peer, asked.at + PATIENCE).await?;
+        let workload = self.attributor.attribute(&asked.caller.peer, asked.at + PATIENCE).await?;
         if !asked.caller.is_still(&workload) {
             return Err(Refusal::new(Reason::UnknownPod, "the address changed hands while this connection was open"));
         }
@@ -70,7 +68,7 @@ impl Server {
             return if self.require_imdsv2.of(workload) { Err(Reason::SessionRequired.into()) } else { Ok(()) };
         };
         let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
-        let right = self.sessions.may_belong(&session, workload, asked.peer.source().ip());
+        let right = self.sessions.may_belong(&session, workload, asked.caller.peer.source().ip());
         if right { Ok(()) } else { Err(Reason::SessionInvalid.into()) }
     }
 

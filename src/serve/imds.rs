@@ -34,8 +34,8 @@ impl Server {
         }
         let ttl = asked.headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
         let ttl: u32 = ttl.filter(|ttl| session::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
-        let workload = self.attributor.peek(asked.peer).ok();
-        let token = self.sessions.issue(workload.as_ref(), asked.peer.source().ip(), ttl, UnixTime::now());
+        let workload = self.attributor.peek(&asked.caller.peer).ok();
+        let token = self.sessions.issue(workload.as_ref(), asked.caller.peer.source().ip(), ttl, UnixTime::now());
         Ok(answer::token(token, ttl))
     }
 
@@ -103,7 +103,7 @@ impl Server {
         if !grant.role().answers_to(role) {
             return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
         }
-        let credential = self.credential(asked.peer, &known, until).await?;
+        let credential = self.credential(&asked.caller.peer, &known, until).await?;
         Ok(answer::document(if extended { credential.extended() } else { credential.document() }))
     }
 
