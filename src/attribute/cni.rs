@@ -5,7 +5,9 @@
 //! unreadable, huge or foreign, is skipped and counted, never fatal.
 
 use std::{
-    fs::File,
+    collections::BTreeMap,
+    ffi::OsString,
+    fs::{DirEntry, File},
     io::{self, Read},
     net::IpAddr,
     os::unix::fs::MetadataExt,
@@ -18,6 +20,8 @@ use futures::StreamExt;
 use inotify::{EventMask, Inotify, WatchMask};
 use nix::errno::Errno;
 use serde::Deserialize;
+use serde_json::error::Category;
+use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use super::{Attributor, Event, PodUid, directory::Record};
@@ -25,8 +29,10 @@ use crate::observe::Metrics;
 
 /// Records carry the pod's annotations, of which Kubernetes allows 256 KiB; a real one is 1 to 2 KiB.
 const MAX_SIZE: u64 = 1 << 20;
-/// How soon a missing folder is looked for again: a node that never ran a pod has none.
+/// How soon it is tried again to follow what could not be followed. A node that never ran a pod has no folder.
 const RETRY: Duration = Duration::from_secs(1);
+/// Between two looks until then. An address that is dealt anew must be another pod's here before that pod has started.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// The folder of records, read once before anything that could contradict it, then followed.
 #[derive(Debug)]
@@ -34,6 +40,7 @@ pub struct Records {
     folder: PathBuf,
     /// Asked for once: by the kernel, this moment moves when the clock is set.
     boot: i64,
+    inotify: fn() -> io::Result<Inotify>,
     attributor: Arc<Attributor>,
     metrics: Metrics,
 }
@@ -67,7 +74,7 @@ impl Skip {
 
 impl Records {
     pub fn new(folder: PathBuf, attributor: Arc<Attributor>, metrics: Metrics) -> Self {
-        Self { folder, boot: boot_time(), attributor, metrics }
+        Self { folder, boot: boot_time(), inotify: Inotify::init, attributor, metrics }
     }
 
     /// Reads what is there. To be done before the pods are listed: what lies here then and names none of them is
@@ -82,18 +89,56 @@ impl Records {
         }
     }
 
-    /// Follows the folder, through its removal and return, until dropped.
+    /// Follows the folder, through its removal and return, until dropped. What cannot be followed is looked at: what is
+    /// known of it must not grow old, since addresses change hands.
     pub async fn follow(self) {
+        let mut told = false;
         loop {
-            if let Err(error) = self.follow_once().await {
-                debug!(folder = %self.folder.display(), %error, "CNI records cannot be followed now");
+            let ended = self.follow_once().await;
+            self.metrics.cni_followed.set(0);
+            let Err(error) = ended else {
+                told = false;
+                continue;
+            };
+            if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut told, true) {
+                warn!(
+                    folder = %self.folder.display(), %error,
+                    "CNI records cannot be followed; looking at them every 50 ms instead. Is a file descriptor or an \
+                     inotify instance to be had (fs.inotify.max_user_instances)?"
+                );
             }
-            tokio::time::sleep(RETRY).await;
+            self.look_for(RETRY).await;
         }
     }
 
+    /// Reads all again whenever a name, a size or a time of modification has changed.
+    async fn look_for(&self, long: Duration) {
+        let mut seen = None;
+        let end = Instant::now() + long;
+        while Instant::now() < end {
+            let there = self.appearance().ok();
+            if there != seen
+                && let Err(error) = self.read_all()
+            {
+                debug!(folder = %self.folder.display(), %error, "CNI records cannot be read now");
+            } else {
+                seen = there;
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    fn appearance(&self) -> io::Result<BTreeMap<OsString, (i64, i64, u64)>> {
+        let looks = |entry: io::Result<DirEntry>| {
+            let entry = entry?;
+            let about = entry.metadata()?;
+            Ok((entry.file_name(), (about.mtime(), about.mtime_nsec(), about.len())))
+        };
+        std::fs::read_dir(&self.folder)?.map(looks).collect()
+    }
+
     async fn follow_once(&self) -> io::Result<()> {
-        let inotify = Inotify::init()?;
+        let inotify = (self.inotify)()?;
         inotify.watches().add(
             &self.folder,
             WatchMask::CLOSE_WRITE
@@ -105,6 +150,7 @@ impl Records {
         )?;
         // Only now, so that nothing falls between reading and following.
         self.read_all()?;
+        self.metrics.cni_followed.set(1);
         let mut events = inotify.into_event_stream(vec![0; 16 << 10])?;
         while let Some(event) = events.next().await {
             let event = event?;
@@ -206,8 +252,8 @@ struct CniIp {
 }
 
 pub(crate) fn parse(json: &[u8], id: &str, written: (i64, i64)) -> Result<Record, Skip> {
-    let value: serde_json::Value = serde_json::from_slice(json).map_err(|_| Skip::NotJson)?;
-    let entry = CacheEntry::deserialize(value).map_err(|_| Skip::Foreign)?;
+    let entry: CacheEntry = serde_json::from_slice(json)
+        .map_err(|error| if error.classify() == Category::Data { Skip::Foreign } else { Skip::NotJson })?;
     if entry.kind != "cniCacheV1" {
         return Err(Skip::Foreign);
     }
@@ -240,6 +286,7 @@ fn boot_time() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{attribute::pod::Pod, intercept::Peer};
 
     /// As containerd 2.4 leaves it, shortened.
     const BRIDGE: &str = r#"{"kind":"cniCacheV1","containerId":"1198af","config":"eyJ9","ifName":"eth0",
@@ -253,6 +300,40 @@ mod tests {
         let record = parse(BRIDGE.as_bytes(), "kit-1198af-eth0", (7, 0)).unwrap();
         assert_eq!((&*record.pod.0, &*record.interface), ("794615a3", "eth0"));
         assert_eq!(record.addresses, ["10.244.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    }
+
+    /// The node's inotify instances are used up: whoever had an address must not keep it.
+    #[tokio::test]
+    async fn what_cannot_be_followed_is_looked_at() {
+        let folder = std::env::temp_dir().join(format!("kirsa-records-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let write = |id: &str, uid: &str| {
+            std::fs::write(folder.join(id), BRIDGE.replace("794615a3", uid)).unwrap();
+        };
+        let (attributor, _) = Attributor::new(Metrics::new("test").unwrap());
+        attributor.apply(Event::ListStarted);
+        for uid in ["uid-a", "uid-b"] {
+            attributor.apply(Event::Pod(Pod::sample(uid, uid, "sa", &[])));
+        }
+        attributor.apply(Event::ListDone);
+        write("a", "uid-a");
+        let mut records = Records::new(folder.clone(), attributor.clone(), Metrics::new("test").unwrap());
+        records.inotify = || Err(Errno::EMFILE.into());
+        records.scan();
+        let follow = tokio::spawn(records.follow());
+        let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
+        assert_eq!(attributor.peek(&peer).unwrap().pod(), "uid-a");
+
+        std::fs::remove_file(folder.join("a")).unwrap();
+        write("b", "uid-b");
+        let is_b = async {
+            while !attributor.peek(&peer).is_ok_and(|owner| owner.pod() == "uid-b") {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), is_b).await.expect("it is b's");
+        follow.abort();
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]
