@@ -47,7 +47,7 @@ pub(super) async fn check(admin: SocketAddr) -> Vec<Finding> {
 }
 
 fn measured(metrics: &str) -> Vec<Finding> {
-    let repaired = samples(metrics, "kirsa_rule_repaired_total").map(|(_, value)| value).sum::<f64>();
+    let repaired = samples(metrics, "kirsa_redirect_repaired_total").map(|(_, value)| value).sum::<f64>();
     let repairs = if repaired > 0.0 {
         Finding::warning(
             REPAIRS,
@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn repairs_and_silence_are_warnings() {
         let verdicts = |metrics: &str| measured(metrics).into_iter().map(|finding| finding.verdict).collect::<Vec<_>>();
-        let quiet = "# HELP kirsa_rule_repaired_total x\nkirsa_rule_repaired_total 0\n\
+        let quiet = "# HELP kirsa_redirect_repaired_total x\nkirsa_redirect_repaired_total 0\n\
                      kirsa_watch_silence_seconds{watch=\"pods\"} 59.5\n";
         assert_eq!(verdicts(quiet), [Verdict::Ok, Verdict::Ok]);
         let loud = quiet.replace("total 0", "total 3").replace("59.5", "121");

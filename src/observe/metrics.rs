@@ -76,8 +76,8 @@ pub struct Metrics {
     connections_refused: IntCounterVec,
     cni_records: IntGaugeVec,
     cni_skipped: IntCounterVec,
+    pub cni_followed: IntGauge,
     pub directory_pods: IntGauge,
-    pub ambiguous: IntCounter,
     pub clock_skew: IntGauge,
 }
 
@@ -139,13 +139,16 @@ impl Metrics {
                 &["watch"]
             )),
             heard: Arc::default(),
-            rule_applied: register!(IntCounter::new("kirsa_rule_applied_total", "Times that the redirect was applied")),
+            rule_applied: register!(IntCounter::new(
+                "kirsa_redirect_applied_total",
+                "Times that the redirect was applied"
+            )),
             rule_repaired: register!(IntCounter::new(
-                "kirsa_rule_repaired_total",
+                "kirsa_redirect_repaired_total",
                 "Times that the redirect was found broken and applied again"
             )),
             rule_verified: register!(IntGauge::new(
-                "kirsa_rule_verified",
+                "kirsa_redirect_verified",
                 "1 if the last connection through the redirect reached this agent"
             )),
             connections: register!(IntGauge::new("kirsa_connections", "Open connections of pods")),
@@ -161,11 +164,11 @@ impl Metrics {
                 Opts::new("kirsa_cni_records_skipped_total", "CNI records that were not understood, by reason"),
                 &["reason"]
             )),
-            directory_pods: register!(IntGauge::new("kirsa_directory_pods", "Live pods of this node")),
-            ambiguous: register!(IntCounter::new(
-                "kirsa_ambiguous_addresses_total",
-                "Look-ups of an address that more than one live pod claims"
+            cni_followed: register!(IntGauge::new(
+                "kirsa_cni_records_followed",
+                "1 if the kernel tells of changes of CNI records; 0 while the folder is looked at again and again"
             )),
+            directory_pods: register!(IntGauge::new("kirsa_directory_pods", "Live pods of this node")),
             clock_skew: register!(IntGauge::new(
                 "kirsa_sts_clock_skew_seconds",
                 "How far this node's clock is ahead of STS, in seconds, as of the last exchange"

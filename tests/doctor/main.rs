@@ -43,7 +43,7 @@ fn a_healthy_node_passes(backend: &str) -> Result<()> {
     // Root of this namespace has every capability; the agent needs one.
     ensure!(report.one("capabilities")?.verdict == "warning");
     ensure!(report.code == 0 && report.verdict == "warning", "{report:#?}");
-    ensure!(agent.metric("kirsa_rule_repaired_total", &[])? == 0.0, "it looks, and changes nothing");
+    ensure!(agent.metric("kirsa_redirect_repaired_total", &[])? == 0.0, "it looks, and changes nothing");
     site.no_pod_got_outside()?;
     agent.stop()
 }
@@ -201,7 +201,7 @@ fn a_redirect_that_was_put_back_is_a_warning() -> Result<()> {
     let (site, agent) = site("nft")?;
     site.node.netns().shell("nft delete table inet kirsa")?;
     lab::poll::poll("the repair", std::time::Duration::from_secs(20), || {
-        agent.metric("kirsa_rule_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
+        agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
     })?;
     agent.wait_ready()?;
     let report = doctor(&site.node, &site.options)?;

@@ -122,7 +122,10 @@ fn a_flush_of_all_rules_is_repaired_counted_and_no_session_is_lost() -> Result<(
             site.node.netns().shell("nft list table inet kirsa").is_ok_and(|rules| rules.contains("dnat")).then_some(())
         })?;
         poll("a count of the repair", PATIENCE, || {
-            agent.metric("kirsa_rule_repaired_total", &[]).is_ok_and(|count| count == f64::from(flushed)).then_some(())
+            agent
+                .metric("kirsa_redirect_repaired_total", &[])
+                .is_ok_and(|count| count == f64::from(flushed))
+                .then_some(())
         })?;
         first.is_served_to(&warm)?;
         poll("readiness", PATIENCE, || agent.admin("/readyz").is_ok_and(|ready| ready.status == 200).then_some(()))?;
@@ -148,7 +151,7 @@ fn a_firewall_that_drops_the_port_makes_the_agent_not_ready_and_says_so() -> Res
     poll("the agent not to be ready", PATIENCE, || {
         agent.admin("/readyz").ok().filter(|ready| ready.status == 503 && ready.body.contains("redirect"))
     })?;
-    ensure!(agent.metric("kirsa_rule_verified", &[])? == 0.0);
+    ensure!(agent.metric("kirsa_redirect_verified", &[])? == 0.0);
     site.node.netns().shell("nft delete table inet firewall")?;
     agent.wait_ready()?;
     first.is_served_to(&warm)?;

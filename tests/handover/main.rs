@@ -93,7 +93,7 @@ fn an_upgrade_under_load_costs_no_request() -> Result<()> {
     }
     let answer = reader.imds().get(CREDENTIALS_PATH).header(TOKEN, &token).send()?;
     ensure!(answer.status == 200, "{answer:?}");
-    ensure!(agent.metric("kirsa_rule_repaired_total", &[])? == 0.0, "the next agent found its redirect at once");
+    ensure!(agent.metric("kirsa_redirect_repaired_total", &[])? == 0.0, "the next agent found its redirect at once");
     site.no_pod_got_outside()
 }
 
@@ -169,10 +169,10 @@ fn a_successor_on_another_port_has_the_redirect_for_itself() -> Result<()> {
     says(&next, TAKEN)?;
     next.wait_ready()?;
     served(&reader)?;
-    ensure!(next.metric("kirsa_rule_repaired_total", &[])? == 0.0);
+    ensure!(next.metric("kirsa_redirect_repaired_total", &[])? == 0.0);
     agent.stop()?;
     served(&reader)?;
-    ensure!(next.metric("kirsa_rule_repaired_total", &[])? == 0.0);
+    ensure!(next.metric("kirsa_redirect_repaired_total", &[])? == 0.0);
     next.stop()
 }
 

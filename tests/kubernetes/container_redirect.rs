@@ -122,7 +122,7 @@ fn its_rules_alone_come_back_when_somebody_removed_them() -> Result<()> {
     ensure!(removed.lines().count() == 2, "the redirect and its twin: {removed}");
     poll("the rules to come back", PATIENCE, || rules(&site, "nft").is_ok_and(|now| now == before).then_some(()))?;
     poll("a count of the repair", PATIENCE, || {
-        agent.metric("kirsa_rule_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
+        agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
     })?;
     agent.kill()?;
     let refused = doctor(&site)?;

@@ -117,7 +117,7 @@ fn a_record_that_contradicts_the_api_server_is_nobodys() -> Result<()> {
     states(&agent, 1.0, 0.0, 0.0)?;
     let answer = list(&pod)?;
     ensure!(answer.status == 503, "{answer:?}");
-    ensure!(agent.metric("kirsa_ambiguous_addresses_total", &[])? == 1.0);
+    ensure!(agent.metric("kirsa_refusals_total", &[("reason", "ambiguous_address")])? == 1.0);
     let line = agent.wait_for_refusal("ambiguous_address")?;
     let detail = line["detail"].as_str().unwrap_or_default();
     let ns = site.namespace();

@@ -188,7 +188,7 @@ fn rules_that_somebody_removed_come_back(backend: &'static str) -> Result<()> {
     site.remove_redirect()?;
     poll("the rules to come back", PATIENCE, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
     poll("a count of the repair", PATIENCE, || {
-        agent.metric("kirsa_rule_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
+        agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
     })?;
     ensure!(site.pods[0].imds().role_list()?.status == 200);
     site.no_pod_got_outside()?;
