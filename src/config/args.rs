@@ -191,8 +191,8 @@ pub(super) struct RunArgs {
     /// update of thousands of nodes asks less of STS at once; a pod that asks before waits for its own exchange.
     #[arg(long, env = "KIRSA_START_WINDOW", default_value_t = START_WINDOW, value_name = "SECONDS", help_heading = "Credentials")]
     pub(super) start_window: u64,
-    /// Refuse IMDSv1 (requests without a session token), of all pods. Breaks boto2, botocore before 1.13, the JavaScript SDK
-    /// before 2.575, the Go SDK before 1.25 and s3fs.
+    /// Refuse IMDSv1 (requests without a session token), of all pods. Breaks boto 2, botocore up to 1.13.0, the
+    /// JavaScript SDK before 2.575, the Go SDK before 1.25, rusoto, AsyncAws 1.18 and s3fs-fuse.
     #[arg(long, env = "KIRSA_REQUIRE_IMDSV2", help_heading = "Credentials")]
     pub(super) require_imdsv2: bool,
     /// Refuse it of the pods of these namespaces: names with commas between, a * at the end of one for any ending.
