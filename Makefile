@@ -16,6 +16,7 @@ help: ## Print these sentences.
 
 demo: ## Show the main job on this machine: three pods, a redirect, an STS; no cluster, no AWS. KEEP=1 leaves it running.
 	@tests/setup.sh packages
+	@echo "building; some minutes the first time"
 	@$(CARGO) build --quiet --package kirsa --package lab --bins
 	@target/debug/demo $(if $(KEEP),--keep)
 
