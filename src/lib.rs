@@ -5,10 +5,11 @@
 //!                                                                    └─exchange (token → STS)
 //! ```
 //!
-//! Each arrow is a type that only the stage to its left can construct: only [`intercept`] makes a `Peer`, only
-//! [`attribute`] a `Workload`, only [`authorise`] a `Grant`, only [`exchange`] a `Credential`. Code that would serve a
-//! credential without having passed every stage does not compile. A stage names the types of the stages before it and
-//! of [`refusal`], [`observe`] and [`clock`], never those after it; `tests/stages.rs` holds that.
+//! Each arrow is a stage, and only that stage can construct the type it leads to: only [`intercept`] makes a `Peer`,
+//! only [`attribute`] a `Workload`, only [`authorise`] a `Grant`; what [`cache`] gives away, a `Credential`, only
+//! [`exchange`] makes. Code that would serve a credential without having passed every stage does not compile. A stage
+//! names the types of the stages before it and of [`refusal`], [`observe`] and [`clock`], never those after it;
+//! `tests/stages.rs` holds that.
 
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub)]
