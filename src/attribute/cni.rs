@@ -172,8 +172,14 @@ impl Records {
     }
 
     fn read_all(&self) -> io::Result<usize> {
+        let entries = std::fs::read_dir(&self.folder).inspect_err(|error| {
+            // Gone with all that was in it, whether or not somebody was told of each file.
+            if error.kind() == io::ErrorKind::NotFound {
+                self.attributor.apply(Event::RecordsAre(Vec::new()));
+            }
+        })?;
         let mut present = Vec::new();
-        for entry in std::fs::read_dir(&self.folder)? {
+        for entry in entries {
             if let Ok(name) = entry?.file_name().into_string() {
                 self.read_one(&name)?;
                 present.push(Arc::<str>::from(name));
@@ -332,8 +338,15 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(10), is_b).await.expect("it is b's");
-        follow.abort();
+
         std::fs::remove_dir_all(&folder).unwrap();
+        let is_nobodys = async {
+            while attributor.peek(&peer).is_ok() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), is_nobodys).await.expect("with the folder its records are gone");
+        follow.abort();
     }
 
     #[test]
