@@ -93,7 +93,7 @@ fn audit(grant: &Grant, credential: &Credential, jti: &str) {
         session_name = key.session_name,
         access_key_id = credential.access_key_id(),
         jti,
-        expiration = credential.expiration(),
+        expiration = credential.expiration().iso8601(),
         "credentials issued"
     );
 }

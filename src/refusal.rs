@@ -51,6 +51,7 @@ pub enum Reason {
     StsThrottled,
     StsUnavailable,
     IdentityProviderUnreachable,
+    TokenNotYetValid,
     BadStsAnswer,
     ClockSkew,
     ExchangeTimeout,
@@ -321,6 +322,13 @@ impl Reason {
                 Backoff,
                 Level::WARN,
                 "STS could not fetch the issuer's keys: check that its discovery document is public",
+            ),
+            Self::TokenNotYetValid => row(
+                "token_not_yet_valid",
+                503,
+                Backoff,
+                Level::WARN,
+                "by the clock of STS the token is from the future: set the clocks of the store and of the API server",
             ),
             Self::BadStsAnswer => row(
                 "bad_sts_answer",

@@ -137,7 +137,9 @@ impl Pods {
             _ => about_issuer(&claims, config.sts.endpoint.is_some()),
         });
         findings.extend(exchanged.map(|exchanged| match exchanged {
-            Ok(session) => Finding::ok(EXCHANGE, format!("a session of {grant} until {}", session.expiration())),
+            Ok(session) => {
+                Finding::ok(EXCHANGE, format!("a session of {grant} until {}", session.expiration().iso8601()))
+            }
             Err(refusal) => failed(EXCHANGE, &refusal),
         }));
         findings

@@ -8,6 +8,8 @@ use serde::Serialize;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+use crate::clock::UnixTime;
+
 /// A string that no log shows.
 #[derive(Clone)]
 pub struct Secret(Zeroizing<String>);
@@ -38,7 +40,7 @@ pub(super) struct Issued<'a> {
     pub account_id: Option<&'a str>,
     /// As SDKs read it.
     pub last_updated: String,
-    pub expiration: String,
+    pub expiration: UnixTime,
     pub issued_at: Instant,
     pub expires_at: Instant,
 }
@@ -46,7 +48,7 @@ pub(super) struct Issued<'a> {
 /// Temporary credentials of a role. Only this stage makes them.
 pub struct Credential {
     access_key_id: String,
-    expiration: String,
+    expiration: UnixTime,
     issued_at: Instant,
     expires_at: Instant,
     document: Bytes,
@@ -87,6 +89,7 @@ struct ContainerDocument<'a> {
 impl Credential {
     /// Renders every document once: a warm answer costs no more than handing out a reference.
     pub(super) fn new(issued: &Issued<'_>) -> Result<Self, serde_json::Error> {
+        let expiration = issued.expiration.iso8601();
         let plain = Document {
             code: "Success",
             last_updated: &issued.last_updated,
@@ -94,12 +97,12 @@ impl Credential {
             access_key_id: &issued.access_key_id,
             secret_access_key: issued.secret_access_key.expose(),
             token: issued.session_token.expose(),
-            expiration: &issued.expiration,
+            expiration: &expiration,
             account_id: None,
         };
         Ok(Self {
             access_key_id: issued.access_key_id.clone(),
-            expiration: issued.expiration.clone(),
+            expiration: issued.expiration,
             issued_at: issued.issued_at,
             expires_at: issued.expires_at,
             document: render(&plain)?,
@@ -118,9 +121,9 @@ impl Credential {
         &self.access_key_id
     }
 
-    /// As SDKs read it.
-    pub fn expiration(&self) -> &str {
-        &self.expiration
+    /// By the wall clock, as SDKs take it.
+    pub fn expiration(&self) -> UnixTime {
+        self.expiration
     }
 
     pub fn issued_at(&self) -> Instant {
@@ -149,13 +152,18 @@ impl Credential {
     /// For tests of the stages after this one: valid from now on, for as long as given.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(access_key_id: &str, lifetime: std::time::Duration) -> Self {
+        Self::sample_dated(access_key_id, lifetime, UnixTime(UnixTime::now().0 + lifetime.as_secs()))
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn sample_dated(access_key_id: &str, lifetime: std::time::Duration, expiration: UnixTime) -> Self {
         Self::new(&Issued {
             access_key_id: access_key_id.into(),
             secret_access_key: Secret::new("secret".into()),
             session_token: Secret::new("token".into()),
             account_id: Some("111122223333"),
             last_updated: "2026-01-01T00:00:00Z".into(),
-            expiration: "2026-01-01T01:00:00Z".into(),
+            expiration,
             issued_at: Instant::now(),
             expires_at: Instant::now() + lifetime,
         })
@@ -190,7 +198,7 @@ impl fmt::Debug for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credential")
             .field("access_key_id", &self.access_key_id)
-            .field("expiration", &self.expiration)
+            .field("expiration", &self.expiration.iso8601())
             .finish_non_exhaustive()
     }
 }
@@ -206,7 +214,7 @@ mod tests {
             session_token: Secret::new("IQoJb3Jp\"Z2lu".into()),
             account_id,
             last_updated: "2026-01-01T00:00:00Z".into(),
-            expiration: "2026-01-01T01:00:00Z".into(),
+            expiration: UnixTime(1_767_229_200),
             issued_at: Instant::now(),
             expires_at: Instant::now(),
         })

@@ -6,8 +6,8 @@
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod canned;
+mod interceptors;
 mod knock;
-mod whole;
 
 use std::{
     collections::HashMap,
@@ -47,8 +47,8 @@ const ROLE_DEFAULT: u32 = 3_600;
 /// Whoever follows the advice to raise it must not have to restart the agents.
 const ASK_AGAIN: Duration = Duration::from_secs(3_600);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
-const SKEW: i64 = 300;
+/// A session that is by this much shorter than was asked for is worth an operator's attention.
+const SHORTER: Duration = Duration::from_secs(300);
 /// What SDKs would take for expired, or nearly so.
 const SHORTEST: Duration = Duration::from_secs(120);
 
@@ -58,7 +58,6 @@ pub struct Sts {
     client: Client,
     /// Roles that did not allow as much as was asked for, and when; all allow their default.
     roles_with_default: Arc<Mutex<HashMap<RoleArn, Instant>>>,
-    metrics: Metrics,
 }
 
 impl Sts {
@@ -81,7 +80,6 @@ impl Sts {
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .timeout_config(timeouts)
-            .interceptor(whole::WholeAnswer)
             .allow_no_auth();
         if let Some(endpoint) = endpoint {
             config = config.endpoint_url(endpoint);
@@ -90,7 +88,8 @@ impl Sts {
     }
 
     fn of(config: Builder, metrics: Metrics) -> Self {
-        Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default(), metrics }
+        let config = config.interceptor(interceptors::WholeAnswer).interceptor(interceptors::Clock { metrics });
+        Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default() }
     }
 
     /// # Errors
@@ -147,7 +146,7 @@ impl Sts {
             return Err(bad("the answer lacks a part of the credentials"));
         }
         let expiration = UnixTime(u64::try_from(credentials.expiration.secs()).unwrap_or(0));
-        let lifetime = self.lifetime(grant, duration, expiration)?;
+        let lifetime = lifetime(grant, duration, expiration)?;
         // The credentials take over the strings: nothing is left to zero but what they hold.
         let issued = Issued {
             access_key_id: credentials.access_key_id,
@@ -155,41 +154,36 @@ impl Sts {
             session_token: Secret::new(credentials.session_token),
             account_id: key.role.account(),
             last_updated: UnixTime::now().iso8601(),
-            expiration: expiration.iso8601(),
+            expiration,
             issued_at: asked_at,
             expires_at: asked_at + lifetime,
         };
         Credential::new(&issued).map_err(|error| bad(&error.to_string()))
     }
+}
 
-    /// How long the session lasts, from now on by a clock that cannot be set: never longer than was asked for,
-    /// whatever this node's wall clock makes of the expiration.
-    fn lifetime(&self, grant: &Grant, duration: u32, expiration: UnixTime) -> Result<Duration, Refusal> {
-        let (now, asked) = (UnixTime::now(), u64::from(duration));
-        let ahead = i64::try_from((now.0 + asked).abs_diff(expiration.0)).unwrap_or(i64::MAX);
-        let behind = expiration.0 > now.0 + asked;
-        self.metrics.clock_skew.set(if behind { -ahead } else { ahead });
-        let left = expiration.since(now);
-        if left < SHORTEST {
-            return Err(Refusal::new(
-                Reason::ClockSkew,
-                format!(
-                    "STS issued a session of {grant} that expires {}, and this node's clock says {}",
-                    expiration.iso8601(),
-                    now.iso8601()
-                ),
-            ));
-        }
-        if behind && ahead > SKEW {
-            warn!(role_arn = %grant.role(), seconds = ahead, "this node's clock is behind that of STS: set it");
-        } else if ahead > SKEW {
-            warn!(
-                role_arn = %grant.role(), asked_seconds = asked, left_seconds = left.as_secs(),
-                "STS issued a shorter session than was asked for, or this node's clock is ahead of it"
-            );
-        }
-        Ok(left.min(Duration::from_secs(asked)))
+/// How long the session lasts, from now on by a clock that cannot be set: never longer than was asked for, whatever
+/// this node's wall clock makes of the expiration.
+fn lifetime(grant: &Grant, asked: u32, expiration: UnixTime) -> Result<Duration, Refusal> {
+    let (now, asked) = (UnixTime::now(), Duration::from_secs(asked.into()));
+    let left = expiration.since(now);
+    if left < SHORTEST {
+        return Err(Refusal::new(
+            Reason::ClockSkew,
+            format!(
+                "STS issued a session of {grant} that expires {}, and this node's clock says {}",
+                expiration.iso8601(),
+                now.iso8601()
+            ),
+        ));
     }
+    if left + SHORTER < asked {
+        warn!(
+            role_arn = %grant.role(), asked_seconds = asked.as_secs(), left_seconds = left.as_secs(),
+            "STS issued a shorter session than was asked for, or this node's clock is ahead (kirsa_sts_clock_skew_seconds)"
+        );
+    }
+    Ok(left.min(asked))
 }
 
 fn refused(grant: &Grant, token: &Secret, error: &SdkError<AssumeRoleWithWebIdentityError>) -> Refusal {
@@ -202,14 +196,16 @@ fn refused(grant: &Grant, token: &Secret, error: &SdkError<AssumeRoleWithWebIden
 
 /// What kind of no, and in whose words.
 fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, String) {
-    let (status, code) = match error {
-        SdkError::ServiceError(answer) => (Some(answer.raw().status().as_u16()), answer.err().code()),
-        SdkError::ResponseError(answer) => (Some(answer.raw().status().as_u16()), None),
-        _ => (None, None),
+    let (status, code, message) = match error {
+        SdkError::ServiceError(answer) => {
+            (Some(answer.raw().status().as_u16()), answer.err().code(), answer.err().message())
+        }
+        SdkError::ResponseError(answer) => (Some(answer.raw().status().as_u16()), None, None),
+        _ => (None, None, None),
     };
     debug!(?status, code, "STS refused");
     let reason = match error {
-        SdkError::ServiceError(_) => classify(code, status.unwrap_or(0)),
+        SdkError::ServiceError(_) => classify(code, message.unwrap_or_default(), status.unwrap_or(0)),
         SdkError::ResponseError(_) if status.is_some_and(|status| status >= 500) => Reason::StsUnavailable,
         SdkError::ResponseError(_) => Reason::BadStsAnswer,
         SdkError::TimeoutError(_) => Reason::ExchangeTimeout,
@@ -219,7 +215,7 @@ fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, Stri
         SdkError::ServiceError(answer) => {
             let status = status.unwrap_or(0);
             match code {
-                Some(code) => format!("{status} {code}: {}", answer.err().message().unwrap_or("no message")),
+                Some(code) => format!("{status} {code}: {}", message.unwrap_or("no message")),
                 None => format!("{status} without a code: {}", outline(answer.raw())),
             }
         }
@@ -238,8 +234,13 @@ fn outline(answer: &HttpResponse) -> String {
 }
 
 /// STS API Reference, AssumeRoleWithWebIdentity, "Errors", and "Common Errors".
-fn classify(code: Option<&str>, status: u16) -> Reason {
+fn classify(code: Option<&str>, message: &str, status: u16) -> Reason {
     match code.unwrap_or_default() {
+        // One code for a key that is wrong and for one that could not be had just now, which AWS's own SDKs retry
+        // (aws-sdk-go-v2, credentials/stscreds/web_identity_provider.go).
+        "InvalidIdentityToken" if message.contains("verification key") => Reason::IdentityProviderUnreachable,
+        // MinIO's library grants the clocks no leeway, and the token is milliseconds old (golang-jwt, claims).
+        _ if message.contains("used before issued") || message.contains("not valid yet") => Reason::TokenNotYetValid,
         "AccessDenied" | "AccessDeniedException" => Reason::AccessDenied,
         "InvalidIdentityToken" | "ExpiredTokenException" | "ExpiredToken" | "IDPRejectedClaim" => {
             Reason::WebIdentityRefused
@@ -256,6 +257,8 @@ fn classify(code: Option<&str>, status: u16) -> Reason {
         }
         _ => match status {
             429 => Reason::StsThrottled,
+            // Without any code it is no word of an STS, but of a proxy or a web server that stands before one.
+            400..500 if code.is_none() => Reason::BadStsAnswer,
             403 => Reason::AccessDenied,
             400..500 => Reason::BadStsRequest,
             // What passes for an answer and cannot be read.
@@ -271,19 +274,24 @@ mod tests {
 
     #[test]
     fn codes_decide_and_an_unknown_one_falls_back_on_the_status() {
-        for (code, status, reason) in [
-            (Some("AccessDenied"), 403, Reason::AccessDenied),
-            (Some("ExpiredTokenException"), 400, Reason::WebIdentityRefused),
-            (Some("IDPCommunicationError"), 400, Reason::IdentityProviderUnreachable),
-            (Some("Throttling"), 400, Reason::StsThrottled),
-            (Some("InvalidParameterValue"), 400, Reason::BadStsRequest),
-            (Some("XYZ"), 403, Reason::AccessDenied),
-            (Some("XYZ"), 500, Reason::StsUnavailable),
-            (None, 429, Reason::StsThrottled),
-            (None, 404, Reason::BadStsRequest),
-            (None, 200, Reason::BadStsAnswer),
+        let key = "Couldn't retrieve verification key from your identity provider";
+        for (code, message, status, reason) in [
+            (Some("InvalidIdentityToken"), key, 400, Reason::IdentityProviderUnreachable),
+            (Some("InvalidIdentityToken"), "Incorrect token audience", 400, Reason::WebIdentityRefused),
+            (Some("InvalidParameterValue"), "Token used before issued", 400, Reason::TokenNotYetValid),
+            (None, "", 403, Reason::BadStsAnswer),
+            (Some("AccessDenied"), "", 403, Reason::AccessDenied),
+            (Some("ExpiredTokenException"), "", 400, Reason::WebIdentityRefused),
+            (Some("IDPCommunicationError"), "", 400, Reason::IdentityProviderUnreachable),
+            (Some("Throttling"), "", 400, Reason::StsThrottled),
+            (Some("InvalidParameterValue"), "", 400, Reason::BadStsRequest),
+            (Some("XYZ"), "", 403, Reason::AccessDenied),
+            (Some("XYZ"), "", 500, Reason::StsUnavailable),
+            (None, "", 429, Reason::StsThrottled),
+            (None, "", 404, Reason::BadStsAnswer),
+            (None, "", 200, Reason::BadStsAnswer),
         ] {
-            assert_eq!(classify(code, status), reason, "{code:?} {status}");
+            assert_eq!(classify(code, message, status), reason, "{code:?} {message} {status}");
         }
     }
 }

@@ -19,7 +19,10 @@ use crate::{
 };
 
 /// The shortest that the API server mints; the token is used once, within seconds.
-const LIFETIME: Duration = Duration::from_secs(600);
+const LIFETIME: u32 = 600;
+/// The longest that the admission policies allow. S3-compatible stores may let no session outlast its token (MinIO,
+/// `updateClaimsExpiry`), and ten minutes are too little for SDKs.
+const OF_STORES: u32 = 3_600;
 /// The API server's Node authorizer and its NodeRestriction admission learn of a new pod from watches of their own, at
 /// times later than this agent from its; until then the one says 403 and the other 404.
 const ADMISSION_LAG: Duration = Duration::from_secs(2);
@@ -54,7 +57,7 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
     let request = TokenRequest {
         spec: TokenRequestSpec {
             audiences: vec![key.audience.clone()],
-            expiration_seconds: i64::try_from(LIFETIME.as_secs()).ok(),
+            expiration_seconds: Some(lifetime(grant).into()),
             bound_object_ref: Some(BoundObjectReference {
                 api_version: Some("v1".into()),
                 kind: Some("Pod".into()),
@@ -86,6 +89,12 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
     }
 }
 
+/// In seconds.
+fn lifetime(grant: &Grant) -> u32 {
+    let of_aws = grant.role().account().is_some();
+    if of_aws { LIFETIME } else { grant.key().duration.clamp(LIFETIME, OF_STORES) }
+}
+
 fn refused(grant: &Grant, error: &kube::Error) -> Refusal {
     let (workload, key) = (grant.workload(), grant.key());
     let reason = match error {
@@ -102,6 +111,10 @@ fn refused(grant: &Grant, error: &kube::Error) -> Refusal {
     // The whole status is what kube's own text has, twice.
     let said = match error {
         kube::Error::Api(status) => format!("{} {}", status.code, status.message),
+        // Its text may quote the answer, and so the token.
+        kube::Error::SerdeError(error) => {
+            format!("the answer is no TokenRequest (line {}, column {})", error.line(), error.column())
+        }
         other => describe(other),
     };
     Refusal::new(
@@ -167,7 +180,10 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::attribute::Workload;
+    use crate::{
+        attribute::Workload,
+        authorise::{Account, Defaults},
+    };
 
     const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
 
@@ -193,6 +209,37 @@ mod tests {
 
     fn grant() -> Grant {
         Grant::sample(Workload::sample("a", "uid-a", "reader"), ROLE)
+    }
+
+    /// MinIO lets no session outlast its token.
+    #[test]
+    fn tokens_for_stores_last_as_long_as_the_session() {
+        let lifetime = |role| {
+            let account = Account::of_annotations("sa-uid", [("eks.amazonaws.com/role-arn", role)]);
+            let defaults = Defaults { foreign_arns: true, ..Defaults::sample() };
+            lifetime(&Grant::of_account(Workload::sample("a", "uid-a", "reader"), &account, &defaults).unwrap())
+        };
+        assert_eq!(lifetime(ROLE), LIFETIME);
+        assert_eq!(lifetime("arn:minio:iam:::role/reader"), OF_STORES);
+    }
+
+    /// An API server of its own mind, or what stands before one.
+    #[tokio::test]
+    async fn an_answer_that_is_no_token_request_is_quoted_nowhere() {
+        for answer in [
+            serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
+                "spec": {"audiences": []}, "status": {"token": "a.secret.c"}}),
+            serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
+                "spec": {"audiences": []}, "status": "a.secret.c"}),
+        ] {
+            let service = tower::service_fn(move |_: Request<Body>| {
+                let body = Body::from(answer.to_string().into_bytes());
+                async move { Ok::<_, Infallible>(Response::new(body)) }
+            });
+            let refusal = mint(&Client::new(service, "default"), &grant()).await.unwrap_err();
+            assert_eq!(refusal.reason, Reason::TokenUnavailable);
+            assert!(!refusal.detail.contains("secret"), "{refusal}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

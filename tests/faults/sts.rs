@@ -34,6 +34,15 @@ fn definite(code: &'static str, reason: &'static str, seconds: u64) -> Row {
     Row { effect: Effect::error(code), status: 403, reason, said: code, cold_calls: 1..=1, apart }
 }
 
+/// What AWS says where it could not fetch the issuer's keys, with the code of a key that is wrong.
+const KEY: &str = "Couldn't retrieve verification key from your identity provider";
+/// What MinIO says of a token that is milliseconds old.
+const EARLY: &str = "token used before issued";
+
+fn says(code: &str, message: &str) -> Effect {
+    Effect::Error { code: code.into(), message: Some(message.into()) }
+}
+
 /// May pass by itself: retried within the hold, ever more slowly.
 fn transient(effect: Effect, reason: &'static str, said: &'static str) -> Row {
     // 0.1 s, doubled each time, with full jitter, and a sixth of that while a pod waits.
@@ -61,6 +70,8 @@ fn table() -> Vec<Row> {
         definite("SomethingNew", "bad_sts_request", 10),
         transient(Effect::error("Throttling"), "sts_throttled", "Throttling"),
         transient(Effect::error("IDPCommunicationError"), "idp_unreachable", "IDPCommunicationError"),
+        transient(says("InvalidIdentityToken", KEY), "idp_unreachable", KEY),
+        transient(says("InvalidParameterValue", EARLY), "token_not_yet_valid", EARLY),
         transient(Effect::Status(500), "sts_unavailable", "500"),
         transient(Effect::Status(503), "sts_unavailable", "503"),
         transient(Effect::Reset, "sts_unavailable", "reset"),

@@ -30,18 +30,12 @@ impl Sts {
             Err(error) => error,
         };
         let (reason, said) = classified(&error);
-        let (code, answer) = match &error {
-            SdkError::ServiceError(answer) => (answer.err().meta().code(), Some(answer.raw())),
-            SdkError::ResponseError(answer) => (None, Some(answer.raw())),
-            _ => (None, None),
+        let answer = match &error {
+            SdkError::ServiceError(answer) => Some(answer.raw()),
+            SdkError::ResponseError(answer) => Some(answer.raw()),
+            _ => None,
         };
-        // A refusal without a code of AWS's is that of something else, such as a proxy or a web server.
-        let foreign = code.is_none() && answer.is_some_and(|answer| answer.status().is_client_error());
-        Knock {
-            reason: Some(if foreign { Reason::BadStsAnswer } else { reason }),
-            said,
-            time: answer.and_then(|answer| http_date(answer.headers().get("date")?)),
-        }
+        Knock { reason: Some(reason), said, time: answer.and_then(|answer| http_date(answer.headers().get("date")?)) }
     }
 }
 

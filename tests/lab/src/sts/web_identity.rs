@@ -34,14 +34,17 @@ pub(super) async fn assume(shared: &Shared, ask: &Ask) -> Result<(Session, Vec<N
         let message = "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
         return Err(Refusal::validation(message));
     }
-    let seconds = world.settings.session_seconds.unwrap_or(valid.duration);
+    let seconds = i64::from(world.settings.session_seconds.unwrap_or(valid.duration));
+    // As MinIO's updateClaimsExpiry does.
+    let is_capped = dialect == Dialect::Minio;
+    let seconds = if is_capped { seconds.min(claims.expires - Timestamp::now().as_second()) } else { seconds };
     let session = Session {
         access_key_id: session::access_key_id(),
         secret_access_key: session::secret_access_key(),
         session_token: session::session_token(),
         // Whole seconds, as on the wire.
         expiration: Timestamp::from_second(world.now().as_second()).unwrap_or(Timestamp::MAX)
-            + SignedDuration::from_secs(i64::from(seconds)),
+            + SignedDuration::from_secs(seconds),
         role_arn: valid.role_arn.to_owned(),
         arn: arn.session(valid.session_name),
         account: arn.account.clone(),

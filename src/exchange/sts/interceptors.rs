@@ -1,0 +1,78 @@
+//! What is seen of every answer of STS before the SDK makes something of it.
+
+use aws_sdk_sts::config::{
+    ConfigBag, Intercept, RuntimeComponents, interceptors::AfterDeserializationInterceptorContextRef,
+};
+use aws_smithy_runtime_api::box_error::BoxError;
+use tracing::warn;
+
+use super::http_date;
+use crate::{clock::UnixTime, observe::Metrics};
+
+/// What an answer that is whole ends with.
+const END: &[u8] = b"</AssumeRoleWithWebIdentityResponse>";
+
+/// Refuses an answer that was cut short. The SDK takes what it has read by then: a session token that ends in the
+/// middle, or an expiration in 1970.
+#[derive(Debug)]
+pub(super) struct WholeAnswer;
+
+impl Intercept for WholeAnswer {
+    fn name(&self) -> &'static str {
+        "WholeAnswer"
+    }
+
+    fn read_after_deserialization(
+        &self,
+        context: &AfterDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        if context.output_or_error().is_err() {
+            // It has failed for a reason of its own, which another one would take the place of.
+            return Ok(());
+        }
+        let answer = context.response();
+        let whole = answer.body().bytes().is_some_and(|body| body.trim_ascii_end().ends_with(END));
+        if answer.status().is_success() && !whole {
+            return Err("the answer is no AssumeRoleWithWebIdentityResponse, or was cut short".into());
+        }
+        Ok(())
+    }
+}
+
+/// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
+const SKEW: i64 = 300;
+
+/// Compares the clocks by the `Date` of each answer, refusals included: how long a session lasts is the store's own
+/// affair, and says nothing of them.
+#[derive(Debug)]
+pub(super) struct Clock {
+    pub(super) metrics: Metrics,
+}
+
+impl Intercept for Clock {
+    fn name(&self) -> &'static str {
+        "Clock"
+    }
+
+    fn read_after_deserialization(
+        &self,
+        context: &AfterDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let (Some(theirs), ours) = (context.response().headers().get("date").and_then(http_date), UnixTime::now())
+        else {
+            return Ok(());
+        };
+        let signed = |time: UnixTime| i64::try_from(time.0).unwrap_or(i64::MAX);
+        let ahead = signed(ours) - signed(theirs);
+        self.metrics.clock_skew.set(ahead);
+        if ahead.abs() > SKEW {
+            let which = if ahead > 0 { "ahead of" } else { "behind" };
+            warn!(seconds = ahead.abs(), "this node's clock is {which} that of STS: set it");
+        }
+        Ok(())
+    }
+}
