@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use moka::sync::Cache as Map;
 use tokio::time::Instant;
+use tracing::error;
 
 use crate::{
     attribute::PodUid,
@@ -24,9 +24,6 @@ pub use budget::Budget;
 #[cfg(test)]
 pub(crate) use slot::REFRESH;
 use slot::{Holds, Slot};
-
-/// Slots at most, each of 8 KiB or less. A node runs some hundred pods; what is over this is evicted by use.
-const MAX_SLOTS: u64 = 4_096;
 
 /// How a session stands, without waiting for it.
 #[derive(Debug)]
@@ -42,13 +39,18 @@ pub struct Session(Weak<Slot>);
 
 /// The sessions of this node's pods.
 pub struct Cache {
-    slots: Map<Arc<Key>, Arc<Slot>>,
-    /// Which session a pod may use, so that the last one to go takes it along.
-    of_pod: Mutex<HashMap<PodUid, Arc<Key>>>,
+    sessions: Mutex<Sessions>,
     issuer: Arc<dyn Issue>,
     budget: Arc<Budget>,
     holds: Holds,
     metrics: Metrics,
+}
+
+/// A live pod has one session and no session is without a pod, so there are no more than pods.
+#[derive(Debug, Default)]
+struct Sessions {
+    slots: HashMap<Arc<Key>, Arc<Slot>>,
+    of_pod: HashMap<PodUid, Arc<Key>>,
 }
 
 impl Cache {
@@ -60,7 +62,7 @@ impl Cache {
         holds: impl Fn(&Grant) -> bool + Send + Sync + 'static,
         metrics: Metrics,
     ) -> Self {
-        Self { slots: Map::new(MAX_SLOTS), of_pod: Mutex::default(), issuer, budget, holds: Arc::new(holds), metrics }
+        Self { sessions: Mutex::default(), issuer, budget, holds: Arc::new(holds), metrics }
     }
 
     /// Fetches ahead of the first request.
@@ -102,85 +104,85 @@ impl Cache {
         slot.get(until).await
     }
 
-    /// A pod is gone: the sessions that only it could use are dropped, and so zeroed.
-    pub fn forget(&self, pod: &PodUid) {
-        {
-            let mut of_pod = self.of_pod();
-            if let Some(key) = of_pod.remove(pod)
-                && let Some(slot) = self.slots.get(&key)
-                && slot.leave(pod)
-            {
-                self.drop_slot(&key, &slot);
-            }
-            for (key, slot) in self.slots.iter().filter(|(_, slot)| slot.abandoned()) {
-                self.drop_slot(&key, &slot);
-            }
-        }
-        self.count();
+    /// Whether the pod has a session, of whatever terms.
+    pub fn serves(&self, pod: &PodUid) -> bool {
+        self.sessions().of_pod.contains_key(pod)
     }
 
-    fn drop_slot(&self, key: &Key, slot: &Slot) {
-        self.slots.invalidate(key);
-        slot.end();
+    /// A pod is gone: the sessions that only it could use are dropped, and so zeroed.
+    pub fn forget(&self, pod: &PodUid) {
+        let mut sessions = self.sessions();
+        let left = sessions.of_pod.remove(pod);
+        sessions.slots.retain(|key, slot| {
+            let last = left.as_ref() == Some(key) && slot.leave(pod);
+            let dropped = last || slot.abandoned();
+            if dropped {
+                slot.end();
+            }
+            !dropped
+        });
+        self.count(&sessions);
     }
 
     /// What is held and how it stands, without a secret: for `/debug/slots`.
     pub fn describe(&self) -> serde_json::Value {
-        let describe = |(key, slot): (Arc<Arc<Key>>, Arc<Slot>)| {
+        let describe = |(key, slot): (&Arc<Key>, &Arc<Slot>)| {
             let mut entry = slot.describe();
             entry["service_account"] = key.account.to_string().into();
             entry["role_arn"] = key.role.as_str().into();
             entry["session_name"] = key.session_name.as_str().into();
             entry
         };
-        self.slots.iter().map(describe).collect()
+        self.sessions().slots.iter().map(describe).collect()
     }
 
     /// How long until the first of the sessions in use expires. Those that nobody uses are left to expire.
     pub fn first_expiry(&self) -> Option<Duration> {
-        self.slots.iter().filter_map(|(_, slot)| slot.left_in_use()).min()
+        self.sessions().slots.values().filter_map(|slot| slot.left_in_use()).min()
     }
 
     fn slot(&self, grant: &Grant) -> Arc<Slot> {
         let (key, uid) = (grant.key(), grant.workload().uid());
-        if let Some(slot) = self.slots.get(key).filter(|slot| slot.has(uid)) {
-            return slot;
+        let start = || Slot::start(self.issuer.clone(), self.budget.clone(), self.holds.clone());
+        let mut sessions = self.sessions();
+        let known = sessions.slots.get(key).cloned();
+        if let Some(slot) = known.as_ref().filter(|slot| slot.has_failed()) {
+            error!(role_arn = %key.role, service_account = %key.account, "a session's task has failed: starting it anew");
+            slot.end();
         }
-        let slot = {
-            // Held over both, so that no pod joins a slot that is being dropped.
-            let mut of_pod = self.of_pod();
-            let start = || Slot::start(self.issuer.clone(), self.budget.clone(), self.holds.clone());
-            let slot = self.slots.get_with(key.clone(), start);
-            // A pod that is gone, or whose account was changed meanwhile, would never leave again.
-            if (self.holds)(grant) {
-                slot.join(grant);
-                if let Some(former) = of_pod.insert(uid.clone(), key.clone()).filter(|former| former != key)
-                    && let Some(left) = self.slots.get(&former)
-                    && left.leave(uid)
-                {
-                    // Whoever waits for it still holds it; otherwise it ends here.
-                    self.slots.invalidate(&former);
-                }
-            }
-            slot
-        };
-        self.count();
+        let known = known.filter(|slot| !slot.has_failed());
+        if let Some(slot) = known.as_ref().filter(|slot| slot.has(uid)) {
+            return slot.clone();
+        }
+        // A pod that is gone, or whose account was changed meanwhile, would never leave again.
+        if !(self.holds)(grant) {
+            return known.unwrap_or_else(start);
+        }
+        let slot = known.unwrap_or_else(start);
+        slot.join(grant);
+        sessions.slots.insert(key.clone(), slot.clone());
+        if let Some(former) = sessions.of_pod.insert(uid.clone(), key.clone()).filter(|former| former != key)
+            && sessions.slots.get(&former).is_some_and(|left| left.leave(uid))
+        {
+            // Whoever waits for it still holds it; otherwise it ends here.
+            sessions.slots.remove(&former);
+        }
+        self.count(&sessions);
         slot
     }
 
-    fn of_pod(&self) -> MutexGuard<'_, HashMap<PodUid, Arc<Key>>> {
-        self.of_pod.lock().unwrap_or_else(PoisonError::into_inner)
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn count(&self) {
-        self.slots.run_pending_tasks();
-        self.metrics.cache_entries.set(i64::try_from(self.slots.entry_count()).unwrap_or(i64::MAX));
+    fn count(&self, sessions: &Sessions) {
+        self.metrics.cache_entries.set(i64::try_from(sessions.slots.len()).unwrap_or(i64::MAX));
     }
 }
 
 impl std::fmt::Debug for Cache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Cache").field("slots", &self.slots.entry_count()).finish_non_exhaustive()
+        f.debug_struct("Cache").field("slots", &self.sessions().slots.len()).finish_non_exhaustive()
     }
 }
 
@@ -221,6 +223,12 @@ mod tests {
         Grant::sample(Workload::sample(pod, &format!("uid-{pod}"), "reader"), &role)
     }
 
+    /// Sessions, and pods that have one.
+    fn held(cache: &Cache) -> (usize, usize) {
+        let sessions = cache.sessions();
+        (sessions.slots.len(), sessions.of_pod.len())
+    }
+
     fn in_4s() -> Instant {
         Instant::now() + Duration::from_secs(4)
     }
@@ -236,10 +244,29 @@ mod tests {
             let credential = cache.get(&grant("a", &role), in_4s()).await.unwrap();
             assert_eq!(credential.access_key_id(), role);
         }
-        cache.count();
-        assert_eq!(cache.slots.entry_count(), 2, "its last one, and that of the other pod");
-        assert_eq!(cache.of_pod().len(), 2);
+        assert_eq!(held(&cache), (2, 2), "its last one, and that of the other pod");
         assert!(cache.in_hand(&cache.session(&shared)).is_some(), "which lost nothing");
+    }
+
+    /// A defect of a library must not cost a service account its credentials for as long as the agent runs.
+    #[tokio::test(start_paused = true)]
+    async fn a_session_whose_task_has_panicked_is_started_anew() {
+        #[derive(Debug, Default)]
+        struct PanicsOnce(AtomicBool);
+        impl Issue for PanicsOnce {
+            fn issue<'a>(
+                &'a self,
+                grant: &'a Grant,
+            ) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
+                assert!(self.0.swap(true, SeqCst), "for the test");
+                Always.issue(grant)
+            }
+        }
+        let metrics = Metrics::new("test").unwrap();
+        let budget = Budget::new(1_000, 1_000, metrics.clone());
+        let cache = Cache::new(Arc::new(PanicsOnce::default()), budget, |_| true, metrics);
+        assert!(cache.get(&grant("a", "role"), in_4s()).await.is_err());
+        assert_eq!(cache.get(&grant("a", "role"), in_4s()).await.unwrap().access_key_id(), "role");
     }
 
     /// Between the look at who is calling and this, a pod may be deleted.
@@ -255,7 +282,6 @@ mod tests {
         cache.forget(grant("gone", "role").workload().uid());
         cache.session(&grant("gone", "role"));
         cache.forget(grant("a", "role").workload().uid());
-        cache.count();
-        assert_eq!((cache.slots.entry_count(), cache.of_pod().len()), (0, 0), "dropped with its last pod");
+        assert_eq!(held(&cache), (0, 0), "dropped with its last pod");
     }
 }

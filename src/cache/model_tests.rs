@@ -23,6 +23,10 @@ const HOLD: Duration = Duration::from_secs(4);
 const LIST_HOLD: Duration = Duration::from_millis(350);
 /// Longer than any pause between two tries.
 const CALM: Duration = Duration::from_secs(65);
+/// The same where credentials are in hand and were refused for good.
+const DENIED: Duration = Duration::from_secs(305);
+/// What has as much left is good for nearly every SDK, and given out where STS is slow.
+const GOOD: Duration = Duration::from_secs(21 * 60);
 /// Timers are as fine as this.
 const TICK: Duration = Duration::from_millis(5);
 const ACCOUNTS: usize = 3;
@@ -46,6 +50,8 @@ const WEATHERS: [Weather; 6] =
 /// What the model knows of one session.
 #[derive(Debug, Default)]
 struct Session {
+    /// How often it was abandoned. What was under way then may still be waited for, and is in nobody's hand after that.
+    former: usize,
     in_flight: usize,
     /// Pods that have asked since they, or their role, were new.
     pods: HashSet<PodUid>,
@@ -87,7 +93,7 @@ impl World {
             let may =
                 |uid: &PodUid| self.live.get(uid).is_some_and(|account| role(*account, self.roles[*account]) == *name);
             if !session.pods.iter().any(may) {
-                *session = Session { in_flight: session.in_flight, ..Session::default() };
+                *session = Session { former: session.former + 1, ..Session::default() };
             }
         }
     }
@@ -99,7 +105,7 @@ impl World {
             let late = issued.elapsed().saturating_sub(LIFETIME.mul_f64(0.48) + CALM);
             let in_use = session.used.is_some_and(|used| used.elapsed() < LIFETIME)
                 && session.in_use.is_some_and(|since| since.elapsed() > CALM);
-            if in_use && session.in_flight == 0 && !late.is_zero() && calm > late + CALM {
+            if in_use && session.in_flight == 0 && !late.is_zero() && calm > late + DENIED {
                 self.wrong.push(format!("{name} was not refreshed, which was due {late:?} ago"));
             }
         }
@@ -114,11 +120,11 @@ impl Model {
         self.0.lock().unwrap()
     }
 
-    fn begin(&self, grant: &Grant) -> (Duration, Option<Reason>) {
+    fn begin(&self, grant: &Grant) -> (Duration, Option<Reason>, usize) {
         let mut world = self.world();
         let World { rng, weather, wrong, sessions, .. } = &mut *world;
         let short = Duration::from_millis(rng.u64(0..3_000));
-        let answer = match weather {
+        let (delay, failed) = match weather {
             Weather::Fine => (short, None),
             Weather::Outage => (short, Some(Reason::StsUnavailable)),
             Weather::Unsteady => (short, rng.bool().then_some(Reason::StsThrottled)),
@@ -140,6 +146,7 @@ impl Model {
             wrong.push(format!("{name}: tried again while the refusal was remembered"));
         }
         session.in_flight += 1;
+        let answer = (delay, failed, session.former);
         world.exchanges += 1;
         if !world.holds(grant) {
             world.wrong.push(format!("{name}: exchanged for {}, which it is not for", grant.workload().uid()));
@@ -147,19 +154,25 @@ impl Model {
         answer
     }
 
-    fn end(&self, grant: &Grant, failed: Option<Reason>) -> Result<Credential, Refusal> {
+    fn end(&self, grant: &Grant, failed: Option<Reason>, former: usize) -> Result<Credential, Refusal> {
         let mut world = self.world();
         let (id, name) = (format!("ASIA{}", world.issued.len()), name(grant));
         let session = world.sessions.entry(name.clone()).or_default();
-        session.in_flight -= 1;
+        let current = session.former == former;
+        if current {
+            session.in_flight -= 1;
+        }
         match failed {
+            Some(reason) if !current => Err(reason.into()),
             Some(reason) => {
                 let remembered = Duration::from_secs(10);
                 session.denied_until = (reason == Reason::AccessDenied).then(|| Instant::now() + remembered);
                 Err(reason.into())
             }
             None => {
-                session.issued = Some(Instant::now());
+                if current {
+                    session.issued = Some(Instant::now());
+                }
                 world.issued.insert(id.clone(), name);
                 Ok(Credential::sample(&id, LIFETIME))
             }
@@ -197,7 +210,7 @@ impl Model {
                 let opens = world.issued.get(credential.access_key_id()).cloned();
                 // Whoever is gone by now may have waited for an exchange that nobody needs any more.
                 let well = world.fine_for() > LIFETIME && world.holds(grant);
-                let enough = if well { LIFETIME / 2 } else { Duration::from_secs(60) };
+                let enough = if well { GOOD } else { Duration::from_secs(60) };
                 if opens.as_ref() != Some(&name) || left < enough {
                     world.wrong.push(format!("{name} was given {opens:?} with {left:?} left"));
                 }
@@ -213,13 +226,13 @@ impl Model {
 
 impl Issue for Model {
     fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
-        let (delay, failed) = self.begin(grant);
-        let guard = Cancelled { model: self, session: name(grant), armed: true };
+        let (delay, failed, former) = self.begin(grant);
+        let guard = Cancelled { model: self, session: name(grant), former, armed: true };
         Box::pin(async move {
             let mut guard = guard;
             sleep(delay).await;
             guard.armed = false;
-            self.end(grant, failed)
+            self.end(grant, failed, former)
         })
     }
 }
@@ -228,6 +241,7 @@ impl Issue for Model {
 struct Cancelled<'a> {
     model: &'a Model,
     session: String,
+    former: usize,
     armed: bool,
 }
 
@@ -235,6 +249,7 @@ impl Drop for Cancelled<'_> {
     fn drop(&mut self) {
         if self.armed
             && let Some(session) = self.model.world().sessions.get_mut(&self.session)
+            && session.former == self.former
         {
             session.in_flight -= 1;
         }

@@ -31,6 +31,10 @@ use crate::{
     refusal::{Reason, Refusal},
 };
 
+/// How long fresh credentials are waited for where there are some that are good yet: the most impatient SDK gives up
+/// after 500 ms.
+const WHILE_GOOD: Duration = Duration::from_millis(350);
+
 /// Whether the pod is live, and its service account still has what the grant says.
 pub(super) type Holds = Arc<dyn Fn(&Grant) -> bool + Send + Sync>;
 
@@ -89,6 +93,11 @@ impl Slot {
         let state = self.shared.state.borrow();
         let held = state.held.as_ref()?;
         self.shared.used_within(held.lifetime()).then(|| held.left())
+    }
+
+    /// Its keeper has panicked: nothing is fetched any more.
+    pub(super) fn has_failed(&self) -> bool {
+        self.keeper.is_finished()
     }
 
     pub(super) fn has(&self, pod: &PodUid) -> bool {
@@ -153,6 +162,8 @@ impl Slot {
 
     pub(super) async fn get(&self, until: Instant) -> Result<Arc<Credential>, Refusal> {
         let mut state = self.shared.state.subscribe();
+        let good = state.borrow().good().is_some();
+        let until = if good { until.min(Instant::now() + WHILE_GOOD) } else { until };
         loop {
             // Again after each failure: whoever still waits, waits for the next try.
             self.want(Urgency::Waiting);

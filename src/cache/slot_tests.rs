@@ -9,10 +9,10 @@ use std::{
 use tokio::time::{advance, pause, sleep, timeout};
 
 use super::{
-    state::{LEAST_LEFT, MIN_LEFT},
+    state::{Held, LEAST_LEFT, MIN_LEFT},
     *,
 };
-use crate::{attribute::Workload, observe::Metrics};
+use crate::{attribute::Workload, clock::UnixTime, observe::Metrics};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
@@ -240,6 +240,50 @@ async fn an_idle_session_with_little_left_is_fetched_anew_and_its_rest_is_the_la
     assert_eq!(took(began), 4_000);
     pass(Duration::from_secs(7)).await;
     assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+}
+
+/// All SDKs but the most cautious take what has 21 minutes left, and few of them wait for 4 s.
+#[tokio::test]
+async fn what_is_good_yet_is_not_kept_back_while_sts_is_silent() {
+    let script = Script::new([(0, None), (10_000, None)]);
+    let slot = slot(&script);
+    slot.want(Urgency::Ahead);
+    pass(HOUR.mul_f64(0.6)).await;
+    let began = Instant::now();
+    assert_eq!(id(&slot).await, Ok("ASIA1".into()));
+    assert_eq!(took(began), 350);
+}
+
+/// A hypervisor stops the machine for two hours: no clock of its own counts them, and then the wall clock is set.
+#[tokio::test]
+async fn what_has_expired_by_the_wall_clock_is_fetched_anew_and_served_only_where_that_fails() {
+    pause();
+    let held = Held::dated(HOUR, UnixTime(UnixTime::now().0 - 3_600));
+    assert!(held.due() && !held.fresh());
+    let state = State { held: Some(held), failure: None };
+    assert!(state.in_hand().is_none() && state.good().is_none() && state.last_resort().is_some());
+    assert!(!Held::dated(HOUR, UnixTime(UnixTime::now().0 + 3_600)).due());
+}
+
+/// The trust policy of a role was broken while thousands of nodes hold sessions of it.
+#[tokio::test]
+async fn a_refresh_that_is_refused_for_good_is_tried_ever_more_rarely_unless_a_pod_waits() {
+    let script = Script::new([(0, None)]);
+    let slot = slot(&script);
+    id(&slot).await.unwrap();
+    (0..1_000).for_each(|_| script.then(10, Some(Reason::AccessDenied)));
+    while script.calls() < 2 {
+        pass(Duration::from_secs(1)).await;
+    }
+    for _ in 0..20 {
+        pass(Duration::from_secs(60)).await;
+        assert!(slot.in_hand().is_some(), "which is good yet");
+    }
+    assert!((5..=18).contains(&script.calls()), "{} tries in 20 minutes", script.calls());
+    pass(HOUR).await;
+    let before = script.calls();
+    assert_eq!(id(&slot).await, Err(Reason::AccessDenied));
+    assert_eq!(script.calls(), before + 1, "now a pod waits");
 }
 
 #[tokio::test]

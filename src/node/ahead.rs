@@ -33,26 +33,39 @@ impl FetchAhead {
         known.1.met().await;
         // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
         // ask STS in the same second. One moment for each session: of one for each pod, the first would be early.
-        let mut moments = HashMap::new();
-        while let Ok(change) = pods.try_recv() {
-            let after = match &change {
-                Change::Bound(workload) => {
-                    let session = self.authoriser.foresee(workload).map(|grant| grant.key().clone());
-                    *moments.entry(session).or_insert_with(|| self.window.mul_f64(clock::jitter()))
-                }
-                Change::Gone(_) => Duration::ZERO,
-            };
-            self.take(change, after);
+        {
+            let mut moments = HashMap::new();
+            while let Ok(change) = pods.try_recv() {
+                let after = match &change {
+                    Change::Bound(workload) => {
+                        let session = self.authoriser.foresee(workload).map(|grant| grant.key().clone());
+                        *moments.entry(session).or_insert_with(|| self.moment())
+                    }
+                    Change::Gone(_) => Duration::ZERO,
+                };
+                self.take(change, after);
+            }
         }
         loop {
             tokio::select! {
                 Some(change) = pods.recv() => self.take(change, Duration::ZERO),
-                // Its pods may have been told of before it was: the two watches are not in step.
-                Some(account) = accounts.recv() => {
-                    self.attributor.pods_of(&account).iter().for_each(|workload| self.fetch(workload));
-                }
+                Some(account) = accounts.recv() => self.account_changed(&account),
                 else => return,
             }
+        }
+    }
+
+    fn moment(&self) -> Duration {
+        self.window.mul_f64(clock::jitter())
+    }
+
+    /// Its pods may have been told of before it was: the two watches are not in step. Where it has other terms now, all
+    /// nodes learn of that in the same second, and pods that ask do not wait for this.
+    fn account_changed(&self, account: &ServiceAccountName) {
+        let moment = self.moment();
+        for workload in self.attributor.pods_of(account) {
+            let after = if self.cache.serves(workload.uid()) { moment } else { Duration::ZERO };
+            self.take(Change::Bound(workload), after);
         }
     }
 

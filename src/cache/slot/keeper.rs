@@ -25,6 +25,8 @@ use crate::{
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 /// By how much the pauses are shorter while a pod waits.
 const HURRY: u32 = 6;
+/// The longest pause between two tries to refresh what is refused for good, when nobody waits for it.
+const DENIED: Duration = Duration::from_secs(300);
 /// When the API server has refused tokens for as many pods in a row, it is not about the pods.
 const REFUSED_IN_A_ROW: usize = 3;
 /// How long whoever asks for a session that nobody may use any more is told so.
@@ -56,32 +58,35 @@ impl Shared {
                     }
                     let workload = grant.workload();
                     log_refusal(&refusal, workload.namespace(), workload.pod(), &workload.service_account().name);
-                    let pause = match refusal.reason.spec().memory {
+                    let pauses = match refusal.reason.spec().memory {
                         Memory::Fixed(pause) => {
                             // Whoever asks after that makes it be tried again.
                             self.satisfied();
-                            pause
+                            let held = self.state.borrow().held.is_some();
+                            let unasked = if held { denied(pause, failures) } else { pause };
+                            Pauses { holds: pause, asked: pause, unasked }
                         }
                         Memory::Backoff | Memory::None => {
                             self.waiting.store(false, Ordering::SeqCst);
-                            backoff(failures)
+                            let pause = backoff(failures);
+                            Pauses { holds: pause, asked: pause / HURRY, unasked: pause }
                         }
                     };
                     failures += 1;
-                    let until = Instant::now() + pause;
+                    let until = Instant::now() + pauses.holds;
                     self.state.send_modify(|state| state.failure = Some((refusal, until)));
-                    self.rest(pause).await;
+                    self.rest(&pauses).await;
                 }
             }
         }
     }
 
-    /// Lets a pause pass: a shorter one while a pod waits, none if it does not apply any more.
-    async fn rest(&self, pause: Duration) {
+    /// Lets a pause pass, or none if it does not apply any more.
+    async fn rest(&self, pauses: &Pauses) {
         let began = Instant::now();
         while self.state.borrow().failure.is_some() {
             let woken = self.wake.notified();
-            let pause = if self.waiting.load(Ordering::SeqCst) { pause / HURRY } else { pause };
+            let pause = if self.waiting.load(Ordering::SeqCst) { pauses.asked } else { pauses.unasked };
             tokio::select! {
                 () = sleep_until(began + pause) => return,
                 () = woken => {}
@@ -155,6 +160,21 @@ impl Shared {
         }
         pods.len()
     }
+}
+
+/// After a failure.
+struct Pauses {
+    /// How long it is told to whoever asks.
+    holds: Duration,
+    /// Until the next try, while a pod waits and while none does.
+    asked: Duration,
+    unasked: Duration,
+}
+
+/// Somebody has to change something, and what is held is good for a while yet: thousands of nodes that share a role must
+/// not ask all the time whether somebody has.
+fn denied(pause: Duration, failures: u32) -> Duration {
+    pause.max(pause.saturating_mul(1 << failures.min(16)).min(DENIED).mul_f64(0.5 + clock::jitter() / 2.0))
 }
 
 fn backoff(failures: u32) -> Duration {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
-    clock,
+    clock::{self, UnixTime},
     exchange::Credential,
     refusal::{Memory, Reason, Refusal},
 };
@@ -56,12 +56,18 @@ impl Held {
     }
 
     pub(super) fn due_at(&self, now: Instant) -> bool {
-        now >= self.refresh_at || self.left_at(now) < self.enough()
+        now >= self.refresh_at || self.left_at(now) < self.enough() || self.has_expired_on_the_wall()
     }
 
     /// Enough is left for any SDK.
     pub(super) fn fresh(&self) -> bool {
-        self.left() >= self.enough()
+        self.left() >= self.enough() && !self.has_expired_on_the_wall()
+    }
+
+    /// A machine that a hypervisor stops and continues counts that time by no clock of its own; later its wall clock is
+    /// set. A wall clock that is wrong costs an exchange at most: the last resort does not look at it.
+    fn has_expired_on_the_wall(&self) -> bool {
+        self.credential.expiration().since(UnixTime::now()) < LAST_RESORT
     }
 
     fn enough(&self) -> Duration {
@@ -72,6 +78,12 @@ impl Held {
 impl State {
     pub(super) fn fresh(&self) -> Option<&Arc<Credential>> {
         self.held.as_ref().filter(|held| held.fresh()).map(|held| &held.credential)
+    }
+
+    /// What most SDKs are content with, though it is time for others.
+    pub(super) fn good(&self) -> Option<&Arc<Credential>> {
+        let good = |held: &&Held| held.left() >= LEAST_LEFT && !held.has_expired_on_the_wall();
+        self.held.as_ref().filter(good).map(|held| &held.credential)
     }
 
     pub(super) fn last_resort(&self) -> Option<&Arc<Credential>> {
@@ -122,4 +134,12 @@ pub(super) fn hold(credential: Credential) -> Held {
     let share = REFRESH.0 + (REFRESH.1 - REFRESH.0) * clock::jitter();
     let refresh_at = credential.issued_at() + (lifetime / 2).min(lifetime - enough(lifetime)).mul_f64(share);
     Held { credential: Arc::new(credential), refresh_at, suspended: clock::suspended() }
+}
+
+#[cfg(test)]
+impl Held {
+    /// That lasts as long from now on by a clock that cannot be set, and expires then by the wall clock.
+    pub(super) fn dated(lifetime: Duration, expiration: UnixTime) -> Self {
+        hold(Credential::sample_dated("ASIA1", lifetime, expiration))
+    }
 }
