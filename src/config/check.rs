@@ -85,7 +85,7 @@ impl TryFrom<RunArgs> for Config {
                 per_source: args.max_connections_per_source,
                 requests_per_source: args.max_requests_per_source,
             },
-            sts: sts(args.region, args.sts_endpoint_url)?,
+            sts: sts([args.region, args.node_region], args.sts_endpoint_url)?,
             source: match args.workloads {
                 Some(file) => Source::File(file),
                 None if args.node_name.is_empty() => {
@@ -181,7 +181,8 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
     Ok(Metadata { allowed, given })
 }
 
-pub(super) fn sts(region: Option<String>, endpoint: Option<String>) -> Result<Sts, String> {
+/// The first region that is no empty string: the downward API makes that of a label that is not there.
+pub(super) fn sts(regions: [Option<String>; 2], endpoint: Option<String>) -> Result<Sts, String> {
     if let Some(url) = &endpoint {
         let scheme = url.parse::<http::Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
         if !matches!(scheme.as_deref(), Some("http" | "https")) {
@@ -189,13 +190,16 @@ pub(super) fn sts(region: Option<String>, endpoint: Option<String>) -> Result<St
         }
     }
     let grammar = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    match region.filter(|region| !region.is_empty()) {
+    match regions.into_iter().flatten().find(|region| !region.is_empty()) {
         Some(region) if region.chars().all(grammar) => Ok(Sts { region, endpoint }),
         Some(region) => wrong("region", region, "must be an AWS region, such as eu-central-1"),
         // An S3-compatible store has no regions; the SDK wants a name all the same.
         None if endpoint.is_some() => Ok(Sts { region: "us-east-1".into(), endpoint }),
-        None => {
-            wrong("region", "''", "must be the AWS region whose STS is asked (or AWS_REGION), such as eu-central-1")
-        }
+        None => wrong(
+            "region",
+            "''",
+            "must be the AWS region whose STS is asked, such as eu-central-1 (KIRSA_REGION in the DaemonSet's \
+                 ConfigMap; this pod has no label topology.kubernetes.io/region to take it from)",
+        ),
     }
 }

@@ -60,7 +60,17 @@ fn wrong_values_name_the_flag_the_value_and_the_right_form() {
 fn an_endpoint_must_be_a_url_and_without_one_the_region_must_be_known() {
     let message = run(&["--sts-endpoint-url=minio:9000"]).unwrap_err();
     assert!(message.contains("--sts-endpoint-url minio:9000: must be"), "{message}");
-    assert!(sts(None, None).unwrap_err().contains("--region"));
+    assert!(sts([None, None], None).unwrap_err().contains("--region"));
+}
+
+/// The label that the DaemonSet takes it from is copied to pods by Kubernetes >= 1.35 alone.
+#[test]
+fn a_region_that_is_given_wins_over_the_nodes_and_an_empty_one_is_none() {
+    let region = |given: &str, nodes: &str| sts([given, nodes].map(|region| Some(region.into())), None);
+    assert_eq!(region("eu-west-1", "eu-central-1").unwrap().region, "eu-west-1");
+    assert_eq!(region("", "eu-central-1").unwrap().region, "eu-central-1");
+    assert_eq!(region("eu-west-1", "").unwrap().region, "eu-west-1");
+    assert!(region("", "").unwrap_err().contains("KIRSA_REGION"));
 }
 
 #[test]
