@@ -35,6 +35,7 @@ pub enum Command {
     Run(Box<Config>),
     Uninstall(Backend),
     Doctor(Box<Config>, doctor::Options),
+    Probe(PathBuf, doctor::Health),
 }
 
 /// A valid configuration of `kirsa run`.
@@ -59,6 +60,7 @@ pub struct Config {
     pub container_audience: Option<String>,
     pub metadata: Metadata,
     pub admin_address: SocketAddr,
+    pub admin_socket: Option<PathBuf>,
     pub drain: Duration,
     pub log_format: LogFormat,
     pub log_level: String,
@@ -130,6 +132,7 @@ fn parse_from(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Comm
     match Cli::try_parse_from(args)?.command {
         CliCommand::Uninstall(args) => Ok(Command::Uninstall(args.intercept)),
         CliCommand::Run(args) => config(*args).map(Command::Run),
+        CliCommand::Probe(args) => Ok(Command::Probe(args.admin_socket, args.health)),
         CliCommand::Doctor(args) => {
             let options = doctor::Options { output: args.output, exchange: !args.no_exchange };
             config(args.run).map(|config| Command::Doctor(config, options))

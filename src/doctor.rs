@@ -13,6 +13,7 @@ mod http;
 mod listeners;
 mod others;
 mod privileges;
+mod probe;
 mod redirect;
 mod report;
 mod rights;
@@ -22,6 +23,7 @@ mod sample;
 mod sts;
 
 pub use listeners::pod_identity_agent;
+pub use probe::{Health, main as probe};
 
 use std::process::ExitCode;
 

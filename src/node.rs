@@ -1,5 +1,6 @@
 //! Wiring: how the stages are put together. With its parts below, and `doctor`, the only place that sees them all.
 
+mod admin;
 mod ahead;
 mod container;
 mod follow;
@@ -35,7 +36,7 @@ use crate::{
         self, Acceptor, Direct, Duties, Duty, Handover, Predecessor, Probe,
         rule::{self, Installed},
     },
-    observe::{self, Metrics, Readiness},
+    observe::{self, Admin, Metrics, Readiness},
     serve::{Server, session::Sessions, upstream::NodeMetadata},
 };
 use redirect::Redirect;
@@ -62,6 +63,7 @@ pub fn main(command: Command) -> ExitCode {
             }
         },
         Command::Doctor(config, options) => doctor::main(&config, options),
+        Command::Probe(socket, health) => doctor::probe(&socket, health),
         Command::Run(config) => match start(*config) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -87,11 +89,7 @@ fn start(config: Config) -> anyhow::Result<()> {
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let ended = runtime.block_on(async {
-        let admin = match predecessor.as_mut().and_then(|predecessor| predecessor.listener(config.admin_address)) {
-            Some(passed) => passed,
-            None => std::net::TcpListener::bind(config.admin_address)
-                .with_context(|| format!("--admin-address {}: cannot listen there", config.admin_address))?,
-        };
+        let admin = admin::listen(config.admin_address, predecessor.as_mut())?;
         let listeners = Listeners { pods, admin, predecessor };
         run(config, listeners, installed, sessions, until_terminated()?).await
     });
@@ -104,14 +102,15 @@ fn start(config: Config) -> anyhow::Result<()> {
 #[derive(Debug)]
 pub struct Listeners {
     pub pods: Vec<std::net::TcpListener>,
-    pub admin: std::net::TcpListener,
+    /// None while another agent has its address.
+    pub admin: Option<std::net::TcpListener>,
     /// The agent that some of these may be from.
     pub predecessor: Option<Predecessor>,
 }
 
 impl Listeners {
     fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.pods.iter().chain([&self.admin]).map(AsFd::as_fd)
+        self.pods.iter().chain(&self.admin).map(AsFd::as_fd)
     }
 }
 
@@ -152,17 +151,13 @@ pub async fn run(
     let cache = Arc::new(Cache::new(Arc::new(exchange), budget, holds, metrics.clone()));
     let (described, expiring) = (cache.clone(), cache.clone());
     metrics.ask_credentials_left(move || expiring.first_expiry());
-    let slots: observe::Page = Arc::new(move || described.describe());
+    let admin = Admin { metrics: metrics.clone(), readiness, slots: Arc::new(move || described.describe()) };
+    if let Some(path) = &config.admin_socket {
+        tasks.spawn(admin::serve_local(admin.clone(), path)?);
+    }
     let duties = Duties::new(listeners.predecessor.as_ref());
     let handover = Handover::new(&config.state_dir, listeners.sockets(), duties.clone())?;
-    listeners.admin.set_nonblocking(true)?;
-    let admin = TcpListener::from_std(listeners.admin)?;
-    tasks.spawn(always({
-        let (duties, metrics, readiness) = (duties.clone(), metrics.clone(), readiness.clone());
-        async move {
-            duties.during(Duty::Admin, || observe::serve_admin(&admin, &metrics, &readiness, &slots)).await;
-        }
-    }));
+    tasks.spawn(admin::serve(admin, config.admin_address, listeners.admin, duties.clone()));
     let ahead = ahead::FetchAhead {
         attributor: attributor.clone(),
         authoriser: authoriser.clone(),

@@ -15,7 +15,7 @@ use tokio::time::{Duration, Instant};
 use tracing::{Level, debug, error, info, warn};
 use tracing_subscriber::EnvFilter;
 
-pub use admin::{Page, serve_admin};
+pub use admin::{Admin, Page};
 pub use metrics::{Heard, Metrics, Outcome, Step, Urgency};
 
 use crate::refusal::{Reason, Refusal};

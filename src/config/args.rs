@@ -26,6 +26,17 @@ pub(super) enum CliCommand {
     /// Say what stands between this node's pods and their credentials, and what to do about it. Changes nothing.
     /// Takes the flags and the environment of `run`; ends with 1 if something failed.
     Doctor(Box<DoctorArgs>),
+    /// Ask the agent of this container how it is, as the kubelet's probes do: ends with 1 if it is not.
+    Probe(ProbeArgs),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct ProbeArgs {
+    /// Whether it runs, or whether it has what it needs to serve this node's pods.
+    pub(super) health: doctor::Health,
+    /// Where it is asked: what `run` was given.
+    #[arg(long, env = "KIRSA_ADMIN_SOCKET", value_name = "PATH")]
+    pub(super) admin_socket: PathBuf,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -256,6 +267,10 @@ pub(super) struct RunArgs {
         help_heading = "Operation"
     )]
     pub(super) admin_address: SocketAddr,
+    /// A Unix socket where the same is served, of this process alone: while one agent hands over to the next, they
+    /// share the admin address. `kirsa probe` asks there; none for no such socket.
+    #[arg(long, env = "KIRSA_ADMIN_SOCKET", default_value = "none", value_name = "PATH", help_heading = "Operation")]
+    pub(super) admin_socket: PathBuf,
     /// How long open requests may take to end after SIGTERM, in seconds.
     #[arg(long, env = "KIRSA_DRAIN", default_value_t = 5, value_name = "SECONDS", help_heading = "Operation")]
     pub(super) drain: u64,

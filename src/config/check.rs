@@ -118,6 +118,7 @@ impl TryFrom<RunArgs> for Config {
             container_audience: args.container_credentials.then_some(args.container_audience),
             metadata: metadata(args.node_metadata, args.node_metadata_value)?,
             admin_address: args.admin_address,
+            admin_socket: (args.admin_socket.as_os_str() != "none").then_some(args.admin_socket),
             drain: Duration::from_secs(args.drain),
             log_format: args.log_format,
             log_level: args.log_level,

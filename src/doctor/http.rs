@@ -8,7 +8,11 @@ use http::{Request, Response, header::HOST};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
 
 /// The agent answers in microseconds.
 const WAIT: Duration = Duration::from_secs(3);
@@ -20,6 +24,16 @@ const MAX_BODY: usize = 4 << 20;
 pub(super) async fn get(stream: TcpStream, path: &str) -> anyhow::Result<Response<Bytes>> {
     let host = stream.peer_addr()?.ip();
     let host = if host.is_ipv6() { format!("[{host}]") } else { host.to_string() };
+    get_of(stream, host, path).await
+}
+
+/// # Errors
+/// What was answered is no HTTP, or nothing was.
+pub(super) async fn get_of(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    host: String,
+    path: &str,
+) -> anyhow::Result<Response<Bytes>> {
     let exchange = async {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);

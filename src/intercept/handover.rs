@@ -38,7 +38,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::{UnixListener, UnixStream},
     sync::{RwLock, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -50,6 +50,8 @@ const TAKE: u8 = b'T';
 const TAKEN: u8 = b'.';
 /// Between two processes of one node.
 const WAIT: Duration = Duration::from_secs(2);
+/// How soon it is tried again to listen for the next agent.
+const RETRY: Duration = Duration::from_secs(5);
 /// One for each of the node's addresses, and the admin port's.
 const MAX_SOCKETS: usize = 8;
 
@@ -227,15 +229,28 @@ impl Handover {
 
     /// Waits for the next agent, again and again, until dropped.
     pub async fn offer(self) {
+        let mut told = false;
         loop {
             match self.next().await {
-                Ok(stream) => match self.hand_over(stream).await {
-                    Ok(()) => warn!("the agent that took over has ended: this one serves again"),
-                    Err(error) => warn!(%error, "another agent asked for a hand-over that failed: this one serves on"),
-                },
+                Ok(stream) => {
+                    told = false;
+                    match self.hand_over(stream).await {
+                        Ok(()) => warn!("the agent that took over has ended: this one serves again"),
+                        Err(error) => {
+                            warn!(%error, "another agent asked for a hand-over that failed: this one serves on");
+                        }
+                    }
+                }
                 Err(error) => {
-                    warn!(path = %self.path.display(), %error, "the next agent cannot take over without a gap");
-                    return;
+                    // A full disk, or want of file descriptors: for a while.
+                    if !std::mem::replace(&mut told, true) {
+                        warn!(
+                            path = %self.path.display(), %error,
+                            "the next agent cannot take over from this one; trying again every 5 s"
+                        );
+                    }
+                    sleep(RETRY).await;
+                    continue;
                 }
             }
             self.duties.set(ALL);
@@ -289,5 +304,29 @@ impl Handover {
         }
         sendmsg(to, &[IoSlice::new(GREETING)], &mut control, SendFlags::NOSIGNAL)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk that is full, or a folder that is not there: for a while, and no reason to restart the agent.
+    #[tokio::test(start_paused = true)]
+    async fn what_keeps_an_agent_from_offering_is_tried_again() {
+        let folder = std::env::temp_dir().join(format!("kirsa-handover-{}", std::process::id()));
+        let duties = Duties::new(None);
+        let offer = tokio::spawn(Handover::new(&folder, [], duties).unwrap().offer());
+        sleep(RETRY * 3).await;
+        assert!(!offer.is_finished());
+        fs::create_dir(&folder).unwrap();
+        let reached = async {
+            while UnixStream::connect(folder.join(SOCKET)).await.is_err() {
+                sleep(RETRY).await;
+            }
+        };
+        timeout(RETRY * 10, reached).await.expect("it listens");
+        offer.abort();
+        fs::remove_dir_all(&folder).unwrap();
     }
 }

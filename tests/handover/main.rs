@@ -116,10 +116,15 @@ fn an_agent_whose_successor_is_killed_serves_again() -> Result<()> {
     site.no_pod_got_outside()
 }
 
-/// A version that cannot learn this node's pods never gets a connection of theirs; its own pod is not ready.
+/// A version that cannot learn this node's pods never gets a connection of theirs; its own pod is not ready, and the
+/// former one is: the roll-out waits.
 #[test]
 fn a_successor_that_does_not_learn_the_pods_gets_none_of_them() -> Result<()> {
-    let site = site()?;
+    let mut site = site()?;
+    let sockets = ["former.sock", "next.sock"].map(|name| site.node.state().join(name));
+    // What a process that was killed leaves.
+    drop(std::os::unix::net::UnixListener::bind(&sockets[0])?);
+    site.options = site.options.flag("--admin-socket", &sockets[0]);
     let reader = site.pod_with_role("reader")?;
     let agent = site.start()?;
     // Nobody listens there.
@@ -130,11 +135,21 @@ fn a_successor_that_does_not_learn_the_pods_gets_none_of_them() -> Result<()> {
         "users": [{"name": "x", "user": {"token": "x"}}]}"#;
     std::fs::write(&kubeconfig, text)?;
     let options = lab::agent::Options::new(env!("CARGO_BIN_EXE_kirsa")).flag("--kubeconfig", &kubeconfig);
+    let options = options.flag("--admin-socket", &sockets[1]);
     let next = Agent::spawn(&site.node, &options)?;
     says(&agent, ASKED)?;
     poll("the next agent's pending conditions", PATIENCE, || {
         agent.admin("/readyz").is_ok_and(|answer| answer.body.contains("pods")).then_some(())
     })?;
+    for (socket, health, is) in
+        [(0, "ready", "ready\n"), (0, "live", "ok\n"), (1, "ready", "pods\nservice accounts\n"), (1, "live", "ok\n")]
+    {
+        let said = Agent::probe(&site.node, &site.options, &sockets[socket], health)?;
+        let well = (socket, health) != (1, "ready");
+        ensure!(said.status.code() == Some(i32::from(!well)), "{health} at {socket}: {said:?}");
+        let text = String::from_utf8_lossy(&said.stdout);
+        ensure!(if well { text == is } else { is.lines().all(|line| text.contains(line)) }, "{health}: {text}");
+    }
     for _ in 0..10 {
         served(&reader)?;
     }
@@ -174,6 +189,32 @@ fn a_successor_on_another_port_has_the_redirect_for_itself() -> Result<()> {
     served(&reader)?;
     ensure!(next.metric("kirsa_redirect_repaired_total", &[])? == 0.0);
     next.stop()
+}
+
+/// As when metrics are turned on: two addresses, and one process at a time can listen there.
+#[test]
+fn a_successor_whose_admin_address_overlaps_takes_over_and_has_it_in_the_end() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let agent = site.start()?;
+    let next = Agent::spawn(&site.node, &site.options.clone().flag("--admin-address", "[::]:8182"))?;
+    says(&next, TAKEN)?;
+    served(&reader)?;
+    agent.stop()?;
+    says(&next, "the admin port is free")?;
+    next.wait_ready()?;
+    served(&reader)?;
+    next.stop()
+}
+
+#[test]
+fn a_probe_of_nobody_fails_and_says_where_it_asked() -> Result<()> {
+    let site = site()?;
+    let nowhere = site.node.state().join("nobody.sock");
+    let said = Agent::probe(&site.node, &site.options, &nowhere, "ready")?;
+    let text = String::from_utf8_lossy(&said.stderr);
+    ensure!(said.status.code() == Some(1) && text.contains("nobody.sock: no agent answers there"), "{said:?}");
+    Ok(())
 }
 
 /// Whoever may write to the socket gets the sockets: nobody but root may.

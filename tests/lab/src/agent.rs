@@ -4,7 +4,7 @@
 use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output};
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,6 +125,13 @@ impl Agent {
         let mut command = options.command_of_agent("doctor", node)?;
         command.args(own);
         node.netns().output(&mut command).context("kirsa doctor")
+    }
+
+    /// `kirsa probe` at an `--admin-socket`.
+    pub fn probe(node: &Node, options: &Options, socket: &Path, health: &str) -> Result<Output> {
+        let mut command = options.command("probe", node);
+        command.arg(health).arg("--admin-socket").arg(socket);
+        node.netns().output(&mut command).context("kirsa probe")
     }
 
     /// `kirsa uninstall`.
