@@ -24,6 +24,14 @@ impl Refusal {
         Self::new("InvalidIdentityToken", message)
     }
 
+    /// An unknown key, as much as one that cannot be fetched just now.
+    pub(super) fn no_key() -> Self {
+        Self::invalid_identity_token(
+            "Couldn't retrieve verification key from your identity provider,  \
+             please reference AssumeRoleWithWebIdentity documentation for requirements",
+        )
+    }
+
     pub(super) fn validation(message: impl Into<String>) -> Self {
         Self::new("ValidationError", message)
     }
@@ -40,11 +48,9 @@ fn known(code: &str) -> (StatusCode, &'static str) {
         "InternalFailure" => (500, "The request processing has failed because of an unknown error."),
         "InvalidAction" => (400, "Could not find operation for version NO_VERSION_SPECIFIED"),
         "InvalidClientTokenId" => (403, "The security token included in the request is invalid"),
-        "InvalidIdentityToken" => (
-            400,
-            "Couldn't retrieve verification key from your identity provider,  \
-             please reference AssumeRoleWithWebIdentity documentation for requirements",
-        ),
+        "InvalidIdentityToken" => {
+            (400, "The ID Token provided is not a valid JWT. (You may see this error if you sent an Access Token)")
+        }
         "MalformedPolicyDocument" => (400, "Syntax errors in policy."),
         "MissingAuthenticationToken" => (403, "Request is missing Authentication Token"),
         "PackedPolicyTooLarge" => (400, "Packed size of session policy consumes 101% of allotted space."),

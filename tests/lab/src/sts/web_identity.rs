@@ -71,7 +71,7 @@ async fn authenticate(shared: &Shared, token: &str) -> Result<Claims, Refusal> {
         eprintln!("sts: {error:#}");
         Refusal::by_code("IDPCommunicationError")
     })?;
-    let key = key.ok_or_else(|| Refusal::by_code("InvalidIdentityToken"))?;
+    let key = key.ok_or_else(Refusal::no_key)?;
     if !token::is_signed_by(token, &key).unwrap_or(false) {
         return Err(Refusal::invalid_identity_token("The signature of the ID Token is not valid"));
     }
