@@ -225,23 +225,19 @@ impl Cluster {
 
     /// The agent's pod on a node.
     pub fn agent_pod(&self, node: &str) -> anyhow::Result<Value> {
+        self.agent_pods(node)?.into_iter().next().with_context(|| format!("no agent on {node}"))
+    }
+
+    /// Two while one agent takes over from the other; without those that are on their way out.
+    pub fn agent_pods(&self, node: &str) -> anyhow::Result<Vec<Value>> {
         let selector = format!("--field-selector=spec.nodeName={node}");
-        let pods = self.kubectl(&[
-            "-n",
-            "kirsa",
-            "get",
-            "pods",
-            &selector,
-            "-l",
-            "app.kubernetes.io/name=kirsa",
-            "-o",
-            "json",
-        ])?;
-        let Value::Array(pods) = serde_json::from_str::<Value>(&pods)?["items"].take() else {
+        let of_agents = ["-l", "app.kubernetes.io/name=kirsa", "-o", "json"];
+        let pods = self.kubectl(&[&["-n", "kirsa", "get", "pods", &selector], &of_agents[..]].concat())?;
+        let Value::Array(mut pods) = serde_json::from_str::<Value>(&pods)?["items"].take() else {
             bail!("no list of pods")
         };
-        let living = pods.into_iter().find(|pod| pod["metadata"]["deletionTimestamp"].is_null());
-        living.with_context(|| format!("no agent on {node}"))
+        pods.retain(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        Ok(pods)
     }
 }
 

@@ -1,8 +1,10 @@
 //! The scenarios, in the order in which they are run.
 
 mod agent_lost;
+mod bad_version;
 mod first_act;
 mod host_network;
+mod load;
 mod newcomer;
 mod pressure;
 mod privileges;
@@ -32,6 +34,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("first-act", first_act::run),
     ("rights", rights::run),
     ("rollout", rollout::run),
+    ("bad-version", bad_version::run),
     ("rollback", rollback::run),
     ("agent-lost", agent_lost::run),
     ("pressure", pressure::run),
