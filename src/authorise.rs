@@ -153,7 +153,7 @@ impl Authoriser {
     pub async fn authorise(&self, workload: &Workload) -> Result<Grant, Refusal> {
         let account = match self.accounts.annotated(workload) {
             Some(account) => account,
-            None => self.accounts.find(workload, &format!("{}/role-arn", self.defaults.prefix)).await?,
+            None => self.accounts.find(workload, &self.defaults.role_annotation()).await?,
         };
         grant(workload.clone(), &account, &self.defaults)
     }
@@ -182,7 +182,7 @@ fn key(workload: &Workload, account: &Account, defaults: &Defaults) -> Result<(A
     let Some(terms) = terms else {
         return Err(Refusal::new(
             Reason::NoRole,
-            format!("service account {name} has no annotation {}/role-arn", defaults.prefix),
+            format!("service account {name} has no annotation {}", defaults.role_annotation()),
         ));
     };
     let per_pod = terms.scope == Scope::Pod;

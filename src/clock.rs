@@ -7,6 +7,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
 use nix::time::ClockId;
 
 /// Seconds since 1970-01-01T00:00:00Z.
@@ -26,10 +27,8 @@ impl UnixTime {
 
     /// Exactly `YYYY-MM-DDTHH:MM:SSZ`: fractions and numeric offsets break boto2, minio-py and the Rust SDK.
     pub fn iso8601(self) -> String {
-        let (days, second) = (self.0 / 86_400, self.0 % 86_400);
-        let (year, month, day) = civil_from_days(days);
-        let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
-        format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+        let seconds = i64::try_from(self.0).unwrap_or(i64::MAX);
+        Timestamp::from_second(seconds).unwrap_or(Timestamp::MAX).strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
     }
 }
 
@@ -50,19 +49,6 @@ pub fn jitter() -> f64 {
     fastrand::f64()
 }
 
-/// Days since the epoch to a date of the proleptic Gregorian calendar, counting in 400-year eras that begin on
-/// 1 March, so that the leap day is the last of its year.
-fn civil_from_days(days: u64) -> (u64, u64, u64) {
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -81,6 +67,7 @@ pub(crate) mod tests {
             (1_709_164_800, "2024-02-29T00:00:00Z"),
             (4_107_542_399, "2100-02-28T23:59:59Z"),
             (4_107_542_400, "2100-03-01T00:00:00Z"),
+            (u64::MAX, "9999-12-30T22:00:00Z"),
         ] {
             assert_eq!(UnixTime(seconds).iso8601(), text);
         }

@@ -119,6 +119,13 @@ fn policy_arns(value: &str) -> Result<Vec<String>, String> {
     }
 }
 
+impl Defaults {
+    /// Whose value is a service account's role.
+    pub fn role_annotation(&self) -> String {
+        format!("{}/role-arn", self.prefix)
+    }
+}
+
 #[cfg(any(test, fuzzing))]
 impl Defaults {
     pub(crate) fn sample() -> Self {

@@ -20,6 +20,7 @@ use tokio::{
 };
 
 use crate::{
+    clock,
     observe::{Metrics, Urgency},
     refusal::{Memory, Refusal},
 };
@@ -147,7 +148,7 @@ impl Budget {
         state.running += 1;
         if held_back {
             // One at a time: in trouble, the next when this one has failed and its pause is over.
-            state.resume = now + if in_trouble { PAUSE.1 } else { RECOVERY.mul_f64(fastrand::f64()) };
+            state.resume = now + if in_trouble { PAUSE.1 } else { RECOVERY.mul_f64(clock::jitter()) };
             state.recovering &= state.queue.len() > 1;
         }
         Begin::Now
@@ -201,7 +202,7 @@ impl Turn {
             if self.urgency != Urgency::Waiting {
                 let doublings = state.failures.saturating_sub(TROUBLE).min(16);
                 let ceiling = PAUSE.0.saturating_mul(1 << doublings).min(PAUSE.1);
-                state.resume = Instant::now() + ceiling.mul_f64(fastrand::f64());
+                state.resume = Instant::now() + ceiling.mul_f64(clock::jitter());
             }
         } else {
             if state.in_trouble() {
