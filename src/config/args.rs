@@ -166,11 +166,11 @@ pub(super) struct RunArgs {
     )]
     pub(super) startup_taint: String,
 
-    /// The AWS region whose STS is asked. Without it: that of AWS_REGION, which the DaemonSet takes from its pod's label
-    /// topology.kubernetes.io/region.
+    /// The AWS region whose STS is asked. Without it, --node-region.
     #[arg(long, env = "KIRSA_REGION", value_name = "REGION", help_heading = "AWS")]
     pub(super) region: Option<String>,
-    #[arg(long, env = "AWS_REGION", value_name = "REGION", hide = true)]
+    /// The region of this node (downward API: metadata.labels['topology.kubernetes.io/region']); an empty one is none.
+    #[arg(long, env = "AWS_REGION", value_name = "REGION", help_heading = "AWS")]
     pub(super) node_region: Option<String>,
     /// Another STS: an S3-compatible store's (MinIO, Ceph), or a VPC endpoint.
     #[arg(long, env = "KIRSA_STS_ENDPOINT_URL", value_name = "URL", help_heading = "AWS")]

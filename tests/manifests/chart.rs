@@ -174,7 +174,7 @@ fn every_flag_is_a_value_and_every_value_reaches_the_agent() -> Result<()> {
     assert_eq!(pod["terminationGracePeriodSeconds"], 2_000_005);
     let mounts: Vec<&Value> =
         pod["containers"][0]["volumeMounts"].as_array().context("mounts")?.iter().map(|at| &at["mountPath"]).collect();
-    assert_eq!(mounts, ["/opt/state", "/opt"], "the folders that the agent looks into are mounted there");
+    assert_eq!(mounts, ["/opt/state", "/opt", "/run/kirsa"], "the folders that the agent looks into are mounted there");
     Ok(())
 }
 
