@@ -5,6 +5,7 @@
 pub mod annotations;
 pub mod arn;
 pub mod claims;
+mod framing;
 pub mod records;
 pub mod request;
 pub mod route;

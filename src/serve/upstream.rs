@@ -80,7 +80,7 @@ impl NodeMetadata {
     }
 
     /// What there is directly below a path: `region` and the like, folders with a slash at the end.
-    pub(super) fn entries(&self, folder: &str) -> Vec<String> {
+    pub(crate) fn entries(&self, folder: &str) -> Vec<String> {
         let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
         let below = values.keys().filter_map(|path| path.strip_prefix(folder)?.strip_prefix('/'));
         let mut entries: Vec<String> = below
