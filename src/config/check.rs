@@ -10,7 +10,7 @@ use crate::{
     intercept::{HostAddresses, Limits},
     serve::{
         imdsv2::{Namespaces, Required},
-        upstream::ALLOWABLE,
+        upstream::{ALLOWABLE, IDENTITY_DOCUMENT},
     },
 };
 
@@ -177,6 +177,13 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
             return wrong("node-metadata-value", pair, "must be PATH=VALUE");
         };
         known("node-metadata-value", path)?;
+        if path == IDENTITY_DOCUMENT {
+            return wrong(
+                "node-metadata-value",
+                path,
+                "is made of the other values: give meta-data/placement/region=…",
+            );
+        }
         given.push((path.to_owned(), value.to_owned()));
     }
     Ok(Metadata { allowed, given })

@@ -101,7 +101,7 @@ impl Site {
                 metrics.clone(),
             )),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
-            metadata: NodeMetadata::new([given]),
+            metadata: NodeMetadata::new([given], Vec::new()),
             require_imdsv2: imdsv2::Required {
                 everywhere: false,
                 namespaces: imdsv2::Namespaces::parse("v2").into_iter().collect(),

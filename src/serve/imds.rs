@@ -7,7 +7,7 @@ use http::Response;
 use http_body_util::Full;
 use tokio::time::Instant;
 
-use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session, upstream};
+use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session};
 use crate::{
     attribute::PATIENCE,
     cache::Standing,
@@ -63,16 +63,17 @@ impl Server {
         if entries.is_empty() { Err(Reason::NotFound.into()) } else { Ok(answer::text(entries.join("\n"))) }
     }
 
-    /// The node's, with the account of the pod's role, and with none for a pod that has no role.
+    /// The node's, with the account of the pod's role. Programs take their region from it: whatever is wrong with that
+    /// role, or with the way to it, is no reason to keep that back.
     pub(super) async fn identity_document(&self, asked: &Asked<'_>) -> Answer {
-        if self.metadata.value(upstream::IDENTITY_DOCUMENT).is_none() {
-            return Err(Reason::NotFound.into());
+        if !self.metadata.has_identity_document() {
+            return self.not_found(asked).await;
         }
         let workload = self.caller(asked).await?;
         let grant = match self.grant(&workload, asked, asked.at + PATIENCE).await {
             Ok(grant) => Some(grant),
-            Err(refusal) if refusal.reason == Reason::NoRole => None,
-            Err(refusal) => return Err(refusal),
+            Err(refusal) if refusal.reason == Reason::SessionRequired => return Err(refusal),
+            Err(_) => None,
         };
         let account = grant.as_ref().and_then(|grant| grant.role().account());
         let document = self.metadata.identity_document(account).ok_or(Reason::NotFound)?;

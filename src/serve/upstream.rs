@@ -46,15 +46,29 @@ pub const DEFAULT: &str = "dynamic/instance-identity/document,meta-data/placemen
                            meta-data/services/domain,meta-data/services/partition";
 /// Where a pod's account stands in for the node's.
 pub const IDENTITY_DOCUMENT: &str = "dynamic/instance-identity/document";
-/// What the identity document is allowed for, and what in it says no more than another path: a pod reads that in the
-/// one place if it may in the other (EC2 User Guide, "Instance identity documents").
-const OF_DOCUMENT: [&str; 5] = ["accountId", "architecture", "availabilityZone", "region", "version"];
-const OF_PATHS: [(&str, &str); 4] = [
-    ("imageId", "meta-data/ami-id"),
-    ("instanceId", "meta-data/instance-id"),
-    ("instanceType", "meta-data/instance-type"),
-    ("privateIp", "meta-data/local-ipv4"),
+/// Its members, each with the path that says the same and what stands for it where a pod may not read that. All are
+/// there always, of the types that EC2 has: Amazonka's parser and others fail where one is missing (EC2 User Guide,
+/// "Instance identity documents").
+const OF_DOCUMENT: [(&str, Option<&str>, Value); 14] = [
+    ("architecture", None, Value::Null),
+    ("availabilityZone", Some("meta-data/placement/availability-zone"), EMPTY),
+    ("billingProducts", None, Value::Null),
+    ("devpayProductCodes", None, Value::Null),
+    ("imageId", Some("meta-data/ami-id"), EMPTY),
+    ("instanceId", Some("meta-data/instance-id"), EMPTY),
+    ("instanceType", Some("meta-data/instance-type"), EMPTY),
+    ("kernelId", None, Value::Null),
+    ("marketplaceProductCodes", None, Value::Null),
+    ("pendingTime", None, Value::Null),
+    ("privateIp", Some("meta-data/local-ipv4"), EMPTY),
+    ("ramdiskId", None, Value::Null),
+    ("region", Some("meta-data/placement/region"), EMPTY),
+    ("version", None, Value::Null),
 ];
+const EMPTY: Value = Value::String(String::new());
+/// Of the node's own document, what says nothing but what it is allowed for.
+const READ: [&str; 4] = ["architecture", "availabilityZone", "region", "version"];
+const VERSION: &str = "2017-09-30";
 
 /// None of it changes while the node runs, but for a resize.
 const REFRESH: Duration = Duration::from_secs(3_600);
@@ -66,13 +80,18 @@ const MAX_VALUE: usize = 16 << 10;
 #[derive(Debug, Default)]
 pub struct NodeMetadata {
     values: RwLock<BTreeMap<String, Bytes>>,
+    /// Read from the node's own service where they were not given.
+    wanted: Vec<String>,
+    document_is_allowed: bool,
 }
 
 impl NodeMetadata {
-    /// With values that are given instead of read.
-    pub fn new(given: impl IntoIterator<Item = (String, String)>) -> Arc<Self> {
-        let values = given.into_iter().map(|(path, value)| (path, value.into())).collect();
-        Arc::new(Self { values: RwLock::new(values) })
+    /// With values that are given instead of read, and the paths of those that may be read.
+    pub fn new(given: impl IntoIterator<Item = (String, String)>, allowed: Vec<String>) -> Arc<Self> {
+        let values: BTreeMap<_, _> = given.into_iter().map(|(path, value)| (path, value.into())).collect();
+        let document_is_allowed = allowed.iter().any(|path| path == IDENTITY_DOCUMENT);
+        let wanted = allowed.into_iter().filter(|path| !values.contains_key(path)).collect();
+        Arc::new(Self { values: RwLock::new(values), wanted, document_is_allowed })
     }
 
     pub(crate) fn value(&self, path: &str) -> Option<Bytes> {
@@ -82,7 +101,9 @@ impl NodeMetadata {
     /// What there is directly below a path: `region` and the like, folders with a slash at the end.
     pub(crate) fn entries(&self, folder: &str) -> Vec<String> {
         let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
-        let below = values.keys().filter_map(|path| path.strip_prefix(folder)?.strip_prefix('/'));
+        let document = self.has_identity_document().then_some(IDENTITY_DOCUMENT);
+        let paths = document.into_iter().chain(values.keys().map(String::as_str));
+        let below = paths.filter_map(|path| path.strip_prefix(folder)?.strip_prefix('/'));
         let mut entries: Vec<String> = below
             .map(|rest| rest.split_once('/').map_or_else(|| rest.to_owned(), |(folder, _)| format!("{folder}/")))
             .collect();
@@ -90,29 +111,40 @@ impl NodeMetadata {
         entries
     }
 
+    /// Whether there is enough known for an identity document.
+    pub(super) fn has_identity_document(&self) -> bool {
+        let region = || self.value("meta-data/placement/region").is_some();
+        self.value(IDENTITY_DOCUMENT).is_some() || (self.document_is_allowed && region())
+    }
+
     /// The identity document with the account of the pod's role in place of the node's, so that a program that takes its
-    /// account from there is right about its credentials; without any where the pod has no role. What else it says of
-    /// the node it says where that may be read by itself.
+    /// account from there is right about its credentials; with an empty one where the pod has no role. What else it says
+    /// of the node it says where that may be read by itself. Where there is none to read, it is made of what was given.
     pub(super) fn identity_document(&self, account: Option<&str>) -> Option<Bytes> {
-        let mut document: Map<String, Value> = serde_json::from_slice(&self.value(IDENTITY_DOCUMENT)?).ok()?;
-        let allowed = |member: &str| OF_PATHS.iter().any(|(of, path)| *of == member && self.value(path).is_some());
-        document.retain(|member, _| OF_DOCUMENT.contains(&member.as_str()) || allowed(member));
-        match account {
-            Some(account) => document.insert("accountId".into(), account.into()),
-            None => document.remove("accountId"),
-        };
+        let nodes: Map<String, Value> = self
+            .value(IDENTITY_DOCUMENT)
+            .and_then(|document| serde_json::from_slice(&document).ok())
+            .unwrap_or_default();
+        let text = |path: &str| Some(Value::String(String::from_utf8(self.value(path)?.to_vec()).ok()?));
+        let mut document = Map::new();
+        document.insert("accountId".into(), account.unwrap_or_default().into());
+        for (member, path, hidden) in OF_DOCUMENT {
+            let read = || nodes.get(member).filter(|_| READ.contains(&member)).cloned();
+            document.insert(member.into(), path.and_then(text).or_else(read).unwrap_or(hidden));
+        }
+        if document["version"].is_null() {
+            document["version"] = VERSION.into();
+        }
         serde_json::to_vec_pretty(&document).ok().map(Bytes::from)
     }
 
     /// Reads what is allowed and was not given, again and again, until dropped.
-    pub async fn follow(self: Arc<Self>, allowed: Vec<String>) {
-        let given: Vec<String> = self.values.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
-        let wanted: Vec<String> = allowed.into_iter().filter(|path| !given.contains(path)).collect();
+    pub async fn follow(self: Arc<Self>) {
         let mut pause = RETRY.0;
-        while !wanted.is_empty() {
-            match self.read(&wanted).await {
+        while !self.wanted.is_empty() {
+            match self.read(&self.wanted).await {
                 Ok(read) => {
-                    info!(read, of = wanted.len(), "node metadata read");
+                    info!(read, of = self.wanted.len(), "node metadata read");
                     pause = RETRY.0;
                     sleep(REFRESH).await;
                 }
@@ -178,31 +210,56 @@ mod tests {
     #[test]
     fn folders_list_what_there_is() {
         let given = ["meta-data/placement/region", "meta-data/placement/availability-zone", "meta-data/mac"];
-        let metadata = NodeMetadata::new(given.map(|path| (path.to_owned(), "x".to_owned())));
+        let metadata = NodeMetadata::new(given.map(|path| (path.to_owned(), "x".to_owned())), Vec::new());
         assert_eq!(metadata.entries("meta-data"), ["mac", "placement/"]);
         assert_eq!(metadata.entries("meta-data/placement"), ["availability-zone", "region"]);
         assert_eq!(metadata.entries("meta-data/place"), Vec::<String>::new());
     }
 
+    /// As EC2 has it, but for its white space.
+    const NODES: &str = r#"{"accountId":"999999999999","architecture":"x86_64","availabilityZone":"eu-central-1b",
+        "billingProducts":["bp-6ba54002"],"devpayProductCodes":null,"marketplaceProductCodes":null,"imageId":"ami-7",
+        "instanceId":"i-7","instanceType":"m5.large","kernelId":null,"pendingTime":"2026-01-01T00:00:00Z",
+        "privateIp":"10.0.0.7","ramdiskId":null,"region":"eu-central-1","version":"2017-09-30","someday":"new"}"#;
+
+    fn document(values: &[(&str, &str)], account: Option<&str>) -> Value {
+        let given = values.iter().map(|(path, value)| ((*path).to_owned(), (*value).to_owned()));
+        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()]);
+        serde_json::from_slice(&metadata.identity_document(account).unwrap()).unwrap()
+    }
+
+    /// Every member is there, of the type that parsers expect, and says of the node what may be read by itself.
     #[test]
-    fn the_identity_document_names_the_account_of_the_role() {
-        let metadata = |more: &[(&str, &str)]| {
-            let node = r#"{"accountId":"999999999999","region":"eu-central-1","instanceId":"i-7","privateIp":"10.0.0.7",
-                "kernelId":null}"#;
-            NodeMetadata::new(
-                [(IDENTITY_DOCUMENT, node)].iter().chain(more).map(|(a, b)| (a.to_string(), b.to_string())),
-            )
-        };
-        let text = |account, more: &[(&str, &str)]| {
-            String::from_utf8(metadata(more).identity_document(account).unwrap().to_vec()).unwrap()
-        };
-        let with = text(Some("111122223333"), &[]);
-        assert!(with.contains("111122223333") && !with.contains("9999"), "{with}");
-        assert!(!text(None, &[]).contains("accountId") && text(None, &[]).contains("eu-central-1"));
-        for hidden in ["i-7", "10.0.0.7", "kernelId"] {
-            assert!(!with.contains(hidden), "{with}");
+    fn the_identity_document_is_whole_and_names_the_account_of_the_role() {
+        let plain = document(&[(IDENTITY_DOCUMENT, NODES)], Some("111122223333"));
+        let nodes: Map<String, Value> = serde_json::from_str(NODES).unwrap();
+        for (member, value) in nodes.iter().filter(|(member, _)| *member != "someday") {
+            let served = &plain[member];
+            assert!(served.is_null() || served.is_string(), "{member}: {plain}");
+            assert!(!value.is_string() || served.is_string() || member == "pendingTime", "{member}: {plain}");
         }
-        let more = text(None, &[("meta-data/instance-id", "i-7")]);
-        assert!(more.contains("i-7") && !more.contains("10.0.0.7"), "what may be read by itself: {more}");
+        assert_eq!(plain.as_object().unwrap().len(), 15, "{plain}");
+        assert_eq!((&plain["accountId"], &plain["region"]), (&"111122223333".into(), &"eu-central-1".into()));
+        assert_eq!(plain["availabilityZone"], "eu-central-1b");
+        for hidden in ["9999", "i-7", "ami-7", "10.0.0.7", "m5.large", "bp-6ba54002", "2026-01"] {
+            assert!(!plain.to_string().contains(hidden), "{plain}");
+        }
+        assert_eq!(document(&[(IDENTITY_DOCUMENT, NODES)], None)["accountId"], "", "of a pod that has no role");
+        let more = document(&[(IDENTITY_DOCUMENT, NODES), ("meta-data/instance-id", "i-7")], None);
+        assert_eq!((&more["instanceId"], &more["privateIp"]), (&"i-7".into(), &"".into()));
+    }
+
+    /// On nodes that have no metadata service of their own.
+    #[test]
+    fn where_no_identity_document_can_be_read_it_is_made_of_the_values_that_are_given() {
+        let given = [("meta-data/placement/region", "mars-1"), ("meta-data/instance-type", "rover")];
+        let made = document(&given, Some("111122223333"));
+        assert_eq!((&made["region"], &made["instanceType"]), (&"mars-1".into(), &"rover".into()));
+        assert_eq!((made["accountId"].as_str(), made["version"].as_str()), (Some("111122223333"), Some(VERSION)));
+        let given = given.map(|(path, value)| (path.to_owned(), value.to_owned()));
+        assert!(!NodeMetadata::new(given.clone(), Vec::new()).has_identity_document(), "not allowed");
+        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()]);
+        assert_eq!(metadata.entries("dynamic/instance-identity"), ["document"]);
+        assert!(!NodeMetadata::new([], vec![IDENTITY_DOCUMENT.into()]).has_identity_document(), "of nothing");
     }
 }

@@ -51,8 +51,21 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
         }
     }
     ensure!(get(&reader, DOCUMENT)?.json()?["accountId"] == ACCOUNT);
-    ensure!(get(&idle, DOCUMENT)?.json()?.get("accountId").is_none());
+    ensure!(get(&idle, DOCUMENT)?.json()?["accountId"] == "");
     nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    agent.stop()
+}
+
+/// IMDS-32: whoever looks for its region finds it, whatever is wrong with its role.
+#[test]
+fn the_identity_document_does_not_depend_on_the_role() -> Result<()> {
+    let site = site()?;
+    let wrong = site.stranger("wrong")?;
+    site.put(site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
+    let agent = start(&site, &[])?;
+    ensure!(get(&wrong, "/latest/meta-data/iam/info")?.status == 403);
+    let document = get(&wrong, DOCUMENT)?.json()?;
+    ensure!(document["region"] == Instance::default().region && document["accountId"] == "", "{document}");
     agent.stop()
 }
 
@@ -81,6 +94,10 @@ fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
     }
     nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()?;
+    let document = format!("{}={{}}", DOCUMENT.trim_start_matches("/latest/"));
+    let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata-value", document))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && said.contains("made of the other values"), "{output:?}");
     for path in ["meta-data/iam/info", "user-data", "dynamic/instance-identity/signature", "meta-data"] {
         let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata", path))?;
         let said = String::from_utf8_lossy(&output.stderr);
