@@ -128,7 +128,8 @@ fn paths() -> Vec<(String, Answer)> {
 /// Requests that are wrong in another way.
 fn requests() -> Vec<(String, Answer)> {
     let long = "x".repeat(64 << 10);
-    let many: String = (0..10_000).map(|n| format!("X-{n}: y\r\n")).collect();
+    let headers = |count| (0..count).map(|n| format!("X-{n}: y\r\n")).collect::<String>();
+    let many = headers(10_000);
     let put = format!("PUT /latest/api/token HTTP/1.1\r\n{HOST}{TOKEN_TTL}: 60\r\n");
     vec![
         (format!("CONNECT 169.254.169.254:80 HTTP/1.1\r\n{HOST}\r\n"), NOT_ALLOWED),
@@ -150,6 +151,9 @@ fn requests() -> Vec<(String, Answer)> {
         (format!("GET {L} HTTP/1.1\r\nHost: {long}\r\n\r\n"), TOO_LARGE),
         (format!("GET /{long} HTTP/1.1\r\n{HOST}\r\n"), TOO_LARGE),
         (format!("GET {L} HTTP/1.1\r\n{HOST}{many}\r\n"), TOO_LARGE),
+        // A hundred are read, and not one more.
+        (format!("GET /latest/user-data HTTP/1.1\r\n{HOST}{}\r\n", headers(99)), NOT_FOUND),
+        (format!("GET /latest/user-data HTTP/1.1\r\n{HOST}{}\r\n", headers(100)), TOO_LARGE),
         (format!("GET {L} HTTP/1.1\r\n{HOST}X Y: z\r\n\r\n"), MALFORMED),
         (format!("GET {L} HTTP/1.1\r\n{HOST}X : z\r\n\r\n"), MALFORMED),
         (format!("GET {L} HTTP/1.1\r\n{HOST}X: a\r\n b\r\n\r\n"), MALFORMED),
