@@ -199,7 +199,10 @@ pub async fn run(
             let duties = duties.clone();
             tasks.spawn(always(async move { duties.during(Duty::Redirect, || redirect.keep()).await }));
         }
-        None => redirected.set(true),
+        None => {
+            redirected.set(true);
+            metrics.rule_verified.set(1);
+        }
     }
     // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.
     listening.spawn(async move {

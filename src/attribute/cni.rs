@@ -82,9 +82,15 @@ impl Records {
     pub fn scan(&self) {
         match self.read_all() {
             Ok(count) => info!(folder = %self.folder.display(), files = count, "CNI records read"),
-            Err(error) => info!(
+            Err(error) if error.kind() == io::ErrorKind::NotFound => info!(
                 folder = %self.folder.display(), %error,
                 "no CNI records yet; until there are, pods are known when the API server shows their address"
+            ),
+            Err(error) => warn!(
+                folder = %self.folder.display(), %error,
+                "CNI records cannot be read: pods are known when the API server shows their address, which may be \
+                 seconds after they have started. Is the folder root's, and is this root? --cni-results none if there \
+                 are none"
             ),
         }
     }

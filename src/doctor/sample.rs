@@ -46,7 +46,7 @@ pub(super) async fn of_file(path: &Path, config: &Config, metrics: Metrics) -> a
     let workloads = file::read(path)?;
     let (attributor, changes) = Attributor::new(metrics);
     let authoriser = Authoriser::new(Accounts::of_file(), config.defaults());
-    authoriser.accounts().replace(&workloads, &role_annotation(config));
+    authoriser.accounts().replace(&workloads, &config.defaults().role_annotation());
     file::apply(&workloads, &attributor);
     Ok(authorised(changes, &authoriser, TokenSource::File).await)
 }
@@ -69,7 +69,7 @@ pub(super) async fn of_cluster(
         Authoriser::new(Accounts::of_kubernetes(cluster.kubernetes.calls(Identity::Agent)?), config.defaults());
     let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"))?;
     let read = tokio::sync::Notify::new();
-    let annotation = role_annotation(config);
+    let annotation = config.defaults().role_annotation();
     select! {
         () = authoriser.accounts().follow(reader, &annotation, |told| if told == Told::All { read.notify_one() }) => {}
         () = read.notified() => {}
@@ -78,10 +78,6 @@ pub(super) async fn of_cluster(
     let minting = OnceLock::new();
     let _ = minting.set(client);
     Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(Arc::new(minting))).await)
-}
-
-fn role_annotation(config: &Config) -> String {
-    format!("{}/role-arn", config.annotation_prefix)
 }
 
 /// Asks for each service account once what the agent would ask when its pods do.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use tokio::{sync::mpsc, task::JoinSet};
+use tracing::info;
 
 use super::{always, container};
 use crate::{
@@ -41,8 +42,8 @@ impl Learning<'_> {
     /// # Errors
     /// What the configuration names cannot be used.
     pub(super) async fn begin(self, tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Result<Sources> {
-        let role_annotation = format!("{}/role-arn", self.config.annotation_prefix);
         let defaults = self.config.defaults();
+        let role_annotation = defaults.role_annotation();
         match self.config.source.clone() {
             Source::File(path) => {
                 let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
@@ -53,6 +54,12 @@ impl Learning<'_> {
                 let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
                 let accounts = Accounts::of_kubernetes(kubernetes.calls(Identity::Agent)?);
                 let authoriser = Arc::new(Authoriser::new(accounts, defaults));
+                if cni_results.is_none() {
+                    info!(
+                        "no CNI records are read: pods are known when the API server shows their address, which may be \
+                         seconds after they have started"
+                    );
+                }
                 if let Some(folder) = cni_results {
                     let records = cni::Records::new(folder, self.attributor.clone(), self.metrics.clone());
                     // Before the pods are listed: what then names none of them is a leftover.

@@ -149,7 +149,7 @@ impl Metrics {
             )),
             rule_verified: register!(IntGauge::new(
                 "kirsa_redirect_verified",
-                "1 if the last connection through the redirect reached this agent"
+                "1 if the last connection through the redirect reached this agent, or no redirect is its own (--intercept none)"
             )),
             connections: register!(IntGauge::new("kirsa_connections", "Open connections of pods")),
             connections_refused: register!(IntCounterVec::new(

@@ -237,5 +237,6 @@ fn without_a_redirect_of_our_own_no_rule_is_made() -> Result<()> {
     let pod = &site.pods[0];
     let mut direct = Client::new(pod.netns(), (IpAddr::V4(site.node.host_ip()), 8181));
     ensure!(direct.role_list()?.status == 200);
+    ensure!(agent.metric("kirsa_redirect_verified", &[])? == 1.0, "which alerts look at");
     agent.stop()
 }

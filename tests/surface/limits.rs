@@ -1,6 +1,5 @@
 //! What one pod may take, and that it takes nothing from the others.
 
-
 use anyhow::{Result, ensure};
 use lab::agent::Agent;
 use lab::http::{CREDENTIALS_PATH, Client, Wire};
