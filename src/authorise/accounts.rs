@@ -6,7 +6,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    future::Future,
     path::PathBuf,
+    pin::Pin,
     sync::{
         Arc, Mutex, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
@@ -14,14 +16,14 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt, future::Shared};
 use k8s_openapi::{api::core::v1::ServiceAccount, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, Client,
     api::PartialObjectMeta,
     runtime::watcher::{self, watcher},
 };
-use tokio::{sync::OnceCell, time::Instant};
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::Key;
@@ -34,6 +36,8 @@ use crate::{
 pub(crate) const WATCH_SECONDS: u32 = 240;
 /// How long a live read's answer holds, unless the watch tells of the account before.
 const LIVE_READ_HOLDS: Duration = Duration::from_secs(10);
+/// The same of one that failed: pods that ask all the time must not be a load of an API server in trouble.
+const FAILURE_HOLDS: Duration = Duration::from_secs(1);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// A service account, as far as it matters here.
@@ -88,14 +92,14 @@ struct Known {
     listing: Option<HashSet<ServiceAccountName>>,
 }
 
-/// Answers of live reads, each of which is under way once whoever waits for it.
+/// Live reads, each of which is under way once whoever waits for it, and goes on when nobody does.
 struct Live {
     client: Client,
-    answers: Mutex<HashMap<ServiceAccountName, (Instant, LiveAnswer)>>,
+    answers: Mutex<HashMap<ServiceAccountName, (Instant, Shared<Reading>)>>,
 }
 
 /// `None` inside: there is no such account.
-type LiveAnswer = Arc<OnceCell<Option<Arc<Account>>>>;
+type Reading = Pin<Box<dyn Future<Output = Result<Option<Arc<Account>>, Refusal>> + Send>>;
 
 impl Accounts {
     pub fn of_kubernetes(client: Client) -> Self {
@@ -234,19 +238,33 @@ impl Live {
     async fn read(&self, name: &ServiceAccountName) -> Result<Option<Arc<Account>>, Refusal> {
         let answer = {
             let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-            answers.retain(|_, (asked, _)| asked.elapsed() < LIVE_READ_HOLDS);
-            answers.entry(name.clone()).or_insert_with(|| (Instant::now(), Arc::default())).1.clone()
+            answers.retain(|_, (asked, answer)| {
+                let failed = matches!(answer.peek(), Some(Err(_)));
+                asked.elapsed() < if failed { FAILURE_HOLDS } else { LIVE_READ_HOLDS }
+            });
+            answers.entry(name.clone()).or_insert_with(|| (Instant::now(), self.begin(name.clone()).shared())).1.clone()
         };
-        let read = async {
-            let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &name.namespace);
-            let found = accounts.get_metadata_opt(&name.name).await.map_err(|error| {
-                Refusal::new(Reason::AccountUnavailable, format!("service account {name} could not be read: {error}"))
-            })?;
+        answer.await
+    }
+
+    fn begin(&self, name: ServiceAccountName) -> Reading {
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &name.namespace);
+        let asked = name.clone();
+        let read = tokio::spawn(async move { accounts.get_metadata_opt(&asked.name).await });
+        Box::pin(async move {
+            let found = match read.await {
+                Ok(Ok(found)) => found,
+                Ok(Err(error)) => return Err(unreadable(&name, &error)),
+                Err(error) => return Err(unreadable(&name, &error)),
+            };
             let whole = |found: PartialObjectMeta<_>| slim(found.metadata, "").and_then(|(_, account)| account);
             Ok(found.and_then(whole).map(Arc::new))
-        };
-        answer.get_or_try_init(|| read).await.cloned()
+        })
     }
+}
+
+fn unreadable(name: &ServiceAccountName, why: &dyn std::fmt::Display) -> Refusal {
+    Refusal::new(Reason::AccountUnavailable, format!("service account {name} could not be read: {why}"))
 }
 
 /// An account's name, and the account itself if it has the annotation `required` (any account where that is empty).
@@ -262,5 +280,67 @@ fn slim(metadata: ObjectMeta, required: &str) -> Option<(ServiceAccountName, Opt
 impl std::fmt::Debug for Accounts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Accounts").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, sync::atomic::AtomicUsize};
+
+    use http::{Request, Response};
+    use kube::client::Body;
+
+    use super::*;
+
+    /// An API server that takes 50 ms, and says 500 as often as it is told to.
+    fn server(failures: usize) -> (Arc<AtomicUsize>, Client) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = asked.clone();
+        let service = tower::service_fn(move |_: Request<Body>| {
+            let number = counted.fetch_add(1, Ordering::SeqCst);
+            async move {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let found = serde_json::json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
+                    "metadata": {"name": "reader", "namespace": "default", "uid": "uid-1"}});
+                let (status, body) = if number < failures {
+                    (500, serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "code": 500}))
+                } else {
+                    (200, found)
+                };
+                let answer = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
+                Ok::<_, Infallible>(answer.unwrap())
+            }
+        });
+        (asked, Client::new(service, "default"))
+    }
+
+    fn name() -> ServiceAccountName {
+        ServiceAccountName { namespace: "default".into(), name: "reader".into() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_live_read_is_one_whoever_waits_and_goes_on_when_all_of_them_hang_up() {
+        let (asked, client) = server(0);
+        let live = Live { client, answers: Mutex::default() };
+        for _ in 0..3 {
+            let patience = Duration::from_millis(10);
+            assert!(tokio::time::timeout(patience, live.read(&name())).await.is_err(), "hangs up");
+        }
+        assert!(live.read(&name()).await.unwrap().is_some());
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_live_read_that_failed_is_the_answer_to_all_for_a_moment() {
+        let (asked, client) = server(1);
+        let live = Live { client, answers: Mutex::default() };
+        let names: Vec<_> = (0..20).map(|_| name()).collect();
+        for answer in futures::future::join_all(names.iter().map(|name| live.read(name))).await {
+            assert_eq!(answer.unwrap_err().reason, Reason::AccountUnavailable);
+        }
+        assert!(live.read(&name()).await.is_err());
+        assert_eq!(asked.load(Ordering::SeqCst), 1, "each of them would have asked in its turn");
+        tokio::time::advance(FAILURE_HOLDS).await;
+        assert!(live.read(&name()).await.unwrap().is_some());
     }
 }
