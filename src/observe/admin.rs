@@ -1,6 +1,6 @@
-//! The admin port: metrics and health, for the kubelet and Prometheus. Pods cannot reach it through the metadata
-//! address, and it serves no secret of theirs. Where it listens on more than loopback any pod may ask it, so names of
-//! pods and roles are for this node's own processes.
+//! The admin pages: metrics and health, for Prometheus at a port and for the kubelet's probes at a socket. Pods cannot
+//! reach them through the metadata address, and they hold no secret of theirs. Where the port is open to more than
+//! loopback any pod may ask there, so names of pods and roles are for this node's own processes.
 
 use std::{convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -23,7 +23,7 @@ use super::{Metrics, Readiness};
 pub type Page = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 
 /// A few Prometheuses; whoever opens more must not take the file descriptors that pods' connections need. As many
-/// again from this node itself, so that nobody elsewhere keeps the kubelet's probes out.
+/// again from this node itself, so that nobody elsewhere keeps its own programs out.
 const CONNECTIONS: usize = 64;
 /// However slowly somebody reads, or often asks: the place is another's then.
 const LONGEST: Duration = Duration::from_secs(600);
