@@ -127,6 +127,19 @@ impl Kubernetes {
             }
         };
         let identity = granted.identity(wanted)?;
+        self.announce(identity);
+        Ok(identity)
+    }
+
+    /// The same, asked once.
+    ///
+    /// # Errors
+    /// The API server does not say, or neither way was granted.
+    pub async fn granted(&self, wanted: Mint) -> anyhow::Result<Identity> {
+        Granted::ask(&self.calls(Identity::Agent)?).await?.identity(wanted)
+    }
+
+    pub fn announce(&self, identity: Identity) {
         match identity {
             Identity::Node => {
                 info!(way = "impersonate", node = %self.node, "tokens are minted impersonating this node");
@@ -136,7 +149,6 @@ impl Kubernetes {
                 "tokens are minted directly: the API server does not check that a pod is on this node"
             ),
         }
-        Ok(identity)
     }
 }
 

@@ -3,12 +3,7 @@
 //! The pod, its role and the token come from the agent's own stages, so that what works here works there. Of the token
 //! only claims are shown; the session is dropped at once.
 
-use std::{
-    collections::HashSet,
-    path::Path,
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use kube::{Api, api::ListParams};
@@ -20,7 +15,11 @@ use crate::{
     authorise::{Accounts, Authoriser, Grant, Told},
     clock::UnixTime,
     config::Config,
-    exchange::{claims::Claims, sts::Sts, token::TokenSource},
+    exchange::{
+        claims::Claims,
+        sts::Sts,
+        token::{Minting, TokenSource},
+    },
     kubernetes::Identity,
     observe::Metrics,
     refusal::{Reason, Refusal},
@@ -75,9 +74,9 @@ pub(super) async fn of_cluster(
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }
-    let minting = OnceLock::new();
-    let _ = minting.set(client);
-    Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(Arc::new(minting))).await)
+    let minting = Arc::new(Minting::default());
+    minting.set(client);
+    Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(minting)).await)
 }
 
 /// Asks for each service account once what the agent would ask when its pods do.

@@ -1,7 +1,7 @@
 //! The web identity token: minted by the API server for one pod, or read from a file where there is no API server.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -10,7 +10,7 @@ use k8s_openapi::api::{
     core::v1::ServiceAccount,
 };
 use kube::{Api, Client, api::PostParams};
-use tokio::{io::AsyncReadExt, time::sleep};
+use tokio::{io::AsyncReadExt, sync::Notify, time::sleep};
 
 use super::credential::Secret;
 use crate::{
@@ -31,9 +31,36 @@ const MAX_TOKEN_FILE: usize = 64 << 10;
 
 /// Where tokens come from.
 pub enum TokenSource {
-    /// The API server, by a client in the name that may mint, once it is known which that is.
-    Kubernetes(Arc<OnceLock<Client>>),
+    Kubernetes(Arc<Minting>),
     File,
+}
+
+/// A client of the API server in the name that may mint, once it is known which that is.
+#[derive(Default)]
+pub struct Minting {
+    client: RwLock<Option<Client>>,
+    forbidden: Notify,
+}
+
+impl Minting {
+    pub fn set(&self, client: Client) {
+        *self.client.write().unwrap_or_else(PoisonError::into_inner) = Some(client);
+    }
+
+    /// Returns when the API server has forbidden a token: it may be another name that may mint now.
+    pub async fn forbidden(&self) {
+        self.forbidden.notified().await;
+    }
+
+    async fn mint(&self, grant: &Grant) -> Result<Secret, Refusal> {
+        let client = self.client.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let unknown = || Refusal::new(Reason::TokenUnavailable, "the API server was not reached yet");
+        let minted = mint(&client.ok_or_else(unknown)?, grant).await;
+        if minted.as_ref().is_err_and(|refusal| refusal.reason == Reason::TokenForbidden) {
+            self.forbidden.notify_one();
+        }
+        minted
+    }
 }
 
 impl TokenSource {
@@ -41,10 +68,7 @@ impl TokenSource {
     /// Why there is none.
     pub async fn token(&self, grant: &Grant) -> Result<Secret, Refusal> {
         match self {
-            Self::Kubernetes(client) => match client.get() {
-                Some(client) => mint(client, grant).await,
-                None => Err(Refusal::new(Reason::TokenUnavailable, "the API server was not reached yet")),
-            },
+            Self::Kubernetes(minting) => minting.mint(grant).await,
             Self::File => read(grant).await,
         }
     }
@@ -157,6 +181,12 @@ async fn read(grant: &Grant) -> Result<Secret, Refusal> {
     let token = std::str::from_utf8(&bytes).map(str::trim).unwrap_or_default();
     let looks_right = token.split('.').count() == 3 && token.bytes().all(|byte| byte.is_ascii_graphic());
     looks_right.then(|| Secret::new(token.to_owned())).ok_or_else(|| wrong(&"holds no JWT"))
+}
+
+impl std::fmt::Debug for Minting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Minting")
+    }
 }
 
 impl std::fmt::Debug for TokenSource {

@@ -1,11 +1,8 @@
 //! Where pods and service accounts are learnt from.
 
-use std::{
-    path::Path,
-    sync::{Arc, OnceLock},
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{sync::mpsc, task::JoinSet, time::sleep};
 use tracing::info;
 
 use super::{always, container};
@@ -13,11 +10,14 @@ use crate::{
     attribute::{self, Attributor, ServiceAccountName, cni, file},
     authorise::{Accounts, Authoriser, Told},
     config::{Config, Source},
-    exchange::token::TokenSource,
+    exchange::token::{Minting, TokenSource},
     kubernetes::{self, Identity, Kubernetes, Mint},
     observe::{Condition, Metrics, Readiness},
     serve::container::Tokens,
 };
+
+/// The API server is asked no more often than this for the agent's rights, however many tokens it forbids.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
 
 /// What is needed to begin, and where goes what is learnt.
 pub(super) struct Learning<'a> {
@@ -74,7 +74,7 @@ impl Learning<'_> {
                     }));
                 }
                 let container = container::tokens(&kubernetes, self.config.container_audience.clone())?;
-                let minting = Arc::new(OnceLock::new());
+                let minting = Arc::new(Minting::default());
                 let tokens = TokenSource::Kubernetes(minting.clone());
                 let follow = Follow {
                     kubernetes,
@@ -106,7 +106,7 @@ impl Follow {
         self,
         authoriser: Arc<Authoriser>,
         role_annotation: String,
-        minting: Arc<OnceLock<kube::Client>>,
+        minting: Arc<Minting>,
         (pods_known, accounts_known): (Condition, Condition),
     ) -> anyhow::Result<()> {
         let accounts_client = self.kubernetes.watch(Identity::Agent, self.metrics.watch("serviceaccounts"))?;
@@ -121,16 +121,37 @@ impl Follow {
             anyhow::Ok(())
         };
         let pods = async {
-            let identity = self.kubernetes.choose(self.mint).await?;
-            let calls = self.kubernetes.calls(identity)?;
-            let _ = minting.set(calls.clone());
-            let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
-            attributor.set_live_read(attribute::watch::live_read(calls, node.clone(), attributor.clone()));
-            let client = self.kubernetes.watch(identity, self.metrics.watch("pods"))?;
-            attribute::watch::follow(client, node, attributor, || pods_known.set(true)).await;
-            anyhow::Ok(())
+            let mut identity = self.kubernetes.choose(self.mint).await?;
+            loop {
+                let calls = self.kubernetes.calls(identity)?;
+                minting.set(calls.clone());
+                let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
+                attributor.set_live_read(attribute::watch::live_read(calls, node.clone(), attributor.clone()));
+                let client = self.kubernetes.watch(identity, self.metrics.watch("pods"))?;
+                tokio::select! {
+                    () = attribute::watch::follow(client, node, attributor, || pods_known.set(true)) => {
+                        return anyhow::Ok(());
+                    }
+                    other = self.another_way(identity, &minting) => identity = other,
+                }
+            }
         };
         tokio::try_join!(accounts, pods).map(|_| ())
+    }
+
+    /// Returns when tokens can be minted in another name than until now: rights may be exchanged while agents run.
+    async fn another_way(&self, current: Identity, minting: &Minting) -> Identity {
+        loop {
+            minting.forbidden().await;
+            // What is forbidden for a reason of one pod's is no matter of the agent's rights.
+            if let Ok(other) = self.kubernetes.granted(self.mint).await
+                && other != current
+            {
+                self.kubernetes.announce(other);
+                return other;
+            }
+            sleep(ASK_AGAIN).await;
+        }
     }
 }
 

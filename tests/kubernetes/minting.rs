@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, field};
+use lab::poll::poll;
 
 use crate::PATIENCE;
 use crate::rights::Way;
-use crate::site::Site;
+use crate::site::{Site, blocking};
 
 const IMPERSONATION: &str = "daemonset/components/constrained-impersonation";
 const DIRECT: &str = "daemonset/components/direct-minting";
@@ -55,6 +56,30 @@ fn with_both_rights_impersonation_is_preferred() -> Result<()> {
         agent.stop()?;
     }
     Ok(())
+}
+
+/// Whoever changes from one component to the other need not restart the agents.
+#[test]
+fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
+    let site = Site::with(Way::Changing)?;
+    let agent = site.start()?;
+    ensure!(way_in_the_log(&agent)? == "impersonate");
+    let role = format!("kirsa-impersonate-node.{}", Way::Changing.namespace());
+    let without_rules = serde_json::json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+        "metadata": {"name": role}, "rules": []});
+    blocking(site.api.apply(&without_rules.to_string()))?;
+    // The API server goes by it a moment later: until then pods are minted for as before.
+    let mut pods = 0;
+    poll("the other way", PATIENCE, || {
+        let name = format!("app{pods}");
+        pods += 1;
+        site.account(&name).and_then(|()| site.bind(&name, &name)).ok()?;
+        agent.log().iter().any(|entry| field(entry, "way") == Some("direct")).then_some(())
+    })?;
+    site.account("last")?;
+    let pod = site.run("last-0", "last")?;
+    site.serves(&pod, "last")?;
+    agent.stop()
 }
 
 #[test]

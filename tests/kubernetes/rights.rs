@@ -18,6 +18,8 @@ pub(crate) enum Way {
     Impersonate,
     Direct,
     Either,
+    /// Both at first, for a test that takes one away.
+    Changing,
     /// Constrained impersonation, and container credentials.
     Container,
     /// Those of the base alone: none to mint.
@@ -33,6 +35,7 @@ impl Way {
             Self::Impersonate => "kirsa",
             Self::Direct => "kirsa-direct",
             Self::Either => "kirsa-either",
+            Self::Changing => "kirsa-changing",
             Self::Container => "kirsa-container",
             Self::Neither => "kirsa-neither",
         }
@@ -43,7 +46,7 @@ impl Way {
         match self {
             Self::Impersonate => &["components/constrained-impersonation"],
             Self::Direct => &["components/direct-minting"],
-            Self::Either => &["components/constrained-impersonation", "components/direct-minting"],
+            Self::Either | Self::Changing => &["components/constrained-impersonation", "components/direct-minting"],
             Self::Container => &["components/constrained-impersonation", "components/container-credentials"],
             Self::Neither => &[],
         }
@@ -75,7 +78,7 @@ pub(crate) fn granted() -> Result<&'static ApiServer> {
 }
 
 fn grant(server: &ApiServer) -> Result<()> {
-    for way in [Way::Impersonate, Way::Direct, Way::Either, Way::Container, Way::Neither] {
+    for way in [Way::Impersonate, Way::Direct, Way::Either, Way::Changing, Way::Container, Way::Neither] {
         for path in way.manifests()? {
             let manifest = in_namespace(&read(&path)?, way.namespace())?;
             blocking(server.apply(&manifest)).context(path)?;

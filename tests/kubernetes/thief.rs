@@ -69,7 +69,7 @@ impl Thief {
         match way {
             Way::Impersonate => wanted.push((bound.in_name_of_node(&node), 201)),
             Way::Direct => wanted.push((bound, 201)),
-            Way::Either => wanted.extend([(bound.clone().in_name_of_node(&node), 201), (bound, 201)]),
+            Way::Either | Way::Changing => wanted.extend([(bound.clone().in_name_of_node(&node), 201), (bound, 201)]),
             Way::Container => {
                 let review =
                     json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": "x"}});
