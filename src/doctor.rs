@@ -11,6 +11,7 @@ mod disk;
 mod finding;
 mod http;
 mod listeners;
+mod listing;
 mod others;
 mod privileges;
 mod probe;

@@ -59,7 +59,7 @@ fn by_rules(config: &Config, set: &Ruleset) -> Vec<Finding> {
     findings
 }
 
-fn names_metadata(text: &str) -> bool {
+pub(super) fn names_metadata(text: &str) -> bool {
     let names = |address: String| {
         // Not as the beginning of a longer address.
         let longer = |at: usize| text[at + address.len()..].starts_with(|c: char| c.is_ascii_hexdigit() || c == '.');

@@ -1,0 +1,73 @@
+//! A JSON document whose one long list is read item by item, so that it need not be held whole. Knows no rules.
+
+use std::{fmt, io::BufRead};
+
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
+
+/// Passes on each item of the list that is the member `name` of the document.
+///
+/// # Errors
+/// It is no such document, or ends early; what came before was passed on.
+pub(super) fn each(json: &mut dyn BufRead, name: &str, take: impl FnMut(Value)) -> serde_json::Result<()> {
+    let mut deserializer = serde_json::Deserializer::from_reader(json);
+    Document { name, take }.deserialize(&mut deserializer)?;
+    deserializer.end()
+}
+
+struct Document<'a, F> {
+    name: &'a str,
+    take: F,
+}
+
+impl<'de, F: FnMut(Value)> DeserializeSeed<'de> for Document<'_, F> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de, F: FnMut(Value)> Visitor<'de> for Document<'_, F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an object with a list {:?}", self.name)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut members: A) -> Result<(), A::Error> {
+        while let Some(member) = members.next_key::<String>()? {
+            if member == self.name {
+                members.next_value_seed(Items(&mut self.take))?;
+            } else {
+                members.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Items<'a, F>(&'a mut F);
+
+impl<'de, F: FnMut(Value)> DeserializeSeed<'de> for Items<'_, F> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de, F: FnMut(Value)> Visitor<'de> for Items<'_, F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        while let Some(item) = items.next_element()? {
+            (self.0)(item);
+        }
+        Ok(())
+    }
+}
