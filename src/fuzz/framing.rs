@@ -79,18 +79,26 @@ fn body<'a>(request: &Request, sent: &'a [u8]) -> Option<&'a [u8]> {
     sent.get(length?..)
 }
 
+/// Here hyper ends a line at a carriage return and a line feed only: one without the other belongs to the line.
 fn chunks(mut sent: &[u8]) -> Option<&[u8]> {
     loop {
-        let size = line(&mut sent)?;
+        let size = strict_line(&mut sent)?;
         let digits = size.split(|byte| *byte == b';').next()?.trim_ascii();
         let size = usize::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
         if size == 0 {
-            while !line(&mut sent)?.is_empty() {}
+            while !strict_line(&mut sent)?.is_empty() {}
             return Some(sent);
         }
         sent = sent.get(size..)?;
-        line(&mut sent).filter(|line| line.is_empty())?;
+        strict_line(&mut sent).filter(|line| line.is_empty())?;
     }
+}
+
+fn strict_line<'a>(sent: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let end = sent.iter().position(|byte| *byte == b'\r').filter(|end| sent.get(end + 1) == Some(&b'\n'))?;
+    let line = &sent[..end];
+    *sent = &sent[end + 2..];
+    Some(line)
 }
 
 /// Up to the next line feed, with or without a carriage return before it.
