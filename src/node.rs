@@ -37,7 +37,7 @@ use crate::{
         rule::{self, Installed},
     },
     observe::{self, Admin, Metrics, Readiness},
-    serve::{Server, session::Sessions, upstream::NodeMetadata},
+    serve::{Server, node_metadata::NodeMetadata, session_token::Sessions},
 };
 use redirect::Redirect;
 

@@ -12,8 +12,8 @@ mod identity;
 mod imds;
 pub mod imdsv2;
 pub mod route;
-pub mod session;
-pub mod upstream;
+pub mod session_token;
+pub mod node_metadata;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -40,9 +40,9 @@ use caller::Caller;
 use container::Tokens;
 use hangup::Patient;
 use identity::Asked;
+use node_metadata::NodeMetadata;
 use route::Route;
-use session::Sessions;
-use upstream::NodeMetadata;
+use session_token::Sessions;
 
 static TOKEN: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
@@ -141,7 +141,7 @@ impl Server {
     async fn respond(
         &self,
         caller: &Caller,
-        route: &Route<'_>,
+        route: &Route,
         head: &Parts,
         body: Incoming,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
@@ -168,10 +168,10 @@ impl Server {
     }
 
     /// A line for each route; what it answers is a function of its own.
-    async fn read(&self, asked: &Asked<'_>, route: &Route<'_>) -> Result<Response<Full<Bytes>>, Refusal> {
+    async fn read(&self, asked: &Asked<'_>, route: &Route) -> Result<Response<Full<Bytes>>, Refusal> {
         match route {
             Route::Versions => self.versions(asked).await,
-            Route::Metadata(path) if path == upstream::IDENTITY_DOCUMENT => self.identity_document(asked).await,
+            Route::IdentityDocument => self.identity_document(asked).await,
             Route::Metadata(path) => self.metadata(asked, path).await,
             Route::IamInfo => self.iam_info(asked).await,
             Route::RoleList => self.role_list(asked).await,
@@ -191,7 +191,7 @@ impl Server {
 }
 
 /// By the request target without its query. The forms that are for proxies are not found.
-fn route(service: Service, uri: &Uri) -> Route<'_> {
+fn route(service: Service, uri: &Uri) -> Route {
     let for_proxies = uri.scheme().is_some() || uri.authority().is_some();
     if for_proxies { Route::NotFound } else { Route::of(service, uri.path()) }
 }

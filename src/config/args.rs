@@ -8,7 +8,7 @@ use std::{
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
 use super::{EXCHANGES, START_WINDOW};
-use crate::{authorise::Scope, doctor, intercept::Backend, kubernetes::Mint, observe::LogFormat, serve::upstream};
+use crate::{authorise::Scope, doctor, intercept::Backend, kubernetes::Mint, observe::LogFormat, serve::node_metadata};
 
 #[derive(Debug, Parser)]
 #[command(name = "kirsa", version, about, max_term_width = 100)]
@@ -241,7 +241,7 @@ pub(super) struct RunArgs {
     #[arg(
         long,
         env = "KIRSA_NODE_METADATA",
-        default_value = upstream::DEFAULT,
+        default_value = node_metadata::DEFAULT,
         value_delimiter = ',',
         value_name = "PATH[,PATH]",
         help_heading = "Metadata"

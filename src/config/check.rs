@@ -10,7 +10,7 @@ use crate::{
     intercept::{HostAddresses, Limits},
     serve::{
         imdsv2::{Namespaces, Required},
-        upstream::{ALLOWABLE, IDENTITY_DOCUMENT},
+        node_metadata::{ALLOWABLE, IDENTITY_DOCUMENT},
     },
 };
 

@@ -29,8 +29,8 @@ use crate::{
         Server,
         container::{Reviewing, Tokens},
         imdsv2,
-        session::{KEY_LENGTH, Sessions},
-        upstream::NodeMetadata,
+        node_metadata::NodeMetadata,
+        session_token::{KEY_LENGTH, Sessions},
     },
 };
 

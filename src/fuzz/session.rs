@@ -7,7 +7,7 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use crate::{
     attribute::Workload,
     clock::UnixTime,
-    serve::session::{KEY_LENGTH, Sessions},
+    serve::session_token::{KEY_LENGTH, Sessions},
 };
 
 const NOW: UnixTime = UnixTime(1_700_000_000);

@@ -7,7 +7,7 @@ use http::Response;
 use http_body_util::Full;
 use tokio::time::Instant;
 
-use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session};
+use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session_token};
 use crate::{
     attribute::PATIENCE,
     cache::Standing,
@@ -33,7 +33,7 @@ impl Server {
             return Err(Reason::ForwardedToken.into());
         }
         let ttl = asked.headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
-        let ttl: u32 = ttl.filter(|ttl| session::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
+        let ttl: u32 = ttl.filter(|ttl| session_token::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
         let workload = self.attributor.peek(&asked.caller.peer).ok();
         let token = self.sessions.issue(workload.as_ref(), asked.caller.peer.source().ip(), ttl, UnixTime::now());
         Ok(answer::token(token, ttl))

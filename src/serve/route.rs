@@ -1,8 +1,7 @@
 //! Path → [`Route`]: parse, normalise, match exactly. What does not match is not found; nothing is matched by prefix,
 //! and nothing of the path ever goes anywhere.
 
-use std::borrow::Cow;
-
+use super::node_metadata::IDENTITY_DOCUMENT;
 use crate::intercept::Service;
 
 /// No client asks for more.
@@ -10,7 +9,7 @@ const MAX_SEGMENTS: usize = 12;
 
 /// What can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Route<'a> {
+pub enum Route {
     Versions,
     Token,
     RoleList,
@@ -18,9 +17,11 @@ pub enum Route<'a> {
     IamInfo,
     /// The role name as asked for, percent-decoded.
     Credentials {
-        role: Cow<'a, str>,
+        role: String,
         extended: bool,
     },
+    /// The one document that names the pod's account in place of the node's.
+    IdentityDocument,
     /// Anything else below `meta-data` and `dynamic`, to be found among what is known of the node.
     Metadata(String),
     /// The one path of the other service.
@@ -28,7 +29,7 @@ pub enum Route<'a> {
     NotFound,
 }
 
-impl<'a> Route<'a> {
+impl Route {
     /// The metric label.
     pub fn label(&self) -> &'static str {
         match self {
@@ -37,66 +38,48 @@ impl<'a> Route<'a> {
             Self::RoleList => "role_list",
             Self::IamInfo => "iam_info",
             Self::Credentials { .. } => "credentials",
-            Self::Metadata(_) => "metadata",
+            Self::IdentityDocument | Self::Metadata(_) => "metadata",
             Self::ContainerCredentials => "container_credentials",
             Self::NotFound => "not_found",
         }
     }
 
     /// `target` is the request target without its query, as sent.
-    pub fn of(service: Service, target: &'a str) -> Self {
-        match service {
-            Service::Metadata => Self::parse(target),
-            Service::Container => match decode(target).as_deref().and_then(segments) {
-                Some((segments, 2)) if segments[..2] == ["v1", "credentials"] => Self::ContainerCredentials,
-                _ => Self::NotFound,
-            },
-        }
-    }
-
-    /// Of the metadata service.
-    pub fn parse(target: &'a str) -> Self {
-        match decode(target) {
-            Some(Cow::Borrowed(path)) => Self::found(path),
-            Some(Cow::Owned(path)) => Route::found(&path).into_owned(),
-            None => Self::NotFound,
-        }
-    }
-
-    fn into_owned(self) -> Route<'static> {
-        match self {
-            Self::Versions => Route::Versions,
-            Self::Token => Route::Token,
-            Self::RoleList => Route::RoleList,
-            Self::IamInfo => Route::IamInfo,
-            Self::Credentials { role, extended } => {
-                Route::Credentials { role: Cow::Owned(role.into_owned()), extended }
+    pub fn of(service: Service, target: &str) -> Self {
+        let found = || {
+            let path = decode(target)?;
+            let (segments, count) = segments(&path)?;
+            match service {
+                Service::Metadata => Self::of_metadata(&segments[..count]),
+                Service::Container => {
+                    (segments[..count] == ["v1", "credentials"]).then_some(Self::ContainerCredentials)
+                }
             }
-            Self::Metadata(path) => Route::Metadata(path),
-            Self::ContainerCredentials => Route::ContainerCredentials,
-            Self::NotFound => Route::NotFound,
-        }
+        };
+        found().unwrap_or(Self::NotFound)
     }
 
-    fn found(path: &'a str) -> Self {
-        let Some((segments, count)) = segments(path) else { return Self::NotFound };
-        let Some((version, rest)) = segments[..count].split_first() else { return Self::Versions };
+    fn of_metadata(segments: &[&str]) -> Option<Self> {
+        let Some((version, path)) = segments.split_first() else { return Some(Self::Versions) };
         if !is_version(version) {
-            return Self::NotFound;
+            return None;
         }
-        match rest {
+        Some(match path {
             ["api", "token"] => Self::Token,
             ["meta-data", "iam", "info"] => Self::IamInfo,
             ["meta-data", "iam", "security-credentials" | "security-credentials-extended"] => Self::RoleList,
             ["meta-data", "iam", "security-credentials", role] => {
-                Self::Credentials { role: Cow::Borrowed(role), extended: false }
+                Self::Credentials { role: (*role).to_owned(), extended: false }
             }
             ["meta-data", "iam", "security-credentials-extended", role] => {
-                Self::Credentials { role: Cow::Borrowed(role), extended: true }
+                Self::Credentials { role: (*role).to_owned(), extended: true }
             }
-            [] | ["meta-data" | "dynamic", ..] => Self::Metadata(rest.join("/")),
-            _ => Self::NotFound,
-        }
+            [] | ["meta-data" | "dynamic", ..] => match path.join("/") {
+                path if path == IDENTITY_DOCUMENT => Self::IdentityDocument,
+                path => Self::Metadata(path),
+            },
+            _ => return None,
+        })
     }
 }
 
@@ -122,39 +105,35 @@ fn segments(path: &str) -> Option<([&str; MAX_SEGMENTS], usize)> {
 
 /// Each `%xx` as what it stands for, once. `None` for what no client sends: other than printable ASCII, a slash or a
 /// percent sign that was hidden by encoding.
-fn decode(target: &str) -> Option<Cow<'_, str>> {
+fn decode(target: &str) -> Option<String> {
     target.strip_prefix('/')?;
-    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'\\' | b';');
-    if target.bytes().all(plain) {
-        return Some(Cow::Borrowed(target));
-    }
     let mut bytes = target.bytes();
     let mut decoded = String::with_capacity(target.len());
     while let Some(byte) = bytes.next() {
         let byte = if byte == b'%' {
             let digit = |byte: Option<u8>| char::from(byte?).to_digit(16);
             let (high, low) = (digit(bytes.next())?, digit(bytes.next())?);
-            u8::try_from(high << 4 | low).ok().filter(|byte| *byte != b'/')?
+            u8::try_from(high << 4 | low).ok().filter(|byte| !b"/%".contains(byte))?
         } else {
             byte
         };
-        if !plain(byte) {
+        if !byte.is_ascii_graphic() || b"\\;".contains(&byte) {
             return None;
         }
         decoded.push(char::from(byte));
     }
-    Some(Cow::Owned(decoded))
+    Some(decoded)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn credentials(role: &str, extended: bool) -> Route<'_> {
+    fn credentials(role: &str, extended: bool) -> Route {
         Route::Credentials { role: role.into(), extended }
     }
 
-    fn metadata(path: &str) -> Route<'_> {
+    fn metadata(path: &str) -> Route {
         Route::Metadata(path.into())
     }
 
@@ -167,7 +146,7 @@ mod tests {
             ("/latest/meta-data/iam/", metadata("meta-data/iam")),
             ("/latest/meta-data/iam/info", Route::IamInfo),
             ("/latest/meta-data/placement/availability-zone/", metadata("meta-data/placement/availability-zone")),
-            ("/latest/dynamic/instance-identity/document/", metadata("dynamic/instance-identity/document")),
+            ("/latest/dynamic/instance-identity/document/", Route::IdentityDocument),
             ("/latest/api/token", Route::Token),
             ("/2009-04-04/meta-data/iam/security-credentials", Route::RoleList),
             ("/1.0/meta-data/iam/security-credentials/", Route::RoleList),
@@ -177,7 +156,7 @@ mod tests {
             ("/latest/meta-data/iam/security-credentials-extended/", Route::RoleList),
             ("/latest/meta-data/iam/security-credentials-extended/reader", credentials("reader", true)),
         ] {
-            assert_eq!(Route::parse(target), route, "{target}");
+            assert_eq!(Route::of(Service::Metadata, target), route, "{target}");
         }
     }
 
@@ -189,7 +168,7 @@ mod tests {
             "meta-data/iam/security-credentials/a/b",
             "meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
         ] {
-            assert_eq!(Route::parse(&format!("/latest/{path}")), metadata(path));
+            assert_eq!(Route::of(Service::Metadata, &format!("/latest/{path}")), metadata(path));
         }
     }
 
@@ -240,7 +219,7 @@ mod tests {
             "/latest/user-data",
             "/999999999999999999999/meta-data/iam/security-credentials",
         ] {
-            assert_eq!(Route::parse(target), Route::NotFound, "{target}");
+            assert_eq!(Route::of(Service::Metadata, target), Route::NotFound, "{target}");
         }
     }
 }
