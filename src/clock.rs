@@ -49,6 +49,33 @@ pub fn jitter() -> f64 {
     fastrand::f64()
 }
 
+/// Pauses between tries, each twice as long as the one before up to a last one, and with jitter: the nodes of a
+/// cluster must not all come back at once.
+#[derive(Debug, Clone)]
+pub struct Backoff {
+    first: Duration,
+    last: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    pub const fn new(first: Duration, last: Duration) -> Self {
+        Self { first, last, next: first }
+    }
+
+    /// From half the next pause to the whole.
+    pub fn pause(&mut self) -> Duration {
+        let pause = self.next.mul_f64(0.5 + jitter() / 2.0);
+        self.next = (self.next * 2).min(self.last);
+        pause
+    }
+
+    /// Something has succeeded.
+    pub fn reset(&mut self) {
+        self.next = self.first;
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -71,5 +98,15 @@ pub(crate) mod tests {
         ] {
             assert_eq!(UnixTime(seconds).iso8601(), text);
         }
+    }
+
+    #[test]
+    fn pauses_grow_to_the_last_and_begin_anew_after_a_success() {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
+        for whole in [1, 2, 4, 5, 5].map(Duration::from_secs) {
+            assert!((whole / 2..=whole).contains(&backoff.pause()), "{whole:?}");
+        }
+        backoff.reset();
+        assert!(backoff.pause() <= Duration::from_secs(1));
     }
 }

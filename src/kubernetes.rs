@@ -3,6 +3,7 @@
 
 pub mod review;
 pub mod taint;
+pub mod watch;
 
 use std::{
     future::Future,
@@ -26,7 +27,7 @@ use kube::{
 use tower::{Layer, Service};
 use tracing::{info, warn};
 
-use crate::observe::Heard;
+use crate::{clock::Backoff, observe::Heard};
 
 /// A watch is silent for a minute between bookmarks; a longer silence is a dead connection.
 const WATCH_READ_TIMEOUT: Duration = Duration::from_secs(90);
@@ -112,7 +113,7 @@ impl Kubernetes {
     /// It was granted neither, or not the one that was asked for.
     pub async fn choose(&self, wanted: Mint) -> anyhow::Result<Identity> {
         let client = self.calls(Identity::Agent)?;
-        let mut pause = Duration::from_millis(200);
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
         let granted = loop {
             match Granted::ask(&client).await {
                 Ok(granted) => break granted,
@@ -121,8 +122,7 @@ impl Kubernetes {
                         error = format!("{error:#}"),
                         "the API server does not say what this agent may do; asking again"
                     );
-                    tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                    pause = (pause * 2).min(Duration::from_secs(5));
+                    tokio::time::sleep(backoff.pause()).await;
                 }
             }
         };

@@ -16,29 +16,22 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt, StreamExt, future::Shared};
+use futures::{FutureExt, future::Shared};
 use k8s_openapi::{api::core::v1::ServiceAccount, apimachinery::pkg::apis::meta::v1::ObjectMeta};
-use kube::{
-    Api, Client,
-    api::PartialObjectMeta,
-    runtime::watcher::{self, watcher},
-};
+use kube::{Api, Client, api::PartialObjectMeta, runtime::watcher};
 use tokio::time::Instant;
-use tracing::{info, warn};
 
 use super::Key;
 use crate::{
     attribute::{ServiceAccountName, Workload, file::FileWorkload},
+    kubernetes::watch::{Listing, Watch},
     refusal::{Reason, Refusal},
 };
 
-/// Ends a watch from the server's side, as that of pods.
-pub(crate) const WATCH_SECONDS: u32 = 240;
 /// How long a live read's answer holds, unless the watch tells of the account before.
 const LIVE_READ_HOLDS: Duration = Duration::from_secs(10);
 /// The same of one that failed: pods that ask all the time must not be a load of an API server in trouble.
 const FAILURE_HOLDS: Duration = Duration::from_secs(1);
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// A service account, as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,25 +156,10 @@ impl Accounts {
     /// Follows all service accounts until dropped, and passes on what each event meant.
     pub async fn follow(&self, client: Client, role_annotation: &str, told: impl Fn(Told)) {
         let accounts: Api<PartialObjectMeta<ServiceAccount>> = Api::all(client);
-        let config = watcher::Config::default().any_semantic().timeout(WATCH_SECONDS).page_size(200);
-        let mut events = std::pin::pin!(watcher(accounts, config));
-        let mut pause = BACKOFF.0;
-        while let Some(event) = events.next().await {
-            match event {
-                Ok(event) => {
-                    pause = BACKOFF.0;
-                    let meant = self.apply(event, role_annotation);
-                    if meant == Told::All {
-                        info!("service accounts read");
-                    }
-                    told(meant);
-                }
-                Err(error) => {
-                    warn!(%error, "watch of service accounts failed; what is known stays in use");
-                    tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                    pause = (pause * 2).min(BACKOFF.1);
-                }
-            }
+        let mut watch = Watch::new("service accounts", accounts, None, Listing::Pages);
+        loop {
+            let event = watch.next().await;
+            told(self.apply(event, role_annotation));
         }
     }
 

@@ -15,6 +15,7 @@ use tokio::{io::AsyncReadExt, sync::Notify, time::sleep};
 use super::credential::Secret;
 use crate::{
     authorise::Grant,
+    clock::Backoff,
     refusal::{Reason, Refusal},
 };
 
@@ -92,7 +93,7 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
         ..TokenRequest::default()
     };
     let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), workload.namespace());
-    let mut pause = Duration::from_millis(25);
+    let mut backoff = Backoff::new(Duration::from_millis(25), ADMISSION_LAG);
     loop {
         match accounts.create_token_request(&key.account.name, &PostParams::default(), &request).await {
             Ok(answer) => {
@@ -108,8 +109,7 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
                 }
             }
         }
-        sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-        pause *= 2;
+        sleep(backoff.pause()).await;
     }
 }
 

@@ -10,10 +10,12 @@ use kube::{
 use serde_json::json;
 use tracing::{info, warn};
 
+use crate::clock::Backoff;
+
 /// Takes the taint off the node, however often that must be tried.
 pub async fn remove(client: Client, node: &str, key: &str) {
     let nodes: Api<Node> = Api::all(client);
-    let mut pause = Duration::from_millis(200);
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
     loop {
         match remove_once(&nodes, node, key).await {
             Ok(true) => return info!(node, key, "startup taint taken off: pods may start on this node"),
@@ -23,8 +25,7 @@ pub async fn remove(client: Client, node: &str, key: &str) {
                     node, key, %error,
                     "the startup taint cannot be taken off yet; the agent needs daemonset/components/startup-taint"
                 );
-                tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                pause = (pause * 2).min(Duration::from_secs(10));
+                tokio::time::sleep(backoff.pause()).await;
             }
         }
     }

@@ -41,9 +41,9 @@ const SDK_PAUSE: Duration = Duration::from_secs(60);
 /// A TokenRequest on an API server that has time.
 const TOKEN: Duration = Duration::from_millis(10);
 
-/// What an agent asks the API server when it starts: two access reviews, the list and watch of pods in one, the list
-/// and the watch of service accounts.
-const STARTS: u64 = 5;
+/// What an agent asks the API server when it starts: two access reviews, the pods and the service accounts, each of
+/// which is list and watch in one.
+const STARTS: u64 = 4;
 
 /// What is simulated.
 #[derive(Debug, Clone)]

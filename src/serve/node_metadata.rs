@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
 use super::{TOKEN, TOKEN_TTL};
-use crate::intercept::METADATA_V4;
+use crate::{clock::Backoff, intercept::METADATA_V4};
 
 /// Of all that the node's service has, what may be allowed at all (EC2 User Guide, "Instance metadata categories").
 /// Never anything below `iam/` or `identity-credentials/`, user data, keys, or signatures, which prove to others who
@@ -72,7 +72,7 @@ const VERSION: &str = "2017-09-30";
 
 /// None of it changes while the node runs, but for a resize.
 const REFRESH: Duration = Duration::from_secs(3_600);
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(300));
 const CALL: Duration = Duration::from_secs(2);
 const MAX_VALUE: usize = 16 << 10;
 
@@ -140,19 +140,18 @@ impl NodeMetadata {
 
     /// Reads what is allowed and was not given, again and again, until dropped.
     pub async fn follow(self: Arc<Self>) {
-        let mut pause = RETRY.0;
+        let mut retry = RETRY;
         while !self.wanted.is_empty() {
             match self.read(&self.wanted).await {
                 Ok(read) => {
                     info!(read, of = self.wanted.len(), "node metadata read");
-                    pause = RETRY.0;
+                    retry.reset();
                     sleep(REFRESH).await;
                 }
                 Err(error) => {
                     // Usual outside EC2: give values by --node-metadata-value there.
                     debug!(error = format!("{error:#}"), "the node's own metadata service does not answer");
-                    sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                    pause = (pause * 2).min(RETRY.1);
+                    sleep(retry.pause()).await;
                 }
             }
         }

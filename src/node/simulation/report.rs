@@ -7,10 +7,9 @@ use super::{
     scenario::{Played, Scenario, play},
 };
 use crate::{
-    attribute::watch,
-    authorise::accounts,
     cache::REFRESH,
     config::{EXCHANGES, START_WINDOW},
+    kubernetes::watch,
 };
 
 /// AWS publishes it for signed calls of STS, per second, account and region:
@@ -29,7 +28,7 @@ fn given(name: &str, default: u32) -> u32 {
 
 /// Of the API server, besides what the table has: watches end from the server's side and begin anew.
 fn watches_per_second(nodes: u32) -> f64 {
-    f64::from(nodes) * (1.0 / f64::from(watch::WATCH_SECONDS) + 1.0 / f64::from(accounts::WATCH_SECONDS))
+    2.0 * f64::from(nodes) / f64::from(watch::SECONDS)
 }
 
 fn row(name: &str, played: &Played, without: &Played, when: Range<Duration>) {
