@@ -4,12 +4,7 @@
 
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    runtime::Runtime,
-};
-
+use tokio::runtime::Runtime;
 use zeroize::Zeroizing;
 
 use super::{
@@ -17,20 +12,13 @@ use super::{
     route::segments,
 };
 use crate::{
-    attribute::{Attributor, file},
-    authorise::{Accounts, Authoriser, Defaults, Grant},
-    cache::{Budget, Cache},
-    clock::UnixTime,
+    authorise::Grant,
     exchange::{Credential, Issue},
-    intercept::{Peer, Service, Share},
-    observe::{Metrics, RefusalLog},
+    intercept::{Peer, Service},
     refusal::{Reason, Refusal},
     serve::{
-        Server,
         container::{Reviewing, Tokens},
-        imdsv2,
-        node_metadata::NodeMetadata,
-        session_token::{KEY_LENGTH, Sessions},
+        memory::Memory,
     },
 };
 
@@ -72,8 +60,7 @@ fn review(token: Zeroizing<String>) -> Reviewing {
 
 struct Site {
     runtime: Runtime,
-    server: Arc<Server>,
-    metrics: Metrics,
+    memory: Memory,
 }
 
 thread_local! {
@@ -84,59 +71,17 @@ impl Site {
     fn new() -> Self {
         // What would wait for a client that says nothing more does not.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-        let metrics = Metrics::new("fuzz").unwrap();
-        let (attributor, _) = Attributor::new(metrics.clone());
-        let workloads = file::parse(WORKLOADS).unwrap();
-        file::apply(&workloads, &attributor);
-        let accounts = Accounts::of_file();
-        accounts.replace(&workloads, "eks.amazonaws.com/role-arn");
-        let given = ("meta-data/placement/region".to_owned(), "eu-central-1".to_owned());
-        let server = Server {
-            attributor,
-            authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
-            cache: Arc::new(Cache::new(
-                Arc::new(Named),
-                Budget::new(1_000, 1_000, metrics.clone()),
-                |_| true,
-                metrics.clone(),
-            )),
-            sessions: Sessions::with_key(&[7; KEY_LENGTH]),
-            metadata: NodeMetadata::new([given], Vec::new()),
-            require_imdsv2: imdsv2::Required {
-                everywhere: false,
-                namespaces: imdsv2::Namespaces::parse("v2").into_iter().collect(),
-            },
-            container: Some(Tokens::new(Box::new(review))),
-            metrics: metrics.clone(),
-            refusals: RefusalLog::default(),
-        };
-        Self { runtime, server: Arc::new(server), metrics }
+        let memory = Memory::new(WORKLOADS, Arc::new(Named), Some(Tokens::new(Box::new(review))));
+        Self { runtime, memory }
     }
 
-    /// A good one, of whoever has the address.
-    fn session_token(&self, address: [u8; 4]) -> String {
-        let workload = self.server.attributor.peek(&Peer::from_pod(address.into())).ok();
-        self.server.sessions.issue(workload.as_ref(), address.into(), 21_600, UnixTime::now())
-    }
-
-    /// All that is answered to what a pod sends until it sends no more.
     fn said(&self, sent: &[u8], peer: Peer) -> String {
-        let (mut client, stream) = tokio::io::duplex(MAX_INPUT);
-        let graceful = GracefulShutdown::new();
-        let share = Share::sample(self.metrics.clone());
-        let mut answers = Vec::new();
         self.runtime.block_on(async {
-            let talk = async {
-                // It may have heard enough before all was sent.
-                let _ = client.write_all(sent).await;
-                let _ = client.shutdown().await;
-                client.read_to_end(&mut answers).await.unwrap();
-            };
-            tokio::join!(self.server.converse(stream, peer, share, graceful.watcher()), talk);
+            let said = self.memory.said(sent, peer).await;
             // Until a refused token is forgotten, or one pod's few tokens would be all that is ever looked at.
             tokio::time::advance(Duration::from_secs(3)).await;
-        });
-        String::from_utf8(answers).unwrap()
+            said
+        })
     }
 }
 
@@ -144,8 +89,8 @@ pub fn check(data: &[u8]) {
     let data = &data[..data.len().min(MAX_INPUT)];
     SITE.with(|site| {
         for sender in [Sender::Pod("a"), Sender::StrictPod("v"), Sender::Nobody] {
-            let own = site.session_token(sender.address());
-            let sent = replaced(&replaced(data, OWN, &own), OTHERS, &site.session_token([10, 0, 0, 2]));
+            let own = site.memory.session_token(sender.address());
+            let sent = replaced(&replaced(data, OWN, &own), OTHERS, &site.memory.session_token([10, 0, 0, 2]));
             let requests = framing::requests(&sent);
             let said = site.said(&sent, Peer::from_pod(sender.address().into()));
             for (number, response) in framing::responses(&said, &requests).iter().enumerate() {

@@ -1,50 +1,38 @@
-//! How long which request waits for STS.
+//! Which request waits for STS, and what it is told. How long, to the millisecond, is tested on a paused clock
+//! (`src/serve/hold_tests.rs`).
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use lab::poll::{poll, timed};
+use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
-use super::{PATIENCE, SLACK, credentials, list, refusal, session, site};
-
-const LIST_HOLD: Duration = Duration::from_millis(400);
-const CREDENTIALS_HOLD: Duration = Duration::from_secs(4);
+use super::{PATIENCE, credentials, list, refusal, session, site};
 
 /// IMDS-17, IMDS-18
 #[test]
 fn with_an_sts_that_takes_1200_ms_the_list_does_not_wait_and_the_credentials_come() -> Result<()> {
     let site = site()?;
-    let delay = Duration::from_millis(1_200);
-    site.sts.inject(Fault::always(Effect::delay(delay)));
+    site.sts.inject(Fault::always(Effect::delay(Duration::from_millis(1_200))));
     let cold = site.pod_with_role("cold")?;
     let agent = site.start()?;
-    let (answer, took) = timed(|| list(&cold));
-    ensure!(answer?.ok()? == "cold-role" && took < LIST_HOLD + SLACK, "{took:?}");
-    let (answer, took) = timed(|| credentials(&cold));
-    session(&site, &cold, &answer?)?;
-    // What the list waited, the credentials need not.
-    ensure!(took < delay + SLACK, "{took:?}");
-    let (answer, took) = timed(|| list(&cold));
-    ensure!(answer?.status == 200 && took < SLACK, "{took:?}");
+    ensure!(list(&cold)?.ok()? == "cold-role");
+    session(&site, &cold, &credentials(&cold)?)?;
+    ensure!(list(&cold)?.status == 200);
     ensure!(site.calls("cold").len() == 1, "{:?}", site.calls("cold"));
     agent.stop()
 }
 
 /// IMDS-17
 #[test]
-fn with_an_sts_that_takes_10_s_the_credentials_are_refused_after_4_s() -> Result<()> {
+fn with_an_sts_that_takes_10_s_the_credentials_come_with_the_next_exchange() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::next(1, Effect::delay(Duration::from_secs(10))));
     let cold = site.pod_with_role("cold")?;
     let agent = site.start()?;
-    let (answer, took) = timed(|| list(&cold));
-    ensure!(answer?.ok()? == "cold-role" && took < LIST_HOLD + SLACK, "{took:?}");
-    let (answer, took) = timed(|| credentials(&cold));
+    ensure!(list(&cold)?.ok()? == "cold-role");
     // The exchange began with the list, and has four seconds itself: the next one may succeed before the hold ends.
-    ensure!(took < CREDENTIALS_HOLD + SLACK, "{took:?}");
-    ensure!(took > CREDENTIALS_HOLD - LIST_HOLD - SLACK, "{took:?}");
-    ensure!([200, 503].contains(&answer?.status));
+    ensure!([200, 503].contains(&credentials(&cold)?.status));
     refusal(&agent, &cold, "exchange_timeout")?;
     poll("credentials", PATIENCE, || credentials(&cold).is_ok_and(|answer| answer.status == 200).then_some(()))?;
     agent.stop()
@@ -52,16 +40,12 @@ fn with_an_sts_that_takes_10_s_the_credentials_are_refused_after_4_s() -> Result
 
 /// IMDS-17, IMDS-27
 #[test]
-fn an_sts_that_never_answers_holds_nobody_longer_than_4_s() -> Result<()> {
+fn an_sts_that_never_answers_is_told_of_and_forgotten_when_it_answers() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::always(Effect::NoAnswer));
     let cold = site.pod_with_role("cold")?;
     let agent = site.start()?;
-    for _ in 0..2 {
-        let (answer, took) = timed(|| credentials(&cold));
-        ensure!(answer?.status == 503);
-        ensure!((CREDENTIALS_HOLD - SLACK..CREDENTIALS_HOLD + SLACK).contains(&took), "{took:?}");
-    }
+    ensure!(credentials(&cold)?.status == 503);
     ensure!(list(&cold)?.status == 503, "the list knows by now");
     refusal(&agent, &cold, "exchange_timeout")?;
     let timeouts = [("step", "sts"), ("outcome", "exchange_timeout")];
@@ -91,8 +75,7 @@ fn the_list_waits_out_one_throttled_call() -> Result<()> {
     site.sts.inject(Fault::next(1, Effect::error("Throttling")));
     let cold = site.pod_with_role("cold")?;
     let agent = site.start()?;
-    let (answer, took) = timed(|| list(&cold));
-    ensure!(answer?.ok()? == "cold-role" && took < LIST_HOLD + SLACK, "{took:?}");
+    ensure!(list(&cold)?.ok()? == "cold-role");
     session(&site, &cold, &credentials(&cold)?)?;
     agent.stop()
 }
@@ -101,15 +84,12 @@ fn the_list_waits_out_one_throttled_call() -> Result<()> {
 #[test]
 fn a_refusal_that_arrives_after_the_list_is_told_at_the_credentials_at_once() -> Result<()> {
     let site = site()?;
-    let delay = Duration::from_millis(1_200);
-    site.sts.inject(Fault::always(Effect::delay(delay)));
+    site.sts.inject(Fault::always(Effect::delay(Duration::from_millis(1_200))));
     site.sts.inject(Fault::always(Effect::error("AccessDenied")));
     let denied = site.pod_with_role("denied")?;
     let agent = site.start()?;
     ensure!(list(&denied)?.status == 200, "nothing is known yet");
-    let (answer, took) = timed(|| credentials(&denied));
-    ensure!(answer?.status == 403 && took < delay + SLACK, "{took:?}");
-    let (answer, took) = timed(|| list(&denied));
-    ensure!(answer?.status == 403 && took < SLACK, "{took:?}");
+    ensure!(credentials(&denied)?.status == 403);
+    ensure!(list(&denied)?.status == 403);
     agent.stop()
 }

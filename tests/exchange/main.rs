@@ -25,8 +25,6 @@ lab::enter!();
 
 /// Enough for anything that the agent does on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long a request may take on a busy machine beyond what it is held for.
-const SLACK: Duration = Duration::from_millis(400);
 
 fn site() -> Result<Site> {
     Site::new(env!("CARGO_BIN_EXE_kirsa"))

@@ -1,35 +1,25 @@
-//! Pods that get nothing: what they are told, and how soon.
+//! Pods that get nothing: what they are told. How soon is tested on a paused clock (`src/serve/hold_tests.rs`).
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lab::agent::field;
 use lab::http::{CREDENTIALS_PATH, Wire};
-use lab::poll::{poll, timed};
+use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 use lab::workloads::Workload;
 
 use super::{PATIENCE, credentials, get, nobody_was_asked_but_sts_for, opens_the_session_of, site};
 
-/// What the answer may take on top of what the requirement says, on a busy machine.
-const SLACK: Duration = Duration::from_millis(400);
-
 /// IMDS-24
 #[test]
-fn a_pod_without_a_role_is_told_at_once() -> Result<()> {
+fn a_pod_without_a_role_is_told_so() -> Result<()> {
     let site = site()?;
     let idle = site.pod("idle")?;
     let agent = site.start()?;
-    let mut times = Vec::new();
-    for _ in 0..20 {
-        for path in [CREDENTIALS_PATH, &credentials("idle")] {
-            let (answer, took) = timed(|| get(&idle, path));
-            ensure!(answer?.status == 404);
-            times.push(took);
-        }
+    for path in [CREDENTIALS_PATH, &credentials("idle")] {
+        ensure!(get(&idle, path)?.status == 404);
     }
-    times.sort();
-    ensure!(times[times.len() / 2] < Duration::from_millis(50), "{times:?}");
     let refusal = agent.wait_for_refusal("no_role")?;
     ensure!(field(&refusal, "pod") == Some("idle") && field(&refusal, "service_account") == Some("idle"), "{refusal}");
     nobody_was_asked_but_sts_for(&site, &[])?;
@@ -38,14 +28,12 @@ fn a_pod_without_a_role_is_told_at_once() -> Result<()> {
 
 /// IMDS-25
 #[test]
-fn a_pod_that_nobody_knows_waits_for_800_ms_and_is_told_to_come_back() -> Result<()> {
+fn a_pod_that_nobody_knows_is_told_to_come_back() -> Result<()> {
     let site = site()?;
     let stranger = site.stranger("stranger")?;
     let agent = site.start()?;
     for path in [CREDENTIALS_PATH, &credentials("stranger")] {
-        let (answer, took) = timed(|| get(&stranger, path));
-        ensure!(answer?.status == 503);
-        ensure!((Duration::from_millis(790)..Duration::from_millis(800) + SLACK).contains(&took), "{path}: {took:?}");
+        ensure!(get(&stranger, path)?.status == 503);
     }
     let refusal = agent.wait_for_refusal("unknown_pod")?;
     ensure!(field(&refusal, "detail").is_some_and(|detail| detail.contains(&stranger.ip().to_string())), "{refusal}");

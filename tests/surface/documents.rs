@@ -1,12 +1,10 @@
 //! What a good answer and a bad one look like, and how fast the warm ones are.
 
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::Agent;
 use lab::http::{CREDENTIALS_PATH, Response, TOKEN, TOKEN_TTL};
-use lab::poll::timed;
 use lab::sts::{Effect, Fault};
 
 use super::{credentials, get, get_with, site};
@@ -78,10 +76,9 @@ fn a_refusal_is_short_and_fixed_and_no_clients_idea_of_a_role() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-16: 20 ms at the 99th percentile with 200 requests a second. Here at the rate that the machine gives, and with
-/// slack, since other tests run beside; `make bench` measures.
+/// IMDS-16. How quick they are, `make bench` measures.
 #[test]
-fn warm_answers_are_quick() -> Result<()> {
+fn warm_answers_need_nobody() -> Result<()> {
     let site = site()?;
     let names = ["a", "b", "c", "d"];
     let pods = names.iter().map(|name| site.pod_with_role(name)).collect::<Result<Vec<_>>>()?;
@@ -89,32 +86,21 @@ fn warm_answers_are_quick() -> Result<()> {
     for (pod, name) in pods.iter().zip(names) {
         get(pod, &credentials(name))?.ok()?;
     }
-    let rounds = |(pod, name): (&lab::net::Pod, &str)| -> Result<Vec<Duration>> {
+    site.sts.inject(Fault::always(Effect::NoAnswer));
+    let rounds = |(pod, name): (&lab::net::Pod, &str)| -> Result<()> {
         let mut imds = pod.imds();
-        let mut times = Vec::new();
         for _ in 0..100 {
-            let (token, took) = timed(|| imds.put_token(60));
-            let token = token?;
-            times.push(took);
+            let token = imds.put_token(60)?;
             for path in [CREDENTIALS_PATH, &credentials(name)] {
-                let (answer, took) = timed(|| get_with(&mut imds, path, &[(TOKEN, &token)]));
-                answer?.ok()?;
-                times.push(took);
+                get_with(&mut imds, path, &[(TOKEN, &token)])?.ok()?;
             }
         }
-        Ok(times)
+        Ok(())
     };
-    let (times, took) = timed(|| {
-        thread::scope(|scope| {
-            let workers: Vec<_> = pods.iter().zip(names).map(|pair| scope.spawn(move || rounds(pair))).collect();
-            workers.into_iter().map(|worker| worker.join().unwrap()).collect::<Result<Vec<_>>>()
-        })
-    });
-    let mut times = times?.concat();
-    times.sort();
-    let (count, p99) = (times.len(), times[times.len() * 99 / 100]);
-    ensure!(took < Duration::from_secs(6), "{count} requests took {took:?}: fewer than 200 a second");
-    ensure!(p99 < Duration::from_millis(100), "99th percentile of {count} requests: {p99:?}");
+    thread::scope(|scope| {
+        let workers: Vec<_> = pods.iter().zip(names).map(|pair| scope.spawn(move || rounds(pair))).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().unwrap())
+    })?;
     warm(&agent, names.len())
 }
 

@@ -1,12 +1,11 @@
 //! IMDSv2 session tokens.
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, field};
 use lab::http::{CREDENTIALS_PATH, TOKEN, TOKEN_TTL, Wire};
-use lab::poll::{poll, timed};
+use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
 use super::{PATIENCE, credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, site};
@@ -79,9 +78,10 @@ fn a_ttl_is_from_one_second_to_six_hours() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-4, and IMDS-25 as far as tokens go
+/// IMDS-4, and IMDS-25 as far as tokens go. That it takes no time is tested on a paused clock, and measured by
+/// `make bench`.
 #[test]
-fn a_token_waits_for_nobody() -> Result<()> {
+fn there_is_a_token_whatever_is_wrong() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::always(Effect::NoAnswer));
     let (cold, idle) = (site.pod_with_role("cold")?, site.pod("idle")?);
@@ -90,17 +90,9 @@ fn a_token_waits_for_nobody() -> Result<()> {
     let agent = site.start()?;
     for pod in [cold, idle, denied, stranger] {
         let mut imds = pod.imds();
-        imds.put_token(60)?;
-        let mut times = Vec::new();
         for _ in 0..100 {
-            let (token, took) = timed(|| imds.put_token(60));
-            token.with_context(|| pod.name().to_owned())?;
-            times.push(took);
+            imds.put_token(60).with_context(|| pod.name().to_owned())?;
         }
-        times.sort();
-        // The requirement is 50 ms at the 99th percentile, on a machine that does nothing else.
-        ensure!(times[50] < Duration::from_millis(50), "{}: {times:?}", pod.name());
-        ensure!(times[98] < Duration::from_millis(250), "{}: {times:?}", pod.name());
     }
     nobody_was_asked_but_sts_for(&site, &["cold", "denied"])?;
     agent.stop()
