@@ -30,15 +30,16 @@ impl TryFrom<RunArgs> for Config {
         if args.port == 0 {
             return wrong("port", 0, "the redirect needs a fixed port, from 1 to 65535");
         }
-        if args.max_connections == 0 || args.max_connections_per_source == 0 || args.max_requests_per_source == 0 {
-            return wrong(
-                "max-connections",
-                0,
-                "at least 1 connection, and 1 request a second, must be allowed, in total and per source",
-            );
-        }
-        if args.exchange_rate == 0 || args.exchange_burst == 0 {
-            return wrong("exchange-rate", 0, "at least 1 exchange a second, and 1 at once, must be allowed");
+        for (flag, is_none) in [
+            ("max-connections", args.max_connections == 0),
+            ("max-connections-per-source", args.max_connections_per_source == 0),
+            ("max-requests-per-source", args.max_requests_per_source == 0),
+            ("exchange-rate", args.exchange_rate == 0),
+            ("exchange-burst", args.exchange_burst == 0),
+        ] {
+            if is_none {
+                return wrong(flag, 0, "must be 1 at least, or no pod would be served");
+            }
         }
         if args.start_window > MAX_START_WINDOW {
             return wrong(
