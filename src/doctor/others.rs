@@ -1,6 +1,7 @@
 //! Other agents for the metadata address: by the rules that they left, and by what listens.
 //!
-//! kube2iam and kiam each append one rule to iptables' nat table and leave it behind when they are removed.
+//! kube2iam and kiam each append one rule to iptables' nat table. kube2iam leaves it behind when it is removed, and kiam
+//! when it is killed or was told to (`--iptables-remove=false`).
 
 use super::{
     finding::Finding,
