@@ -64,9 +64,9 @@ impl Peer {
     }
 }
 
-/// Makes room for as many file descriptors as there may be connections: a container runtime may leave an agent with
+/// Allows as many file descriptors as there may be connections: a container runtime may leave an agent with
 /// 1,024, and what is without one then can neither accept, nor ask STS, nor read a CNI record.
-pub fn make_room(connections: usize) {
+pub fn allow_descriptors(connections: usize) {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
     match raised {
@@ -140,7 +140,7 @@ mod tests {
     fn as_many_file_descriptors_as_are_allowed_are_used() {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, hard / 2, hard).unwrap();
-        make_room(2_048);
+        allow_descriptors(2_048);
         assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
     }
 }

@@ -80,7 +80,7 @@ pub fn main(command: Command) -> ExitCode {
 fn start(config: Config) -> anyhow::Result<()> {
     observe::start_logging(config.log_format, &config.log_level)?;
     info!(version = VERSION, "kirsa starts");
-    intercept::make_room(config.limits.total);
+    intercept::allow_descriptors(config.limits.total);
     let mut predecessor = Predecessor::find(&config.state_dir);
     let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
     let installed = rule::install(config.rules(), config.intercept)?;

@@ -1,7 +1,7 @@
 //! Pods whose first act is a request for credentials, with one second and one attempt.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
@@ -146,12 +146,12 @@ impl Records {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let looking = thread::spawn(move || {
-            let mut known: HashMap<PathBuf, ()> = HashMap::new();
+            let mut known: HashSet<PathBuf> = HashSet::new();
             let mut written = HashMap::new();
             while !stopped.load(Ordering::Relaxed) {
                 for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
                     let path = entry.path();
-                    if known.contains_key(&path) || path.to_string_lossy().ends_with("-lo") {
+                    if known.contains(&path) || path.to_string_lossy().ends_with("-lo") {
                         continue;
                     }
                     let (Ok(text), Ok(about)) = (fs::read_to_string(&path), entry.metadata()) else { continue };
@@ -159,7 +159,7 @@ impl Records {
                     #[expect(clippy::cast_precision_loss)]
                     let at = about.mtime() as f64 + about.mtime_nsec() as f64 / 1e9;
                     written.insert(rest.chars().take_while(|c| *c != '"').collect(), at);
-                    known.insert(path, ());
+                    known.insert(path);
                 }
                 thread::sleep(Duration::from_millis(20));
             }
