@@ -115,7 +115,8 @@ impl Server {
     async fn turn_away(&self, turned_away: TurnedAway) {
         let TurnedAway { stream, source, service, refusal, place: _place } = turned_away;
         let answer = |request: Request<Incoming>| {
-            self.metrics.request(route(service, request.uri()).label(), Outcome::Refused(refusal.reason));
+            let route = route(service, request.uri());
+            self.metrics.request(route.label(), Outcome::Refused(refusal.reason), Duration::ZERO);
             if self.refusals.is_news(refusal.reason, source) {
                 log_refusal(&refusal, "", "", "");
             }
@@ -130,11 +131,12 @@ impl Server {
     }
 
     async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let arrived = Instant::now();
         let (head, body) = request.into_parts();
         let service = caller.peer.service();
         let route = route(service, &head.uri);
         let result = self.respond(caller, &route, &head, body).await;
-        self.metrics.request(route.label(), Outcome::of(&result));
+        self.metrics.request(route.label(), Outcome::of(&result), arrived.elapsed());
         caller.step();
         result.unwrap_or_else(|refusal| {
             self.log(caller, &refusal);

@@ -6,8 +6,8 @@ use std::{
 };
 
 use prometheus::{
-    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 use tokio::time::{Duration, Instant};
 
@@ -57,8 +57,9 @@ impl Outcome {
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
+    request_seconds: HistogramVec,
     /// What nearly every request counts in, without a look-up of its labels.
-    credentials_ok: IntCounter,
+    credentials_ok: (IntCounter, Histogram),
     refusals: IntCounterVec,
     exchange: HistogramVec,
     exchange_wait: HistogramVec,
@@ -100,9 +101,18 @@ impl Metrics {
             Opts::new("kirsa_requests_total", "Requests of pods, by route and outcome"),
             &["route", "outcome"]
         ));
+        let request_seconds = register!(HistogramVec::new(
+            HistogramOpts::new("kirsa_request_seconds", "How long pods waited for an answer, in seconds, by route")
+                .buckets(vec![0.001, 0.01, 0.05, 0.1, 0.35, 0.5, 0.8, 1.0, 2.0, 4.0]),
+            &["route"]
+        ));
         Ok(Self {
-            credentials_ok: requests.with_label_values(&[CREDENTIALS, Outcome::Ok.label()]),
+            credentials_ok: (
+                requests.with_label_values(&[CREDENTIALS, Outcome::Ok.label()]),
+                request_seconds.with_label_values(&[CREDENTIALS]),
+            ),
             requests,
+            request_seconds,
             refusals: register!(IntCounterVec::new(
                 Opts::new("kirsa_refusals_total", "Refused requests, by reason"),
                 &["reason"]
@@ -177,11 +187,14 @@ impl Metrics {
         })
     }
 
-    pub fn request(&self, route: &'static str, outcome: Outcome) {
+    /// One that was answered `took` after it had arrived.
+    pub fn request(&self, route: &'static str, outcome: Outcome, took: Duration) {
         if outcome == Outcome::Ok && route == CREDENTIALS {
-            self.credentials_ok.inc();
+            self.credentials_ok.0.inc();
+            self.credentials_ok.1.observe(took.as_secs_f64());
             return;
         }
+        self.request_seconds.with_label_values(&[route]).observe(took.as_secs_f64());
         self.requests.with_label_values(&[route, outcome.label()]).inc();
         if let Outcome::Refused(reason) = outcome {
             self.refusals.with_label_values(&[reason.spec().label]).inc();

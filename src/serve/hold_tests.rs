@@ -67,6 +67,10 @@ async fn the_list_is_held_for_350_ms_and_the_credentials_until_they_come() {
     assert_eq!(get(&memory, LIST).await, (200, 350));
     assert_eq!(get(&memory, CREDENTIALS).await, (200, 850));
     assert_eq!(get(&memory, LIST).await, (200, 0));
+    let metrics = String::from_utf8(memory.server.metrics.render().unwrap()).unwrap();
+    for line in ["_sum{route=\"credentials\"} 0.85", "_bucket{route=\"role_list\",le=\"0.35\"} 2"] {
+        assert!(metrics.contains(&format!("kirsa_request_seconds{line}")), "{line}: {metrics}");
+    }
 }
 
 /// IMDS-17, IMDS-27
