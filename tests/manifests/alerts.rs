@@ -22,7 +22,7 @@ fn each(rules: &Value) -> Vec<&Value> {
     groups.flat_map(|group| group["rules"].as_array().into_iter().flatten()).collect()
 }
 
-fn repository(path: &str) -> Result<String> {
+pub(crate) fn repository(path: &str) -> Result<String> {
     text(&Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
 }
 
@@ -61,13 +61,16 @@ fn each_alert_says_what_to_do_and_is_in_the_documentation() -> Result<()> {
     Ok(())
 }
 
-/// Every series that an expression names, with its labels, as the agent registers it; every outcome and reason is a
-/// row of the table of refusals.
 #[test]
 fn alerts_ask_for_metrics_and_labels_that_the_agent_has() -> Result<()> {
-    let source = repository("src/observe/metrics.rs")?;
     let rules = rules()?;
-    let expressions: Vec<&str> = each(&rules).iter().filter_map(|rule| rule["expr"].as_str()).collect();
+    ask_for_what_there_is(&each(&rules).iter().filter_map(|rule| rule["expr"].as_str()).collect::<Vec<_>>())
+}
+
+/// Every series that an expression names, with its labels, as the agent registers it; every outcome and reason is a
+/// row of the table of refusals.
+pub(crate) fn ask_for_what_there_is(expressions: &[&str]) -> Result<()> {
+    let source = repository("src/observe/metrics.rs")?;
     let word = |c: char| !c.is_ascii_alphanumeric() && c != '_';
     let names: BTreeSet<&str> = expressions
         .iter()
@@ -83,7 +86,7 @@ fn alerts_ask_for_metrics_and_labels_that_the_agent_has() -> Result<()> {
     let labels = [("outcome=~\"", &table), ("outcome=\"", &table), ("reason=\"", &table)];
     let labels = labels.into_iter().chain([("step=\"", &source), ("urgency!=\"", &source)]);
     for (label, known) in labels {
-        for expression in &expressions {
+        for expression in expressions {
             let values = expression.split(label).skip(1).filter_map(|rest| rest.split('"').next());
             for value in values.flat_map(|values| values.split('|')) {
                 ensure!(known.contains(&format!("\"{value}\"")), "{label}{value}: the agent has no such value");

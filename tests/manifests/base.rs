@@ -67,7 +67,9 @@ fn every_file_is_named_by_its_kustomization() -> Result<()> {
         }
         let kustomization = kustomization(&path)?;
         let generators = kustomization["configMapGenerator"].as_array().cloned().unwrap_or_default();
-        let named = generators.iter().flat_map(|generator| strings(&generator["envs"]));
+        let files_of = generators.iter().flat_map(|generator| strings(&generator["files"]));
+        let files_of = files_of.filter_map(|file| file.split_once('=').map(|(_, file)| file.to_owned()));
+        let named = generators.iter().flat_map(|generator| strings(&generator["envs"])).chain(files_of);
         let named = named.chain(strings(&kustomization["resources"])).chain(["kustomization.yaml".into()]).collect();
         ensure!(files == named, "{path}: {files:?} are there, {named:?} are named");
     }
@@ -83,7 +85,10 @@ fn every_variable_is_one_that_the_agent_reads() -> Result<()> {
         let container = &find(&objects, "DaemonSet")?["spec"]["template"]["spec"]["containers"][0];
         let env = container["env"].as_array().context("its environment")?;
         let env = env.iter().filter_map(|variable| variable["name"].as_str());
-        let data = find(&objects, "ConfigMap")?["data"].as_object().context("its data")?;
+        let config = &container["envFrom"][0]["configMapRef"]["name"];
+        let config =
+            objects.iter().find(|object| object["kind"] == "ConfigMap" && object["metadata"]["name"] == *config);
+        let data = config.and_then(|config| config["data"].as_object()).context("its ConfigMap")?;
         for name in env.chain(data.keys().map(String::as_str)) {
             ensure!(known.contains(name), "{component}: {name} is no variable of `kirsa run`");
         }

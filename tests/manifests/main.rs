@@ -3,6 +3,7 @@
 mod alerts;
 mod base;
 mod chart;
+mod dashboard;
 mod kustomize;
 mod release;
 
