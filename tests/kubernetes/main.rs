@@ -13,6 +13,7 @@ mod records;
 mod rights;
 mod site;
 mod stolen;
+mod streaming;
 mod thief;
 mod waiting;
 

@@ -48,16 +48,21 @@ impl ApiServer {
     /// The program's API server; the first caller waits for its start.
     pub fn get() -> Result<&'static Self> {
         static SERVER: OnceLock<Result<ApiServer>> = OnceLock::new();
-        SERVER.get_or_init(|| Self::start(0)).as_ref().map_err(|error| anyhow!("the API server: {error:#}"))
+        SERVER.get_or_init(|| Self::start(0, &[])).as_ref().map_err(|error| anyhow!("the API server: {error:#}"))
     }
 
     /// One more, with an etcd of its own.
     pub fn another() -> Result<Self> {
-        static NEXT: AtomicU16 = AtomicU16::new(1);
-        Self::start(NEXT.fetch_add(1, Ordering::Relaxed))
+        Self::another_with(&[])
     }
 
-    fn start(number: u16) -> Result<Self> {
+    /// The same with flags of its own.
+    pub fn another_with(flags: &[&str]) -> Result<Self> {
+        static NEXT: AtomicU16 = AtomicU16::new(1);
+        Self::start(NEXT.fetch_add(1, Ordering::Relaxed), flags)
+    }
+
+    fn start(number: u16, flags: &[&str]) -> Result<Self> {
         let binaries = binaries::locate()?;
         let folder = Path::new(STATE).join(format!("apiserver-{number}"));
         DirBuilder::new().mode(0o700).create(&folder)?;
@@ -73,7 +78,7 @@ impl ApiServer {
         ]);
         let etcd = Process::spawn(None, "etcd", etcd)?;
         let address = (BASE, PORT + number).into();
-        let process = Mutex::new(spawn(&binaries, &folder, address, number)?);
+        let process = Mutex::new(spawn(&binaries, &folder, address, number, flags)?);
         let admin = json!({"client-certificate": folder.join("admin.crt"), "client-key": folder.join("admin.key")});
         let admin = write_kubeconfig(&folder, address, "admin", admin)?;
         let server = Self { address, folder, admin, process, etcd };
@@ -148,7 +153,7 @@ fn etcd_port(number: u16) -> u16 {
     ETCD_PORT + 2 * number
 }
 
-fn spawn(binaries: &Path, folder: &Path, address: SocketAddr, number: u16) -> Result<Process> {
+fn spawn(binaries: &Path, folder: &Path, address: SocketAddr, number: u16, flags: &[&str]) -> Result<Process> {
     let mut apiserver = Command::new(binaries.join("kube-apiserver"));
     apiserver.current_dir(folder).args([
         format!("--bind-address={}", address.ip()),
@@ -166,6 +171,7 @@ fn spawn(binaries: &Path, folder: &Path, address: SocketAddr, number: u16) -> Re
         "--enable-admission-plugins=NodeRestriction".into(),
         "--allow-privileged=true".into(),
     ]);
+    apiserver.args(flags);
     Process::spawn(None, "kube-apiserver", apiserver)
 }
 

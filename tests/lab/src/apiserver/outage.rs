@@ -32,7 +32,7 @@ impl ApiServer {
     /// Another one with the same keys and the same etcd; returns when it is ready.
     pub fn restart(&self) -> Result<()> {
         let number = self.address.port() - super::PORT;
-        let started = spawn(&binaries::locate()?, &self.folder, self.address, number)?;
+        let started = spawn(&binaries::locate()?, &self.folder, self.address, number, &[])?;
         *self.process() = started;
         self.wait_ready()
     }
