@@ -24,7 +24,7 @@ use kube::{
     client::{Body, ClientBuilder},
     config::KubeConfigOptions,
 };
-use tower::{Layer, Service};
+use tower::{Layer, Service, util::MapRequestLayer};
 use tracing::{info, warn};
 
 use crate::{clock::Backoff, observe::Heard};
@@ -93,7 +93,8 @@ impl Kubernetes {
     /// The TLS configuration is not usable.
     pub fn watch(&self, identity: Identity, heard: Heard) -> anyhow::Result<Client> {
         let config = self.config(identity, WATCH_READ_TIMEOUT)?;
-        Ok(ClientBuilder::try_from(config)?.with_layer(&Listening(heard)).build())
+        let up_to_date = MapRequestLayer::new(watch::up_to_date);
+        Ok(ClientBuilder::try_from(config)?.with_layer(&up_to_date).with_layer(&Listening(heard)).build())
     }
 
     fn config(&self, identity: Identity, read_timeout: Duration) -> anyhow::Result<Config> {

@@ -10,8 +10,7 @@
 //! - A pod whose records have all gone has handed its address back, whatever the API server still shows.
 //! - A record of a pod that the watch has not shown yet makes its address *not yet known*, whoever had it before: the
 //!   watch may lag, or be dead. A record that was there before the pods were listed and names none of them is stale;
-//!   but what the API server shows of another pod alone is no proof of that, since its list may be older than the record
-//!   (an agent that has just started asks for any state: `resourceVersion=0`).
+//!   but what the API server shows of another pod alone is no proof of that, since that may be older than the record.
 //! - Two live claimants of an address: neither gets it.
 
 use std::{

@@ -1,13 +1,18 @@
 //! A list of objects and what becomes of them, for as long as anybody asks: streamed one by one, since a cluster's
 //! service accounts in one answer need more memory than the agent has.
 //!
+//! Each list is as fresh as the request for it. An API server may lag behind another; a list of its own state, which is
+//! what clients usually begin with, could bring back a pod that is gone, or a role that was taken away.
+//!
 //! Knows of what kind they are by name only.
 
 use std::{fmt::Debug, time::Duration};
 
 use futures::{StreamExt, stream::BoxStream};
+use http::Request;
 use kube::{
     Api, Resource,
+    client::Body,
     runtime::watcher::{Config, Error, Event, watcher},
 };
 use serde::de::DeserializeOwned;
@@ -23,9 +28,10 @@ const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from
 /// What is asked of an API server that streams no lists.
 #[derive(Debug, Clone, Copy)]
 pub enum Listing {
-    /// One answer from its memory. For a selection: etcd has none, and would read the whole cluster's for each page.
+    /// One answer, which is made from memory since Kubernetes 1.31. For a selection: of pages, etcd would read the whole
+    /// cluster's for each.
     Whole,
-    /// Pages from etcd. For what is more than the agent can bear at once.
+    /// Pages. For what is more than the agent can bear at once.
     Pages,
 }
 
@@ -59,8 +65,7 @@ where
         let config = self.config.clone();
         let config = match self.listing {
             _ if self.streaming => config.streaming_lists(),
-            // kube asks for resource version 0 only where it asks for no pages.
-            Listing::Whole => Config { page_size: None, ..config.any_semantic() },
+            Listing::Whole => Config { page_size: None, ..config },
             Listing::Pages => config,
         };
         self.events = watcher(self.api.clone(), config).boxed();
@@ -99,6 +104,22 @@ where
     }
 }
 
+/// Asks for a streamed list as fresh as the request, where kube asks for any: without a resource version, the API server
+/// makes sure that its memory is up to date before it says that all was told (Kubernetes API concepts, "Streaming
+/// lists").
+pub(super) fn up_to_date(mut request: Request<Body>) -> Request<Body> {
+    let asked = request.uri().to_string();
+    if let Some((path, query)) = asked.split_once('?')
+        && query.contains("sendInitialEvents=true")
+    {
+        let fresh: Vec<_> = query.split('&').filter(|parameter| *parameter != "resourceVersion=0").collect();
+        if let Ok(uri) = format!("{path}?{}", fresh.join("&")).parse() {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
+}
+
 /// The API server refused the form of the request, not its content: streamed lists are on by default since Kubernetes
 /// 1.34 (feature gate WatchList), and with it off they are invalid.
 fn not_understood(error: &Error) -> bool {
@@ -123,10 +144,11 @@ mod tests {
         sync::{Arc, Mutex},
     };
 
-    use http::{Request, Response};
+    use http::Response;
     use k8s_openapi::api::core::v1::ServiceAccount;
-    use kube::{Client, api::PartialObjectMeta, client::Body};
+    use kube::{Client, api::PartialObjectMeta};
     use serde_json::{Value, json};
+    use tower::util::MapRequest;
 
     use super::*;
 
@@ -142,7 +164,7 @@ mod tests {
             let answer = Response::builder().status(status).body(Body::from(body.into_bytes())).unwrap();
             std::future::ready(Ok::<_, Infallible>(answer))
         });
-        (asked, Client::new(service, "default"))
+        (asked, Client::new(MapRequest::new(service, up_to_date), "default"))
     }
 
     fn account(version: &str) -> Value {
@@ -186,19 +208,20 @@ mod tests {
         assert_eq!(until_listed(client, Listing::Pages).await, ["reader"]);
         let asked = asked.lock().unwrap();
         assert!(asked.len() == 1 && asked[0].contains("sendInitialEvents=true"), "{asked:?}");
+        assert!(!asked[0].contains("resourceVersion="), "of any age: {asked:?}");
     }
 
     /// Kubernetes before 1.34, or with the feature gate off.
     #[tokio::test(start_paused = true)]
     async fn an_api_server_that_streams_no_lists_is_asked_for_answers() {
-        for (listing, query) in [(Listing::Whole, "resourceVersion=0"), (Listing::Pages, "limit=500")] {
+        for (listing, query) in [(Listing::Whole, ""), (Listing::Pages, "&limit=500")] {
             let (asked, client) =
                 server(|query, _| if query.contains("sendInitialEvents") { refused(422) } else { listed() });
             let began = Instant::now();
             assert_eq!(until_listed(client, listing).await, ["reader"]);
             assert_eq!(began.elapsed(), Duration::ZERO, "nothing has failed");
             let asked = asked.lock().unwrap();
-            assert!(asked.len() == 2 && asked[1].starts_with(&format!("&{query}")), "{asked:?}");
+            assert!(asked.len() == 2 && asked[1] == query, "{asked:?}");
         }
     }
 
