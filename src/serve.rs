@@ -147,7 +147,7 @@ impl Server {
     async fn respond(
         &self,
         caller: &Caller,
-        route: &Route,
+        route: &Route<'_>,
         head: &Parts,
         body: Incoming,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
@@ -174,7 +174,7 @@ impl Server {
     }
 
     /// A line for each route; what it answers is a function of its own.
-    async fn read(&self, asked: &Asked<'_>, route: &Route) -> Result<Response<Full<Bytes>>, Refusal> {
+    async fn read(&self, asked: &Asked<'_>, route: &Route<'_>) -> Result<Response<Full<Bytes>>, Refusal> {
         match route {
             Route::Versions => self.versions(asked).await,
             Route::IdentityDocument => self.identity_document(asked).await,
@@ -197,7 +197,7 @@ impl Server {
 }
 
 /// By the request target without its query. The forms that are for proxies are not found.
-fn route(service: Service, uri: &Uri) -> Route {
+fn route(service: Service, uri: &Uri) -> Route<'_> {
     let for_proxies = uri.scheme().is_some() || uri.authority().is_some();
     if for_proxies { Route::NotFound } else { Route::of(service, uri.path()) }
 }

@@ -25,7 +25,7 @@ pub fn check(data: &[u8]) {
     assert_eq!(container, if is_its_path { Route::ContainerCredentials } else { Route::NotFound }, "{target}");
 }
 
-fn expected(segments: Option<&[String]>) -> Route {
+fn expected(segments: Option<&[String]>) -> Route<'static> {
     let Some(segments) = segments.filter(|segments| segments.len() <= 12) else { return Route::NotFound };
     let Some((version, rest)) = segments.split_first() else { return Route::Versions };
     let digits_first = version.as_bytes()[0].is_ascii_digit() && version.len() <= 16;
@@ -36,10 +36,10 @@ fn expected(segments: Option<&[String]>) -> Route {
     let path = rest.join("/");
     let name_in = |folder: &str| rest.last().filter(|_| rest.len() == 4 && rest[..3].join("/") == folder).cloned();
     if let Some(role) = name_in("meta-data/iam/security-credentials") {
-        return Route::Credentials { role, extended: false };
+        return Route::Credentials { role: role.into(), extended: false };
     }
     if let Some(role) = name_in("meta-data/iam/security-credentials-extended") {
-        return Route::Credentials { role, extended: true };
+        return Route::Credentials { role: role.into(), extended: true };
     }
     match path.as_str() {
         "api/token" => Route::Token,

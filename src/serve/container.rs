@@ -114,7 +114,11 @@ impl std::fmt::Debug for Tokens {
 
 impl Server {
     /// Answers what was sent to the address of container credentials.
-    pub(super) async fn container(&self, asked: &Asked<'_>, route: &Route) -> Result<Response<Full<Bytes>>, Refusal> {
+    pub(super) async fn container(
+        &self,
+        asked: &Asked<'_>,
+        route: &Route<'_>,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
         let tokens = self.container.as_ref().ok_or(Reason::NotRedirected)?;
         if *route != Route::ContainerCredentials {
             return Err(Reason::NotFound.into());

@@ -1,6 +1,8 @@
 //! Path → [`Route`]: parse, normalise, match exactly. What does not match is not found; nothing is matched by prefix,
 //! and nothing of the path ever goes anywhere.
 
+use std::borrow::Cow;
+
 use super::node_metadata::IDENTITY_DOCUMENT;
 use crate::intercept::Service;
 
@@ -9,7 +11,7 @@ const MAX_SEGMENTS: usize = 12;
 
 /// What can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Route {
+pub enum Route<'a> {
     Versions,
     Token,
     RoleList,
@@ -17,7 +19,7 @@ pub enum Route {
     IamInfo,
     /// The role name as asked for, percent-decoded.
     Credentials {
-        role: String,
+        role: Cow<'a, str>,
         extended: bool,
     },
     /// The one document that names the pod's account in place of the node's.
@@ -29,7 +31,7 @@ pub enum Route {
     NotFound,
 }
 
-impl Route {
+impl<'a> Route<'a> {
     /// The metric label.
     pub fn label(&self) -> &'static str {
         match self {
@@ -45,41 +47,63 @@ impl Route {
     }
 
     /// `target` is the request target without its query, as sent.
-    pub fn of(service: Service, target: &str) -> Self {
-        let found = || {
-            let path = decode(target)?;
-            let (segments, count) = segments(&path)?;
-            match service {
-                Service::Metadata => Self::of_metadata(&segments[..count]),
-                Service::Container => {
-                    (segments[..count] == ["v1", "credentials"]).then_some(Self::ContainerCredentials)
-                }
-            }
-        };
-        found().unwrap_or(Self::NotFound)
+    pub fn of(service: Service, target: &'a str) -> Self {
+        match service {
+            Service::Metadata => Self::parse(target),
+            Service::Container => match decode(target).as_deref().and_then(segments) {
+                Some((segments, 2)) if segments[..2] == ["v1", "credentials"] => Self::ContainerCredentials,
+                _ => Self::NotFound,
+            },
+        }
     }
 
-    fn of_metadata(segments: &[&str]) -> Option<Self> {
-        let Some((version, path)) = segments.split_first() else { return Some(Self::Versions) };
-        if !is_version(version) {
-            return None;
+    /// Of the metadata service.
+    pub fn parse(target: &'a str) -> Self {
+        match decode(target) {
+            Some(Cow::Borrowed(path)) => Self::found(path),
+            Some(Cow::Owned(path)) => Route::found(&path).into_owned(),
+            None => Self::NotFound,
         }
-        Some(match path {
+    }
+
+    fn into_owned(self) -> Route<'static> {
+        match self {
+            Self::Versions => Route::Versions,
+            Self::Token => Route::Token,
+            Self::RoleList => Route::RoleList,
+            Self::IamInfo => Route::IamInfo,
+            Self::Credentials { role, extended } => {
+                Route::Credentials { role: Cow::Owned(role.into_owned()), extended }
+            }
+            Self::IdentityDocument => Route::IdentityDocument,
+            Self::Metadata(path) => Route::Metadata(path),
+            Self::ContainerCredentials => Route::ContainerCredentials,
+            Self::NotFound => Route::NotFound,
+        }
+    }
+
+    fn found(path: &'a str) -> Self {
+        let Some((segments, count)) = segments(path) else { return Self::NotFound };
+        let Some((version, rest)) = segments[..count].split_first() else { return Self::Versions };
+        if !is_version(version) {
+            return Self::NotFound;
+        }
+        match rest {
             ["api", "token"] => Self::Token,
             ["meta-data", "iam", "info"] => Self::IamInfo,
             ["meta-data", "iam", "security-credentials" | "security-credentials-extended"] => Self::RoleList,
             ["meta-data", "iam", "security-credentials", role] => {
-                Self::Credentials { role: (*role).to_owned(), extended: false }
+                Self::Credentials { role: Cow::Borrowed(role), extended: false }
             }
             ["meta-data", "iam", "security-credentials-extended", role] => {
-                Self::Credentials { role: (*role).to_owned(), extended: true }
+                Self::Credentials { role: Cow::Borrowed(role), extended: true }
             }
-            [] | ["meta-data" | "dynamic", ..] => match path.join("/") {
+            [] | ["meta-data" | "dynamic", ..] => match rest.join("/") {
                 path if path == IDENTITY_DOCUMENT => Self::IdentityDocument,
                 path => Self::Metadata(path),
             },
-            _ => return None,
-        })
+            _ => Self::NotFound,
+        }
     }
 }
 
@@ -105,35 +129,39 @@ fn segments(path: &str) -> Option<([&str; MAX_SEGMENTS], usize)> {
 
 /// Each `%xx` as what it stands for, once. `None` for what no client sends: other than printable ASCII, a slash or a
 /// percent sign that was hidden by encoding.
-fn decode(target: &str) -> Option<String> {
+fn decode(target: &str) -> Option<Cow<'_, str>> {
     target.strip_prefix('/')?;
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'\\' | b';');
+    if target.bytes().all(plain) {
+        return Some(Cow::Borrowed(target));
+    }
     let mut bytes = target.bytes();
     let mut decoded = String::with_capacity(target.len());
     while let Some(byte) = bytes.next() {
         let byte = if byte == b'%' {
             let digit = |byte: Option<u8>| char::from(byte?).to_digit(16);
             let (high, low) = (digit(bytes.next())?, digit(bytes.next())?);
-            u8::try_from(high << 4 | low).ok().filter(|byte| !b"/%".contains(byte))?
+            u8::try_from(high << 4 | low).ok().filter(|byte| *byte != b'/')?
         } else {
             byte
         };
-        if !byte.is_ascii_graphic() || b"\\;".contains(&byte) {
+        if !plain(byte) {
             return None;
         }
         decoded.push(char::from(byte));
     }
-    Some(decoded)
+    Some(Cow::Owned(decoded))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn credentials(role: &str, extended: bool) -> Route {
+    fn credentials(role: &str, extended: bool) -> Route<'_> {
         Route::Credentials { role: role.into(), extended }
     }
 
-    fn metadata(path: &str) -> Route {
+    fn metadata(path: &str) -> Route<'_> {
         Route::Metadata(path.into())
     }
 
@@ -156,7 +184,7 @@ mod tests {
             ("/latest/meta-data/iam/security-credentials-extended/", Route::RoleList),
             ("/latest/meta-data/iam/security-credentials-extended/reader", credentials("reader", true)),
         ] {
-            assert_eq!(Route::of(Service::Metadata, target), route, "{target}");
+            assert_eq!(Route::parse(target), route, "{target}");
         }
     }
 
@@ -168,7 +196,7 @@ mod tests {
             "meta-data/iam/security-credentials/a/b",
             "meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
         ] {
-            assert_eq!(Route::of(Service::Metadata, &format!("/latest/{path}")), metadata(path));
+            assert_eq!(Route::parse(&format!("/latest/{path}")), metadata(path));
         }
     }
 
@@ -219,7 +247,7 @@ mod tests {
             "/latest/user-data",
             "/999999999999999999999/meta-data/iam/security-credentials",
         ] {
-            assert_eq!(Route::of(Service::Metadata, target), Route::NotFound, "{target}");
+            assert_eq!(Route::parse(target), Route::NotFound, "{target}");
         }
     }
 }
