@@ -5,6 +5,8 @@
 
 pub mod claims;
 pub mod credential;
+#[cfg(test)]
+pub(crate) mod script;
 pub mod sts;
 pub mod token;
 

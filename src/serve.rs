@@ -10,14 +10,15 @@ pub mod container;
 mod hangup;
 mod identity;
 mod imds;
-#[cfg(test)]
-mod hold_tests;
 pub mod imdsv2;
+pub mod node_metadata;
 pub mod route;
 pub mod session_token;
+
+#[cfg(test)]
+mod hold_tests;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod memory;
-pub mod node_metadata;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 

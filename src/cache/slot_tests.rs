@@ -1,65 +1,15 @@
 //! The life of one session, on a paused clock.
 
-use std::{
-    collections::VecDeque,
-    pin::Pin,
-    sync::atomic::{AtomicUsize, Ordering},
-};
-
-use tokio::time::{advance, pause, sleep, timeout};
+use tokio::time::{advance, pause, timeout};
 
 use super::{
     state::{Held, LEAST_LEFT, MIN_LEFT},
     *,
 };
-use crate::{attribute::Workload, clock::UnixTime, observe::Metrics};
+use crate::{attribute::Workload, clock::UnixTime, exchange::script::Script, observe::Metrics};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
-
-/// Answers in the given order, each after its delay; then always with fresh credentials.
-struct Script {
-    answers: Mutex<VecDeque<(Duration, Option<Reason>)>>,
-    calls: AtomicUsize,
-    pods: Mutex<Vec<String>>,
-    session: Duration,
-}
-
-impl Default for Script {
-    fn default() -> Self {
-        Self { answers: Mutex::default(), calls: AtomicUsize::default(), pods: Mutex::default(), session: HOUR }
-    }
-}
-
-impl Script {
-    fn new(answers: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Arc<Self> {
-        let answers = answers.into_iter().map(|(millis, answer)| (Duration::from_millis(millis), answer)).collect();
-        Arc::new(Self { answers: Mutex::new(answers), ..Self::default() })
-    }
-
-    fn then(&self, millis: u64, answer: Option<Reason>) {
-        self.answers.lock().unwrap().push_back((Duration::from_millis(millis), answer));
-    }
-
-    fn calls(&self) -> usize {
-        self.calls.load(Ordering::SeqCst)
-    }
-}
-
-impl Issue for Script {
-    fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
-        let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        self.pods.lock().unwrap().push(grant.workload().pod().to_owned());
-        let (delay, answer) = self.answers.lock().unwrap().pop_front().unwrap_or((Duration::ZERO, None));
-        Box::pin(async move {
-            sleep(delay).await;
-            answer.map_or_else(
-                || Ok(Credential::sample(&format!("ASIA{call}"), self.session)),
-                |reason| Err(reason.into()),
-            )
-        })
-    }
-}
 
 fn grant(pod: &str) -> Grant {
     Grant::sample(Workload::sample(pod, &format!("uid-{pod}"), "reader"), ROLE)
@@ -172,7 +122,7 @@ async fn a_used_session_is_refreshed_so_that_half_of_it_is_always_left() {
 async fn a_short_session_is_refreshed_while_there_is_enough_left_for_every_sdk() {
     for minutes in [30, 35, 40, 45, 720] {
         let session = Duration::from_secs(minutes * 60);
-        let script = Arc::new(Script { session, ..Script::default() });
+        let script = Script::of(session);
         let slot = slot(&script);
         assert_eq!(id(&slot).await, Ok("ASIA1".into()));
         let (began, mut least) = (Instant::now(), session);

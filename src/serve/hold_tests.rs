@@ -1,17 +1,9 @@
 //! How long which request is held, on a paused clock: what the numbers are for stands in `imds`.
 
-use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, sync::Mutex, time::Duration};
-
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use super::memory::Memory;
-use crate::{
-    authorise::Grant,
-    clock::tests::NO_JITTER,
-    exchange::{Credential, Issue},
-    intercept::Peer,
-    refusal::{Reason, Refusal},
-};
+use crate::{clock::tests::NO_JITTER, exchange::script::Script, intercept::Peer, refusal::Reason};
 
 const WORKLOADS: &str = "workloads:
 - {pod: reader, serviceAccount: reader, addresses: [10.0.0.1], role: 'arn:aws:iam::111122223333:role/reader-role',
@@ -25,25 +17,9 @@ const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 const CREDENTIALS: &str = "/latest/meta-data/iam/security-credentials/reader-role";
 const NEVER: u64 = 1_000_000;
 
-/// What issues credentials: after so many milliseconds each, or not for this reason; when no more is written, at once.
-struct Script(Mutex<VecDeque<(u64, Option<Reason>)>>);
-
-impl Issue for Script {
-    fn issue<'a>(&'a self, _: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
-        let (millis, reason) = self.0.lock().unwrap().pop_front().unwrap_or_default();
-        Box::pin(async move {
-            sleep(Duration::from_millis(millis)).await;
-            match reason {
-                Some(reason) => Err(reason.into()),
-                None => Ok(Credential::sample("ASIA-OF-READER", Duration::from_secs(3_600))),
-            }
-        })
-    }
-}
-
 fn memory(script: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Memory {
     NO_JITTER.set(Some(1.0));
-    Memory::new(WORKLOADS, Arc::new(Script(Mutex::new(script.into_iter().collect()))), None)
+    Memory::new(WORKLOADS, Script::new(script), None)
 }
 
 /// The status, and after how many milliseconds.
