@@ -73,9 +73,7 @@ impl Cache {
     /// How the session stands, for whoever is about to ask for its credentials; waits up to `until` for it to be
     /// decided.
     pub async fn standing(&self, grant: &Grant, until: Instant) -> Standing {
-        let slot = self.slot(grant);
-        slot.want(Urgency::Waiting);
-        slot.standing(until).await
+        self.slot(grant).standing(until).await
     }
 
     /// The session of a grant, for whoever is going to ask again.

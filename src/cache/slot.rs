@@ -193,6 +193,7 @@ impl Slot {
     pub(super) async fn standing(&self, until: Instant) -> Standing {
         let mut state = self.shared.state.subscribe();
         loop {
+            self.want(Urgency::Waiting);
             {
                 let state = state.borrow_and_update();
                 if state.in_hand().is_some() {
