@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use jiff::Timestamp;
 use lab::agent::Agent;
 use lab::http::CREDENTIALS_PATH;
 use lab::net::METADATA;
@@ -40,11 +41,11 @@ pub(crate) fn overhead(site: &Site, agent: &Agent) -> Result<Vec<Duration>> {
         ensure!(client.get("/").send()?.status == 200);
         let before = waited()?;
         let answer = client.get(&format!("{CREDENTIALS_PATH}{role}")).send();
-        let call = site.sts.calls_for(&site.arn(&role)).pop().context("a call of STS")?;
-        let since = call.age();
-        answer?.ok().context(role)?;
+        let answered = Timestamp::now();
+        answer?.ok().context(role.clone())?;
         ensure!(waited()? == before + 1.0, "it was not cold");
-        samples.push(since.saturating_sub(STS_DELAY));
+        let call = site.sts.calls_for(&site.arn(&role)).pop().context("a call of STS")?;
+        samples.push(answered.duration_since(call.decided.context("no answer of STS")?).unsigned_abs());
     }
     Ok(samples)
 }

@@ -56,6 +56,7 @@ impl Ask {
             policy_arns: self.policy_arns.clone(),
             claims: self.token.as_deref().and_then(|token| Claims::read(token).ok()),
             outcome: None,
+            decided: None,
         }
     }
 

@@ -24,13 +24,8 @@ pub struct Call {
     pub claims: Option<Claims>,
     /// Nothing while the call is open; a client that hangs up leaves it so.
     pub outcome: Option<Outcome>,
-}
-
-impl Call {
-    /// How long ago it came.
-    pub fn age(&self) -> Duration {
-        Timestamp::now().duration_since(self.at).unsigned_abs()
-    }
+    /// When that was decided, which is when the answer begins to be sent.
+    pub decided: Option<Timestamp>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,7 +66,8 @@ impl Log {
     pub(super) fn close(&self, number: usize, outcome: Outcome) {
         let mut kept = self.lock();
         if let Some(index) = number.checked_sub(kept.forgotten) {
-            kept.calls[index].outcome = Some(outcome);
+            let call = &mut kept.calls[index];
+            (call.outcome, call.decided) = (Some(outcome), Some(Timestamp::now()));
             self.changed.notify_all();
         }
     }

@@ -114,9 +114,9 @@ impl Figures {
         let mut ready = Vec::new();
         for call in cluster.sts_calls()? {
             let name = call.role_arn.rsplit('/').next().unwrap_or_default();
-            if let Some(start) = self.start.get(name) {
+            if let (Some(start), Some(decided)) = (self.start.get(name), call.decided) {
                 #[expect(clippy::cast_precision_loss)]
-                let done = call.at.as_millisecond() as f64 / 1e3 + STS_TAKES.as_secs_f64();
+                let done = decided.as_millisecond() as f64 / 1e3;
                 ready.push((start - done) * 1e3);
             }
         }
