@@ -136,7 +136,7 @@ impl Server {
         let (head, body) = request.into_parts();
         let service = caller.peer.service();
         let route = route(service, &head.uri);
-        let result = self.respond(caller, &route, &head, body).await;
+        let result = self.respond(caller, &route, &head, body, arrived).await;
         self.metrics.request(route.label(), Outcome::of(&result), arrived.elapsed());
         caller.step();
         result.unwrap_or_else(|refusal| {
@@ -151,17 +151,21 @@ impl Server {
         route: &Route<'_>,
         head: &Parts,
         body: Incoming,
+        arrived: Instant,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
-        match caller.share.request() {
-            Some(Duration::ZERO) => {}
-            Some(delay) => tokio::time::sleep(delay).await,
+        let at = match caller.share.request(arrived) {
+            Some(Duration::ZERO) => arrived,
+            Some(delay) => {
+                tokio::time::sleep(delay).await;
+                Instant::now()
+            }
             None => {
                 // As long as the last one that is not refused: a client in a tight loop would only ask faster.
                 tokio::time::sleep(MAX_DELAY).await;
                 return Err(Reason::TooManyRequests.into());
             }
-        }
-        let asked = Asked { caller, headers: &head.headers, at: Instant::now() };
+        };
+        let asked = Asked { caller, headers: &head.headers, at };
         match (caller.peer.service(), &head.method, route) {
             (Service::Metadata, &Method::PUT, Route::Token) => {
                 drain(body).await?;

@@ -83,11 +83,12 @@ impl Share {
         Self { source: Arc::new(Mutex::new(source)), sources: Sources::new(limits, metrics) }
     }
 
-    /// Counts a request; returns how long it must be held, `None` when that would be too long.
-    pub fn request(&self) -> Option<Duration> {
+    /// Counts a request that has just come; returns how long it must be held, `None` when that would be too long.
+    pub fn request(&self, now: Instant) -> Option<Duration> {
         let rate = f64::from(self.sources.limits.requests_per_source);
         let mut source = lock(&self.source);
-        let now = Instant::now();
+        // Another connection's may have come later and be counted already.
+        let now = now.max(source.counted);
         source.tokens = rate.min(source.tokens + rate * now.duration_since(source.counted).as_secs_f64());
         source.counted = now;
         let delay = Duration::from_secs_f64((1.0 - source.tokens).max(0.0) / rate);
@@ -140,7 +141,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_tight_loop_is_slowed_down_and_then_refused() {
         let sources = sources(2, 100);
-        let ask = || sources.share(ip(1)).unwrap().request();
+        let ask = || sources.share(ip(1)).unwrap().request(Instant::now());
         let answers: Vec<_> = (0..200).map(|_| ask()).collect();
         assert_eq!(answers.iter().filter(|answer| **answer == Some(Duration::ZERO)).count(), 100);
         assert_eq!(answers.iter().filter(|answer| answer.is_none()).count(), 70);
@@ -152,7 +153,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn quiet_sources_are_forgotten() {
         let sources = sources(2, 10);
-        (0..=255).for_each(|last| assert!(sources.share([10, 0, 1, last].into()).unwrap().request().is_some()));
+        (0..=255).for_each(|last| {
+            assert!(sources.share([10, 0, 1, last].into()).unwrap().request(Instant::now()).is_some())
+        });
         tokio::time::advance(Duration::from_secs(2)).await;
         for third in 2..=10 {
             (0..=255).for_each(|last| drop(sources.share([10, 0, third, last].into())));

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -28,7 +28,7 @@ pub(super) struct Caller {
     pub(super) share: Share,
     /// Fixed by the first request, whatever the directory says later.
     pod: OnceLock<PodUid>,
-    known: Mutex<Option<Known>>,
+    known: Mutex<Option<Arc<Known>>>,
     /// Requests begun and ended: odd while one is being answered.
     steps: AtomicU32,
 }
@@ -38,7 +38,7 @@ pub(super) type Editions = (u64, u64);
 
 /// Whom the last request came from and what it was granted: the same now unless an edition has changed since. On a warm
 /// connection, looking all of it up again would be most of the work.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Known {
     pub(super) editions: Editions,
     pub(super) workload: Workload,
@@ -56,12 +56,12 @@ impl Caller {
         self.pod.get_or_init(|| workload.uid().clone()) == workload.uid()
     }
 
-    pub(super) fn known(&self, editions: Editions) -> Option<Known> {
+    pub(super) fn known(&self, editions: Editions) -> Option<Arc<Known>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.as_ref().filter(|known| known.editions == editions).cloned()
     }
 
-    pub(super) fn remember(&self, known: Known) {
+    pub(super) fn remember(&self, known: Arc<Known>) {
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
     }
 

@@ -1,5 +1,7 @@
 //! Who is asking, whether with a right session token, and what that pod is granted. Knows no route and no answer.
 
+use std::sync::Arc;
+
 use http::HeaderMap;
 use tokio::time::{Instant, timeout_at};
 
@@ -91,7 +93,7 @@ impl Server {
 
     /// Who is calling and what it is granted: as remembered of the connection's last request, if nothing that the
     /// answer rests on has changed since.
-    pub(super) async fn known(&self, asked: &Asked<'_>, until: Instant) -> Result<Known, Refusal> {
+    pub(super) async fn known(&self, asked: &Asked<'_>, until: Instant) -> Result<Arc<Known>, Refusal> {
         let editions = self.editions();
         if let Some(known) = asked.caller.known(editions) {
             self.session(asked, Some(&known.workload))?;
@@ -100,7 +102,7 @@ impl Server {
         }
         let workload = self.caller(asked).await?;
         let grant = self.grant(&workload, asked, until).await?;
-        let known = Known { editions, session: self.cache.session(&grant), workload, grant };
+        let known = Arc::new(Known { editions, session: self.cache.session(&grant), workload, grant });
         // What a live read told holds for less long than an edition may.
         if self.authoriser.foresee(&known.workload).is_some() {
             asked.caller.remember(known.clone());
