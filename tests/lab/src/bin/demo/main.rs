@@ -59,7 +59,7 @@ fn demo(screen: &mut Screen, keep: bool) -> Result<()> {
         screen.end("Everything was as said.")?;
         return site.keep(screen);
     }
-    drop(site);
+    site.end()?;
     screen.end("Everything was as said, and nothing is left behind.")?;
     Ok(())
 }

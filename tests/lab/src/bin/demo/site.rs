@@ -135,6 +135,11 @@ impl Site {
         self.agent.take().context("kirsa does not run")?.kill()
     }
 
+    /// Everything that was started ends.
+    pub(crate) fn end(mut self) -> Result<()> {
+        self.agent.take().context("kirsa does not run")?.stop()
+    }
+
     /// An error that says why not, such as a Python that is another user's.
     pub(crate) fn boto3_runs(&self) -> Result<()> {
         let command = sdk::boto3(&self.sts.url())?;
