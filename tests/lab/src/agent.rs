@@ -224,7 +224,7 @@ impl Agent {
 impl Drop for Agent {
     /// Whoever ends it means to. Else a test has failed, and its log tells why; a test that passes shows no output.
     fn drop(&mut self) {
-        if !self.process.ended() {
+        if self.process.is_running() {
             let lines = self.process.lines();
             eprintln!(
                 "kirsa was not ended; its last lines:\n  {}",

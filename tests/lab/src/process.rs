@@ -73,6 +73,11 @@ impl Process {
         self.output.state.lock().expect("no panic while held").ended
     }
 
+    /// Whether it is there yet; its output may be open for a moment after it.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Every line so far.
     pub fn lines(&self) -> Vec<String> {
         self.output.state.lock().expect("no panic while held").lines.clone()
