@@ -19,8 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Start this program again, running nothing but `test`.
 fn again(test: &str) -> Result<Process> {
-    let mut command = Command::new(env::current_exe()?);
-    command.args(["--exact", test, "--ignored", "--nocapture"]);
+    // Whoever runs the tests under nohup has SIGHUP ignored, which is inherited.
+    let mut command = Command::new("env");
+    command.arg("--default-signal").arg(env::current_exe()?).args(["--exact", test, "--ignored", "--nocapture"]);
     Process::spawn(None, test, command)
 }
 
