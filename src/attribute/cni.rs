@@ -315,7 +315,7 @@ mod tests {
     }
 
     /// The node's inotify instances are used up: whoever had an address must not keep it.
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_cannot_be_followed_is_looked_at() {
         let folder = std::env::temp_dir().join(format!("kirsa-records-{}", std::process::id()));
         std::fs::create_dir(&folder).unwrap();
