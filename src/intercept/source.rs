@@ -151,6 +151,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn requests_that_are_counted_out_of_order_are_given_no_time_twice() {
+        let sources = sources(2, 10);
+        let share = sources.share(ip(1)).unwrap();
+        let (former, later) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+        let at_once = |at| (0..100).take_while(|_| share.request(at) == Some(Duration::ZERO)).count();
+        assert_eq!((at_once(later), at_once(former), at_once(later)), (10, 0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn quiet_sources_are_forgotten() {
         let sources = sources(2, 10);
         (0..=255).for_each(|last| {
