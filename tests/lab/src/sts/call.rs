@@ -24,7 +24,7 @@ pub struct Call {
     pub claims: Option<Claims>,
     /// Nothing while the call is open; a client that hangs up leaves it so.
     pub outcome: Option<Outcome>,
-    /// When that was decided, which is when the answer begins to be sent.
+    /// When that was decided, which is when an answer begins to be sent.
     pub decided: Option<Timestamp>,
 }
 

@@ -53,6 +53,8 @@ fn demo(screen: &mut Screen, keep: bool) -> Result<()> {
     if let Err(error) = story(screen, &mut site, boto3) {
         screen.failed(&error)?;
         screen.details("the end of kirsa's log", &site.log_tail())?;
+        // It may be what failed: that has been said.
+        let _ = site.end();
         return Err(Unmet.into());
     }
     if keep {
