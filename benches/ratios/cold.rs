@@ -45,7 +45,8 @@ pub(crate) fn overhead(site: &Site, agent: &Agent) -> Result<Vec<Duration>> {
         answer?.ok().context(role.clone())?;
         ensure!(waited()? == before + 1.0, "it was not cold");
         let call = site.sts.calls_for(&site.arn(&role)).pop().context("a call of STS")?;
-        samples.push(answered.duration_since(call.decided.context("no answer of STS")?).unsigned_abs());
+        let since = answered.duration_since(call.decided.context("no answer of STS")?);
+        samples.push(since.try_into().context("answered before STS had")?);
     }
     Ok(samples)
 }
