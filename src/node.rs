@@ -201,7 +201,7 @@ pub async fn run(
         }
         None => {
             redirected.set(true);
-            metrics.rule_verified.set(1);
+            metrics.redirect_verified(true);
         }
     }
     // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.

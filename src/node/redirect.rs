@@ -52,7 +52,7 @@ impl Redirect {
         loop {
             let broken = self.broken().await;
             self.verified.set(broken.is_none());
-            self.metrics.rule_verified.set(broken.is_none().into());
+            self.metrics.redirect_verified(broken.is_none());
             match broken {
                 None => warned = false,
                 Some(way) => {

@@ -72,7 +72,7 @@ pub struct Metrics {
     heard: Arc<Mutex<Vec<(&'static str, Heard)>>>,
     pub rule_applied: IntCounter,
     pub rule_repaired: IntCounter,
-    pub rule_verified: IntGauge,
+    rule_verified: IntGaugeVec,
     pub connections: IntGauge,
     connections_refused: IntCounterVec,
     cni_records: IntGaugeVec,
@@ -157,9 +157,13 @@ impl Metrics {
                 "kirsa_redirect_repaired_total",
                 "Times that the redirect was found broken and applied again"
             )),
-            rule_verified: register!(IntGauge::new(
-                "kirsa_redirect_verified",
-                "1 if the last connection through the redirect reached this agent, or no redirect is its own (--intercept none)"
+            rule_verified: register!(IntGaugeVec::new(
+                Opts::new(
+                    "kirsa_redirect_verified",
+                    "1 if the last connection through the redirect reached this agent, or no redirect is its own \
+                     (--intercept none); absent while a former agent keeps it"
+                ),
+                &[]
             )),
             connections: register!(IntGauge::new("kirsa_connections", "Open connections of pods")),
             connections_refused: register!(IntCounterVec::new(
@@ -216,6 +220,11 @@ impl Metrics {
             Urgency::Waiting => "waiting",
         };
         self.exchange_wait.with_label_values(&[urgency]).observe(waited.as_secs_f64());
+    }
+
+    /// Of the redirect that this agent keeps: an agent that only learns yet says nothing of it.
+    pub fn redirect_verified(&self, verified: bool) {
+        self.rule_verified.with_label_values::<&str>(&[]).set(verified.into());
     }
 
     pub fn connection_refused(&self, reason: &'static str) {
