@@ -148,6 +148,13 @@ impl Authoriser {
         }
     }
 
+    /// Whether the service accounts have been read.
+    pub fn is_ready(&self) -> bool {
+        self.accounts.are_read()
+    }
+
+    /// Waits while they are not.
+    ///
     /// # Errors
     /// The service account has no role, or an annotation of it is malformed; or it is not known yet.
     pub async fn authorise(&self, workload: &Workload) -> Result<Grant, Refusal> {

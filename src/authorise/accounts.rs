@@ -19,9 +19,9 @@ use std::{
 use futures::{FutureExt, future::Shared};
 use k8s_openapi::{api::core::v1::ServiceAccount, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, Client, api::PartialObjectMeta, runtime::watcher};
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
-use super::Key;
+use super::{Key, terms};
 use crate::{
     attribute::{ServiceAccountName, Workload, file::FileWorkload},
     kubernetes::watch::{Listing, Watch},
@@ -38,6 +38,8 @@ const FAILURE_HOLDS: Duration = Duration::from_secs(1);
 pub struct Account {
     pub(super) uid: Arc<str>,
     annotations: BTreeMap<String, String>,
+    /// An annotation that is longer than any that could be right, with its length: not kept, but refused.
+    pub(super) too_long: Option<(String, usize)>,
     pub(super) token_file: Option<PathBuf>,
     /// The key that all pods of the account share, and whether it requires IMDSv2: read at the first request.
     pub(super) shared: OnceLock<(Arc<Key>, bool)>,
@@ -49,13 +51,13 @@ impl Account {
     }
 
     fn says_the_same(&self, other: &Self) -> bool {
-        self.uid == other.uid && self.annotations == other.annotations
+        self.uid == other.uid && self.annotations == other.annotations && self.too_long == other.too_long
     }
 
     #[cfg(any(test, fuzzing))]
     pub(crate) fn of_annotations<'a>(uid: &str, annotations: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let annotations = annotations.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        Self { uid: uid.into(), annotations, token_file: None, shared: OnceLock::new() }
+        Self { uid: uid.into(), annotations, too_long: None, token_file: None, shared: OnceLock::new() }
     }
 }
 
@@ -72,6 +74,8 @@ pub enum Told {
 /// What is known of service accounts.
 pub struct Accounts {
     known: RwLock<Known>,
+    /// Whether all have been told of.
+    read: watch::Sender<bool>,
     /// How often what is known has changed.
     edition: AtomicU64,
     live: Option<Live>,
@@ -104,7 +108,7 @@ impl Accounts {
     }
 
     fn new(live: Option<Live>) -> Self {
-        Self { known: RwLock::default(), edition: AtomicU64::new(0), live }
+        Self { known: RwLock::default(), read: watch::Sender::new(false), edition: AtomicU64::new(0), live }
     }
 
     /// Takes over what a workloads file says. `role_annotation` is where its `role` goes.
@@ -117,6 +121,7 @@ impl Accounts {
             let account = Account {
                 uid: "".into(),
                 annotations,
+                too_long: None,
                 token_file: workload.token_file.clone(),
                 shared: OnceLock::new(),
             };
@@ -126,6 +131,12 @@ impl Accounts {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         *known = replaced;
         self.edition.fetch_add(1, Ordering::SeqCst);
+        self.read.send_replace(true);
+    }
+
+    /// Whether all service accounts have been told of at least once.
+    pub(super) fn are_read(&self) -> bool {
+        *self.read.borrow()
     }
 
     pub(super) fn edition(&self) -> u64 {
@@ -137,18 +148,21 @@ impl Accounts {
         known.annotated.get(workload.service_account()).cloned()
     }
 
+    /// Waits while the service accounts are being read.
     pub(super) async fn find(&self, workload: &Workload, role_annotation: &str) -> Result<Arc<Account>, Refusal> {
         let name = workload.service_account();
+        if name.name.is_empty() {
+            return Err(Refusal::new(Reason::NoRole, format!("{workload} is a static pod: it has no service account")));
+        }
+        // The sender is held here: waiting cannot fail.
+        let _ = self.read.subscribe().wait_for(|read| *read).await;
         if let Some(account) = self.annotated(workload) {
             return Ok(account);
-        }
-        if !self.known.read().unwrap_or_else(PoisonError::into_inner).synced {
-            return Err(Refusal::new(Reason::Starting, "the service accounts were not read yet"));
         }
         let none =
             || Refusal::new(Reason::NoRole, format!("service account {name} has no annotation {role_annotation}"));
         match &self.live {
-            Some(live) => live.read(name).await?.ok_or_else(none),
+            Some(live) => live.read(name, role_annotation).await?.ok_or_else(none),
             None => Err(none()),
         }
     }
@@ -171,6 +185,7 @@ impl Accounts {
             watcher::Event::Init => known.listing = Some(HashSet::new()),
             watcher::Event::InitApply(account) | watcher::Event::Apply(account) => {
                 let Some((name, account)) = slim(account.metadata, role_annotation) else { return Told::Nothing };
+                let account = Some(account).filter(|account| account.annotation(role_annotation).is_some());
                 self.forget_live(&name);
                 if let Some(listing) = &mut known.listing {
                     listing.insert(name.clone());
@@ -199,6 +214,7 @@ impl Accounts {
                 let listed = known.listing.take().unwrap_or_default();
                 known.annotated.retain(|name, _| listed.contains(name));
                 known.synced = true;
+                self.read.send_replace(true);
                 return Told::All;
             }
         }
@@ -213,19 +229,25 @@ impl Accounts {
 }
 
 impl Live {
-    async fn read(&self, name: &ServiceAccountName) -> Result<Option<Arc<Account>>, Refusal> {
+    async fn read(&self, name: &ServiceAccountName, role_annotation: &str) -> Result<Option<Arc<Account>>, Refusal> {
         let answer = {
             let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
             answers.retain(|_, (asked, answer)| {
                 let failed = matches!(answer.peek(), Some(Err(_)));
                 asked.elapsed() < if failed { FAILURE_HOLDS } else { LIVE_READ_HOLDS }
             });
-            answers.entry(name.clone()).or_insert_with(|| (Instant::now(), self.begin(name.clone()).shared())).1.clone()
+            let begin = || {
+                let answer = self.begin(name.clone(), role_annotation.to_owned()).shared();
+                // It is known to have failed also where nobody waits for it any more.
+                tokio::spawn(answer.clone());
+                (Instant::now(), answer)
+            };
+            answers.entry(name.clone()).or_insert_with(begin).1.clone()
         };
         answer.await
     }
 
-    fn begin(&self, name: ServiceAccountName) -> Reading {
+    fn begin(&self, name: ServiceAccountName, role_annotation: String) -> Reading {
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &name.namespace);
         let asked = name.clone();
         let read = tokio::spawn(async move { accounts.get_metadata_opt(&asked.name).await });
@@ -235,8 +257,8 @@ impl Live {
                 Ok(Err(error)) => return Err(unreadable(&name, &error)),
                 Err(error) => return Err(unreadable(&name, &error)),
             };
-            let whole = |found: PartialObjectMeta<_>| slim(found.metadata, "").and_then(|(_, account)| account);
-            Ok(found.and_then(whole).map(Arc::new))
+            let read = |found: PartialObjectMeta<_>| slim(found.metadata, &role_annotation);
+            Ok(found.and_then(read).map(|(_, account)| Arc::new(account)))
         })
     }
 }
@@ -245,14 +267,21 @@ fn unreadable(name: &ServiceAccountName, why: &dyn std::fmt::Display) -> Refusal
     Refusal::new(Reason::AccountUnavailable, format!("service account {name} could not be read: {why}"))
 }
 
-/// An account's name, and the account itself if it has the annotation `required` (any account where that is empty).
-fn slim(metadata: ObjectMeta, required: &str) -> Option<(ServiceAccountName, Option<Account>)> {
+/// An account's name, and of the account what is read of it: whoever may write service accounts in one namespace must
+/// not fill every agent of the cluster with annotations of up to 256 KiB each.
+fn slim(metadata: ObjectMeta, role_annotation: &str) -> Option<(ServiceAccountName, Account)> {
     let name = ServiceAccountName { namespace: metadata.namespace?.into(), name: metadata.name?.into() };
-    let annotations = metadata.annotations.unwrap_or_default();
-    if !required.is_empty() && !annotations.contains_key(required) {
-        return Some((name, None));
+    let (mut annotations, mut too_long) = (BTreeMap::new(), None);
+    for (name, value) in metadata.annotations.unwrap_or_default() {
+        let Some(longest) = terms::longest(&name, role_annotation) else { continue };
+        let length = value.len();
+        annotations.insert(name.clone(), if length <= longest { value } else { String::new() });
+        if length > longest {
+            too_long = Some((name, length));
+        }
     }
-    Some((name, Some(Account { uid: metadata.uid?.into(), annotations, token_file: None, shared: OnceLock::new() })))
+    let uid = metadata.uid?.into();
+    Some((name, Account { uid, annotations, too_long, token_file: None, shared: OnceLock::new() }))
 }
 
 impl std::fmt::Debug for Accounts {
@@ -269,6 +298,7 @@ mod tests {
     use kube::client::Body;
 
     use super::*;
+    use crate::authorise::terms::{Defaults, Terms};
 
     /// An API server that takes 50 ms, and says 500 as often as it is told to.
     fn server(failures: usize) -> (Arc<AtomicUsize>, Client) {
@@ -292,6 +322,8 @@ mod tests {
         (asked, Client::new(service, "default"))
     }
 
+    const ROLE: &str = "eks.amazonaws.com/role-arn";
+
     fn name() -> ServiceAccountName {
         ServiceAccountName { namespace: "default".into(), name: "reader".into() }
     }
@@ -302,9 +334,9 @@ mod tests {
         let live = Live { client, answers: Mutex::default() };
         for _ in 0..3 {
             let patience = Duration::from_millis(10);
-            assert!(tokio::time::timeout(patience, live.read(&name())).await.is_err(), "hangs up");
+            assert!(tokio::time::timeout(patience, live.read(&name(), ROLE)).await.is_err(), "hangs up");
         }
-        assert!(live.read(&name()).await.unwrap().is_some());
+        assert!(live.read(&name(), ROLE).await.unwrap().is_some());
         assert_eq!(asked.load(Ordering::SeqCst), 1);
     }
 
@@ -313,12 +345,78 @@ mod tests {
         let (asked, client) = server(1);
         let live = Live { client, answers: Mutex::default() };
         let names: Vec<_> = (0..20).map(|_| name()).collect();
-        for answer in futures::future::join_all(names.iter().map(|name| live.read(name))).await {
+        for answer in futures::future::join_all(names.iter().map(|name| live.read(name, ROLE))).await {
             assert_eq!(answer.unwrap_err().reason, Reason::AccountUnavailable);
         }
-        assert!(live.read(&name()).await.is_err());
+        assert!(live.read(&name(), ROLE).await.is_err());
         assert_eq!(asked.load(Ordering::SeqCst), 1, "each of them would have asked in its turn");
         tokio::time::advance(FAILURE_HOLDS).await;
-        assert!(live.read(&name()).await.unwrap().is_some());
+        assert!(live.read(&name(), ROLE).await.unwrap().is_some());
+    }
+
+    /// Where nobody polled it, one that failed was remembered as if it had not.
+    #[tokio::test(start_paused = true)]
+    async fn a_live_read_that_failed_after_all_hung_up_is_not_the_answer_for_long() {
+        let (asked, client) = server(1);
+        let live = Live { client, answers: Mutex::default() };
+        let patience = Duration::from_millis(10);
+        assert!(tokio::time::timeout(patience, live.read(&name(), ROLE)).await.is_err(), "hangs up");
+        tokio::time::sleep(FAILURE_HOLDS).await;
+        assert!(live.read(&name(), ROLE).await.unwrap().is_some());
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+    }
+
+    /// Whoever may write service accounts in one namespace may not fill the memory of every agent.
+    #[test]
+    fn of_annotations_only_what_is_read_is_kept_and_none_that_is_too_long() {
+        let told = |annotations: &[(&str, &str)]| {
+            let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            let metadata = ObjectMeta {
+                namespace: Some("default".into()),
+                name: Some("reader".into()),
+                uid: Some("uid-1".into()),
+                annotations: Some(annotations.iter().map(own).collect()),
+                ..ObjectMeta::default()
+            };
+            slim(metadata, ROLE).unwrap().1
+        };
+        let junk = "x".repeat(200 << 10);
+        let role = "arn:aws:iam::111122223333:role/reader";
+        let kept = told(&[
+            (ROLE, role),
+            ("kirsa.dev/session-scope", "pod"),
+            ("kirsa.dev/junk", &junk),
+            ("eks.amazonaws.com/junk", &junk),
+            ("kirsa.dev/role-arn", &junk),
+            ("other/role-arn", &junk),
+            ("role-arn", &junk),
+            ("junk", &junk),
+        ]);
+        assert_eq!(kept.annotations.keys().collect::<Vec<_>>(), [ROLE, "kirsa.dev/session-scope"]);
+        assert_eq!(kept.too_long, None);
+        let defaults = Defaults::sample();
+        assert!(Terms::read(&kept, &defaults).unwrap().is_some());
+        for long in [ROLE, "kirsa.dev/session-policy", "kirsa.dev/session-policy-arns", "eks.amazonaws.com/audience"] {
+            let mut annotations = vec![(ROLE, role)];
+            annotations.retain(|(name, _)| *name != long);
+            annotations.push((long, &junk));
+            let account = told(&annotations);
+            assert!(account.annotations.values().map(String::len).sum::<usize>() < 100, "{long}");
+            let wrong = Terms::read(&account, &defaults).unwrap_err();
+            assert!(wrong.contains(long) && wrong.contains("204800 bytes") && wrong.len() < 200, "{wrong}");
+        }
+        assert_eq!(Terms::read(&told(&[("kirsa.dev/session-policy", &junk)]), &defaults), Ok(None), "has no role");
+    }
+
+    /// Told of service accounts, whoever waited has the answer: SDKs that ask once get no other.
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_while_the_service_accounts_are_read_waits_for_them() {
+        let accounts = Accounts::of_file();
+        let workload = Workload::sample("a", "uid-a", "reader");
+        let asked = accounts.find(&workload, ROLE);
+        tokio::pin!(asked);
+        assert!(futures::poll!(&mut asked).is_pending() && !accounts.are_read());
+        accounts.replace(&[], ROLE);
+        assert_eq!(asked.await.unwrap_err().reason, Reason::NoRole);
     }
 }

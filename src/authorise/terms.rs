@@ -30,6 +30,21 @@ pub(super) struct Terms {
     pub require_imdsv2: bool,
 }
 
+/// In bytes: more than any value that is right. A session policy has 2,048 at most; of ARNs of policies there are ten.
+const LONGEST: usize = 2_048;
+const LONGEST_ARNS: usize = 8_192;
+
+/// How long the value of an annotation may be; `None` of one that is not read.
+pub(super) fn longest(annotation: &str, role_annotation: &str) -> Option<usize> {
+    let (prefix, name) = annotation.rsplit_once('/')?;
+    let irsa = role_annotation.rsplit_once('/').is_some_and(|(irsa, _)| prefix == irsa)
+        && ["role-arn", "audience", "token-expiration", "sts-regional-endpoints"].contains(&name);
+    let ours = prefix == KIRSA
+        && ["session-duration", "session-scope", "session-policy", "session-policy-arns", "require-imdsv2"]
+            .contains(&name);
+    (irsa || ours).then_some(if name == "session-policy-arns" { LONGEST_ARNS } else { LONGEST })
+}
+
 impl Terms {
     /// `None`: the account has no role. The error names the annotation, its value and the right form.
     pub(super) fn read(account: &Account, defaults: &Defaults) -> Result<Option<Self>, String> {
@@ -40,6 +55,9 @@ impl Terms {
         let ours_wrong = |name: &'static str| move |wrong| named(KIRSA, name, wrong);
 
         let Some(role) = irsa("role-arn") else { return Ok(None) };
+        if let Some((name, length)) = &account.too_long {
+            return Err(format!("annotation {name}: has {length} bytes, more than any value that is right"));
+        }
         // IRSA's lifetime of the token in the pod and its choice of endpoint: kirsa's token lives for one exchange, at
         // the regional endpoint. Both must be well-formed all the same, since a typing error is worth knowing of.
         if let Some(value) = irsa("token-expiration") {

@@ -25,6 +25,9 @@ use crate::clock::Backoff;
 pub(crate) const SECONDS: u32 = 240;
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 
+/// Objects in one answer, each with up to 256 KiB of annotations: a page must fit into the agent's memory twice.
+const PAGE: u32 = 100;
+
 /// What is asked of an API server that streams no lists.
 #[derive(Debug, Clone, Copy)]
 pub enum Listing {
@@ -66,7 +69,7 @@ where
         let config = match self.listing {
             _ if self.streaming => config.streaming_lists(),
             Listing::Whole => Config { page_size: None, ..config },
-            Listing::Pages => config,
+            Listing::Pages => Config { page_size: Some(PAGE), ..config },
         };
         self.events = watcher(self.api.clone(), config).boxed();
     }
@@ -214,7 +217,7 @@ mod tests {
     /// Kubernetes before 1.34, or with the feature gate off.
     #[tokio::test(start_paused = true)]
     async fn an_api_server_that_streams_no_lists_is_asked_for_answers() {
-        for (listing, query) in [(Listing::Whole, ""), (Listing::Pages, "&limit=500")] {
+        for (listing, query) in [(Listing::Whole, ""), (Listing::Pages, "&limit=100")] {
             let (asked, client) =
                 server(|query, _| if query.contains("sendInitialEvents") { refused(422) } else { listed() });
             let began = Instant::now();

@@ -84,6 +84,9 @@ impl Server {
     pub(super) async fn authorise(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
         timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
             let account = workload.service_account();
+            if !self.authoriser.is_ready() {
+                return Err(Refusal::new(Reason::Starting, "the service accounts were not read yet"));
+            }
             Err(Refusal::new(
                 Reason::AccountUnavailable,
                 format!("service account {account} could not be read in time"),
