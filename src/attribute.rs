@@ -237,10 +237,12 @@ impl Attributor {
 
     /// What a live read found. A pod that nobody had told of casts doubt on the watch.
     fn found(&self, pod: Pod) {
-        if !self.directory.read().unwrap_or_else(PoisonError::into_inner).knows(&pod.uid) {
+        let untold = !self.directory.read().unwrap_or_else(PoisonError::into_inner).knows(&pod.uid);
+        self.apply(Event::Pod(pod));
+        if untold {
+            // After that, so that a list which begins by it does not count the pod among its own.
             self.doubt.notify_one();
         }
-        self.apply(Event::Pod(pod));
     }
 
     fn is_announced(&self, address: IpAddr) -> bool {

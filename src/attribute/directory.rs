@@ -11,6 +11,7 @@
 //! - A record of a pod that the watch has not shown yet makes its address *not yet known*, whoever had it before: the
 //!   watch may lag, or be dead. A record that was there before the pods were listed and names none of them is stale;
 //!   but what the API server shows of another pod alone is no proof of that, since that may be older than the record.
+//!   A static pod's record names it by the kubelet's UID, which its mirror in the API server refers to.
 //! - Two live claimants of an address: neither gets it.
 
 use std::{
@@ -227,7 +228,9 @@ impl Directory {
                 if !owners.iter().any(|owner| owner.uid == pod.uid) {
                     owners.push(pod);
                 }
-            } else if !self.pods.contains_key(&record.pod) {
+            } else if !self.pods.contains_key(&record.pod)
+                && !owners.iter().any(|owner| owner.mirror_of.as_ref() == Some(&record.pod))
+            {
                 let newest = if held.outlived { &mut newest_unknown } else { &mut newest_pending };
                 *newest = newest.filter(|other| other.written >= record.written).or(Some(record));
             }
@@ -266,7 +269,9 @@ impl Directory {
             .all(|held| held.record.interface != record.interface || held.record.written <= record.written)
     }
 
-    fn put_pod(&mut self, pod: Pod) -> Vec<Change> {
+    fn put_pod(&mut self, mut pod: Pod) -> Vec<Change> {
+        // No pod leaves these phases (Kubernetes, "Pod lifecycle"): who says so is a live read that was overtaken.
+        pod.ended |= self.pods.get(&pod.uid).is_some_and(|before| before.ended);
         let pod = Arc::new(pod);
         let before = self.pods.insert(pod.uid.clone(), pod.clone());
         if before.as_ref() == Some(&pod) {

@@ -158,6 +158,35 @@ fn a_relist_never_makes_a_live_pod_unknown_and_forgets_those_it_does_not_name() 
     assert_eq!(owner(&directory, "10.0.0.2"), "nobody");
 }
 
+/// A live read that was overtaken by the watch says what was true before.
+#[test]
+fn a_pod_that_has_ended_does_not_live_again_whatever_is_told_later() {
+    let mut directory = synced([pod("a", &["10.0.0.1"])]);
+    directory.apply(Event::Pod(Pod { ended: true, ..pod("a", &["10.0.0.1"]) }));
+    assert_eq!(directory.apply(Event::Pod(pod("a", &["10.0.0.1"]))), []);
+    assert_eq!(owner(&directory, "10.0.0.1"), "nobody");
+    assert!(!directory.is_live(&PodUid("a".into())));
+    directory.apply(Event::Pod(pod("b", &["10.0.0.1"])));
+    assert_eq!(owner(&directory, "10.0.0.1"), "b");
+}
+
+/// The runtime knows a static pod by another UID than its mirror in the API server has.
+#[test]
+fn the_record_of_a_static_pod_is_its_mirrors_and_takes_no_other_pods_address() {
+    let mirror = Pod { mirror_of: Some(PodUid("hash".into())), ..pod("m", &["10.0.0.1"]) };
+    let mut directory = synced([mirror, pod("a", &["10.0.0.2"])]);
+    directory.apply(record("r", "hash", "10.0.0.1", 1));
+    assert_eq!(owner(&directory, "10.0.0.1"), "m");
+    // A mirror that refers to another pod's UID changes nothing for that pod.
+    let liar = Pod { mirror_of: Some(PodUid("a".into())), ..pod("l", &["10.0.0.3"]) };
+    directory.apply(Event::Pod(liar));
+    directory.apply(record("s", "a", "10.0.0.2", 2));
+    assert_eq!(owner(&directory, "10.0.0.2"), "a");
+    // Nor does it speak for a pod that is still to be shown, at an address that is not its own.
+    directory.apply(record("t", "hash", "10.0.0.4", 3));
+    assert_eq!(owner(&directory, "10.0.0.4"), "not yet hash");
+}
+
 #[test]
 fn whoever_fetches_ahead_is_told_once_of_each_pod() {
     let mut directory = Directory::default();

@@ -120,6 +120,7 @@ fn entries(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
                 account: ServiceAccountName { namespace: entry.namespace.into(), name: entry.service_account.into() },
                 addresses: entry.addresses,
                 host_network: false,
+                mirror_of: None,
                 ended: false,
                 created: 0,
             },

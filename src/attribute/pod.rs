@@ -5,6 +5,9 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use k8s_openapi::{api::core::v1::Pod as KubePod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde::{Deserialize, Serialize};
 
+/// What the kubelet writes to the mirror of a static pod (Kubernetes, "Well-known labels, annotations and taints").
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// What a pod is, for as long as it exists, whatever its name and address.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(pub Arc<str>);
@@ -35,6 +38,8 @@ pub struct Pod {
     pub account: ServiceAccountName,
     pub addresses: Vec<IpAddr>,
     pub host_network: bool,
+    /// Of a static pod's mirror: the UID that the kubelet and the container runtime know that pod by.
+    pub mirror_of: Option<PodUid>,
     /// Succeeded or Failed: its address may have gone to another pod already.
     pub ended: bool,
     /// Seconds since the epoch, by the API server's clock.
@@ -50,6 +55,7 @@ impl Pod {
             account: ServiceAccountName { namespace: "default".into(), name: service_account.into() },
             addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
             host_network: false,
+            mirror_of: None,
             ended: false,
             created: 0,
         }
@@ -126,15 +132,18 @@ impl SlimPod {
         let mut addresses: Vec<IpAddr> = addresses.filter_map(|ip| ip.parse().ok()).collect();
         addresses.sort_unstable();
         addresses.dedup();
+        let mirror_of = self.metadata.annotations.unwrap_or_default().remove(MIRROR);
         Some(Pod {
             uid: PodUid(self.metadata.uid?.into()),
             name: self.metadata.name?.into(),
             account: ServiceAccountName {
                 namespace: self.metadata.namespace?.into(),
-                name: self.spec.service_account_name.as_deref().unwrap_or("default").into(),
+                // Only a mirror of a static pod has none, and it may not have any: it is no pod of `default` either.
+                name: self.spec.service_account_name.unwrap_or_default().into(),
             },
             addresses,
             host_network: self.spec.host_network,
+            mirror_of: mirror_of.map(|uid| PodUid(uid.into())),
             ended: matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed")),
             created: u64::try_from(created).unwrap_or(0),
         })

@@ -4,12 +4,13 @@ use std::fs;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
 use lab::agent::Agent;
 use lab::cni::{Results, Sandbox};
 use lab::poll::poll;
 
 use crate::PATIENCE;
-use crate::site::{Site, list, wait_for_metric};
+use crate::site::{Site, credentials, list, role, wait_for_metric};
 
 const SKIPPED: &str = "kirsa_cni_records_skipped_total";
 
@@ -209,6 +210,41 @@ fn the_folder_may_come_later_go_and_come_again() -> Result<()> {
     agent.stop()
 }
 
+/// The runtime knows it by the kubelet's UID, the API server by that of its mirror, which has no service account: that
+/// of its namespace, whatever role it has, is other pods'.
+#[test]
+fn a_static_pod_has_no_role_and_is_told_so() -> Result<()> {
+    let site = Site::new()?;
+    site.account("default")?;
+    let mirror = "0123456789abcdef0123456789abcdef";
+    let object = serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "static", "annotations": {"kubernetes.io/config.mirror": mirror}},
+        "spec": {"nodeName": site.node.name(), "containers": [{"name": "main", "image": "none"}]},
+    });
+    crate::site::blocking(async {
+        let pods: kube::Api<Pod> = kube::Api::namespaced(site.api.client().await?, site.namespace());
+        let made = pods.create(&kube::api::PostParams::default(), &serde_json::from_value(object)?).await?;
+        let account = made.spec.and_then(|spec| spec.service_account_name);
+        ensure!(account.is_none_or(|name| name.is_empty()), "the API server gives a mirror none");
+        Ok(())
+    })?;
+    let agent = site.start()?;
+    let pod = site.join("static")?;
+    site.records()?.add(&site.sandbox("static", mirror), &pod)?;
+    site.show(&pod)?;
+    poll("the answer that there is no role", PATIENCE, || {
+        list(&pod).is_ok_and(|answer| answer.status == 404).then_some(())
+    })?;
+    agent.wait_for_refusal("no_role")?;
+    // Its neighbour of that account is not asked for in its name.
+    let neighbour = site.run("neighbour", "default")?;
+    site.serves(&neighbour, "default")?;
+    ensure!(list(&pod)?.status == 404 && credentials(&pod, &role("default"))?.status == 404);
+    agent.stop()
+}
+
 #[test]
 fn without_records_the_api_server_alone_tells() -> Result<()> {
     let mut site = Site::new()?;
@@ -233,6 +269,6 @@ fn copy(from: &Results, to: &std::path::Path) -> Result<()> {
 }
 
 fn uid_of(site: &Site, name: &str) -> Result<String> {
-    let pod = crate::site::blocking(site.api.read::<k8s_openapi::api::core::v1::Pod>(site.namespace(), name))?;
+    let pod = crate::site::blocking(site.api.read::<Pod>(site.namespace(), name))?;
     pod.and_then(|pod| pod.metadata.uid).ok_or_else(|| anyhow::anyhow!("no pod {name}"))
 }
