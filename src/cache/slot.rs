@@ -165,16 +165,16 @@ impl Slot {
         let good = state.borrow().good().is_some();
         let until = if good { until.min(Instant::now() + WHILE_GOOD) } else { until };
         loop {
-            // Again after each failure: whoever still waits, waits for the next try.
-            self.want(Urgency::Waiting);
-            {
+            let answer = {
                 let state = state.borrow_and_update();
-                if let Some(credential) = state.in_hand() {
-                    return Ok(credential.clone());
-                }
-                if let Some(refusal) = state.definite() {
-                    return Err(refusal.clone());
-                }
+                let refused = || state.definite().cloned().map(Err);
+                state.in_hand().cloned().map(Ok).or_else(refused)
+            };
+            // Again after each failure: whoever still waits, waits for the next try. After that look: a refusal that
+            // was over by then cannot hold this up, or nobody would ask for what is waited for.
+            self.want(Urgency::Waiting);
+            if let Some(answer) = answer {
+                return answer;
             }
             if !matches!(timeout_at(until, state.changed()).await, Ok(Ok(()))) {
                 let state = state.borrow();
@@ -193,15 +193,16 @@ impl Slot {
     pub(super) async fn standing(&self, until: Instant) -> Standing {
         let mut state = self.shared.state.subscribe();
         loop {
-            self.want(Urgency::Waiting);
-            {
+            let standing = {
                 let state = state.borrow_and_update();
-                if state.in_hand().is_some() {
-                    return Standing::Ready;
+                match state.in_hand() {
+                    Some(_) => Some(Standing::Ready),
+                    None => state.lasting(until).cloned().map(Standing::Failed),
                 }
-                if let Some(refusal) = state.lasting(until) {
-                    return Standing::Failed(refusal.clone());
-                }
+            };
+            self.want(Urgency::Waiting);
+            if let Some(standing) = standing {
+                return standing;
             }
             if !matches!(timeout_at(until, state.changed()).await, Ok(Ok(()))) {
                 let state = state.borrow();

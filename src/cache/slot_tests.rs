@@ -241,14 +241,18 @@ async fn a_refresh_that_is_refused_for_good_is_tried_ever_more_rarely_unless_a_p
     assert_eq!(script.calls(), before + 1, "now a pod waits");
 }
 
+/// Of a pod whose name is another service account's by now the API server says 400, of others 404, 409 or 403.
 #[tokio::test]
 async fn a_pod_that_is_gone_does_not_fail_the_others_of_its_service_account() {
-    let script = Script::new([(10, Some(Reason::PodGone))]);
-    let slot = slot(&script);
-    slot.join(&grant("b"));
-    assert_eq!(id(&slot).await, Ok("ASIA2".into()));
-    let pods = script.pods.lock().unwrap().clone();
-    assert_ne!(pods[0], pods[1]);
+    pause();
+    for reason in [Reason::PodGone, Reason::TokenForbidden, Reason::TokenRefused] {
+        let script = Script::new([(10, Some(reason))]);
+        let slot = another(&script);
+        slot.join(&grant("b"));
+        assert_eq!(id(&slot).await, Ok("ASIA2".into()));
+        let pods = script.pods.lock().unwrap().clone();
+        assert_ne!(pods[0], pods[1]);
+    }
 }
 
 #[tokio::test]

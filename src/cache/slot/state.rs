@@ -115,9 +115,10 @@ impl State {
 }
 
 /// One pod that is gone says nothing about the others of its service account. Asked as the node, the API server forbids
-/// what it would otherwise not find.
+/// what it would otherwise not find; of a pod whose name another service account's pod has by now, it says that the
+/// request is bad, before it looks at the UID.
 pub(super) fn is_about_its_pod(refusal: &Refusal) -> bool {
-    matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden)
+    matches!(refusal.reason, Reason::PodGone | Reason::TokenForbidden | Reason::TokenRefused)
 }
 
 pub(super) fn of_a_pod((refusal, _): &(Refusal, Instant)) -> bool {
