@@ -164,7 +164,7 @@ impl Reason {
                 503,
                 None,
                 Level::INFO,
-                "the agent has not read the pods and service accounts yet; /readyz names what is pending",
+                "the agent has not read the pods, the service accounts or the node's metadata yet; /readyz names what is pending of the first two",
             ),
             Self::UnknownPod => row(
                 "unknown_pod",

@@ -33,9 +33,10 @@ const REVIEW: Duration = Duration::from_secs(3);
 const GOOD: Duration = Duration::from_secs(10);
 /// Shorter, since the API server may learn of a new pod later than we do.
 const BAD: Duration = Duration::from_secs(2);
-/// Tokens of one pod that are under review or remembered at once. EKS's webhook gives a pod one for all its containers;
-/// others may give each its own.
+/// Tokens of one pod that are under review or were refused at once, and that were found good. EKS's webhook gives a pod
+/// one for all its containers; others may give each its own.
 const TOKENS_OF_POD: usize = 8;
+const GOOD_OF_POD: usize = 32;
 /// Pods that are remembered before those without a review that holds are forgotten.
 const PODS: usize = 256;
 
@@ -57,6 +58,10 @@ struct Reviewed {
 }
 
 impl Reviewed {
+    fn is_good(&self) -> bool {
+        matches!(self.outcome.peek(), Some(Ok(_)))
+    }
+
     fn holds(&self) -> bool {
         self.asked.elapsed() < if matches!(self.outcome.peek(), Some(Err(_))) { BAD } else { GOOD }
     }
@@ -87,7 +92,8 @@ impl Tokens {
         if let Some(known) = reviewed.iter().find(|known| known.token == hash) {
             return Ok(known.outcome.clone());
         }
-        if reviewed.len() >= TOKENS_OF_POD {
+        let good = reviewed.iter().filter(|known| known.is_good()).count();
+        if good >= GOOD_OF_POD || reviewed.len() - good >= TOKENS_OF_POD {
             return Err(Refusal::new(Reason::TooManyRequests, format!("{caller} presents one token after the other")));
         }
         // A task of its own: whoever hangs up while it runs causes no second one.
@@ -101,6 +107,8 @@ impl Tokens {
             }
         });
         let outcome = outcome.shared();
+        // It is known to have failed also where nobody waits for it any more.
+        tokio::spawn(outcome.clone());
         reviewed.push(Reviewed { token: hash, asked: Instant::now(), outcome: outcome.clone() });
         Ok(outcome)
     }
@@ -222,6 +230,32 @@ mod tests {
         assert_eq!(tokens.owner(&other, "a.b.c", soon()).await.unwrap_err().reason, Reason::ContainerTokenRefused);
         tokio::time::advance(BAD).await;
         assert_eq!(tokens.owner(&pod, "a.b.1", soon()).await.unwrap_err().reason, Reason::ContainerTokenRefused);
+    }
+
+    /// As where each of many containers has a token of its own.
+    #[tokio::test(start_paused = true)]
+    async fn good_tokens_of_one_pod_do_not_keep_each_other_out_but_are_not_endless() {
+        let (tokens, reviews) = tokens(Ok("uid-a"));
+        let pod = Workload::sample("a", "uid-a", "sa");
+        for n in 0..GOOD_OF_POD {
+            tokens.owner(&pod, &format!("a.b.{n}"), soon()).await.unwrap();
+            tokio::time::advance(Duration::from_millis(1)).await;
+        }
+        let refusal = tokens.owner(&pod, "a.b.more", soon()).await.unwrap_err();
+        assert_eq!((refusal.reason, reviews.load(SeqCst)), (Reason::TooManyRequests, GOOD_OF_POD));
+        tokio::time::advance(GOOD).await;
+        tokens.owner(&pod, "a.b.more", soon()).await.unwrap();
+    }
+
+    /// Where nobody polled it, a review that failed was remembered as if it had not.
+    #[tokio::test(start_paused = true)]
+    async fn a_review_that_failed_after_all_hung_up_is_not_the_answer_for_long() {
+        let (tokens, reviews) = tokens(Err(Reason::ReviewUnavailable));
+        let pod = Workload::sample("a", "uid-a", "sa");
+        assert!(timeout(Duration::from_millis(5), tokens.owner(&pod, "a.b.c", soon())).await.is_err());
+        tokio::time::sleep(BAD).await;
+        assert!(tokens.owner(&pod, "a.b.c", soon()).await.is_err());
+        assert_eq!(reviews.load(SeqCst), 2);
     }
 
     #[tokio::test(start_paused = true)]

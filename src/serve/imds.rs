@@ -32,7 +32,9 @@ impl Server {
         if asked.headers.contains_key("x-forwarded-for") {
             return Err(Reason::ForwardedToken.into());
         }
-        let ttl = asked.headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok()).and_then(|ttl| ttl.parse().ok());
+        let ttl = asked.headers.get(TOKEN_TTL).and_then(|ttl| ttl.to_str().ok());
+        // Rust reads "+60" as a number too.
+        let ttl = ttl.filter(|ttl| ttl.bytes().all(|byte| byte.is_ascii_digit())).and_then(|ttl| ttl.parse().ok());
         let ttl: u32 = ttl.filter(|ttl| session_token::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
         let workload = self.attributor.peek(&asked.caller.peer).ok();
         let token = self.sessions.issue(workload.as_ref(), asked.caller.peer.source().ip(), ttl, UnixTime::now());
@@ -53,6 +55,13 @@ impl Server {
         if let Some(value) = self.metadata.value(path) {
             return Ok(answer::text(value));
         }
+        // Folders that have something else in them are listed as far as they are known.
+        if !matches!(path, "" | "meta-data" | "meta-data/iam") {
+            told(self.metadata.is_told(path, asked.at + PATIENCE).await)?;
+            if let Some(value) = self.metadata.value(path) {
+                return Ok(answer::text(value));
+            }
+        }
         let mut entries = self.metadata.entries(path);
         match path {
             "" => entries = vec!["dynamic".into(), "meta-data".into()],
@@ -67,12 +76,19 @@ impl Server {
     /// role, or with the way to it, is no reason to keep that back.
     pub(super) async fn identity_document(&self, asked: &Asked<'_>) -> Answer {
         if !self.metadata.has_identity_document() {
-            return self.not_found(asked).await;
+            self.anybody(asked).await?;
+            told(self.metadata.document_is_told(asked.at + PATIENCE).await)?;
+            if !self.metadata.has_identity_document() {
+                return Err(Reason::NotFound.into());
+            }
         }
         let workload = self.caller(asked).await?;
-        let grant = match self.grant(&workload, asked, asked.at + PATIENCE).await {
+        let grant = match self.grant(&workload, asked, asked.at + LIST_HOLD).await {
             Ok(grant) => Some(grant),
-            Err(refusal) if refusal.reason == Reason::SessionRequired => return Err(refusal),
+            // Of a pod that has a role, an empty account would be kept for as long as its program lives.
+            Err(refusal) if matches!(refusal.reason, Reason::SessionRequired | Reason::Starting) => {
+                return Err(refusal);
+            }
             Err(_) => None,
         };
         let account = grant.as_ref().and_then(|grant| grant.role().account());
@@ -126,4 +142,8 @@ impl Server {
         }
         Ok(credential)
     }
+}
+
+fn told(told: bool) -> Result<(), Refusal> {
+    told.then_some(()).ok_or_else(|| Refusal::new(Reason::Starting, "the node's metadata was not read yet"))
 }

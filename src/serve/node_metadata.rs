@@ -3,9 +3,12 @@
 //! kirsa reads them from the node's own metadata service by itself, ahead of any request, with a session token of its
 //! own, and answers from what it has read. No request of a pod ever causes one to the node's service, so nothing that
 //! a pod can write gets there.
+//!
+//! A value that the node's service has and that was not read yet is waited for, and then "not yet": a 404 is final for
+//! SDKs, which would go on without a region.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -15,8 +18,11 @@ use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::{Map, Value};
-use tokio::time::{sleep, timeout};
-use tracing::{debug, info};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tracing::{debug, info, warn};
 
 use super::{TOKEN, TOKEN_TTL};
 use crate::{clock::Backoff, intercept::METADATA_V4};
@@ -82,6 +88,8 @@ pub struct NodeMetadata {
     values: RwLock<BTreeMap<String, Bytes>>,
     /// Read from the node's own service where they were not given.
     wanted: Vec<String>,
+    /// Of those, what the node's service may have and has not told yet.
+    unread: watch::Sender<BTreeSet<String>>,
     document_is_allowed: bool,
 }
 
@@ -90,8 +98,28 @@ impl NodeMetadata {
     pub fn new(given: impl IntoIterator<Item = (String, String)>, allowed: Vec<String>) -> Arc<Self> {
         let values: BTreeMap<_, _> = given.into_iter().map(|(path, value)| (path, value.into())).collect();
         let document_is_allowed = allowed.iter().any(|path| path == IDENTITY_DOCUMENT);
-        let wanted = allowed.into_iter().filter(|path| !values.contains_key(path)).collect();
-        Arc::new(Self { values: RwLock::new(values), wanted, document_is_allowed })
+        let wanted: Vec<_> = allowed.into_iter().filter(|path| !values.contains_key(path)).collect();
+        let unread = watch::Sender::new(wanted.iter().cloned().collect());
+        Arc::new(Self { values: RwLock::new(values), wanted, unread, document_is_allowed })
+    }
+
+    /// Waits until it is known what there is at a path and below it, or that there is no service to ask; false if it is
+    /// not by then.
+    pub(super) async fn is_told(&self, path: &str, until: Instant) -> bool {
+        let told = |unread: &BTreeSet<String>| {
+            let below = |other: &String| {
+                other.strip_prefix(path).is_some_and(|rest| matches!(rest.chars().next(), None | Some('/')))
+            };
+            !unread.iter().any(below)
+        };
+        // The sender is held here: waiting cannot fail.
+        timeout_at(until, self.unread.subscribe().wait_for(told)).await.is_ok()
+    }
+
+    /// The same of what an identity document is made of.
+    pub(super) async fn document_is_told(&self, until: Instant) -> bool {
+        self.is_told(IDENTITY_DOCUMENT, until).await
+            && (!self.document_is_allowed || self.is_told("meta-data/placement/region", until).await)
     }
 
     pub(crate) fn value(&self, path: &str) -> Option<Bytes> {
@@ -142,32 +170,47 @@ impl NodeMetadata {
     pub async fn follow(self: Arc<Self>) {
         let mut retry = RETRY;
         while !self.wanted.is_empty() {
-            match self.read(&self.wanted).await {
-                Ok(read) => {
+            match self.read().await {
+                Ok((read, 0)) => {
                     info!(read, of = self.wanted.len(), "node metadata read");
                     retry.reset();
                     sleep(REFRESH).await;
                 }
+                Ok(_) => sleep(retry.pause()).await,
                 Err(error) => {
                     // Usual outside EC2: give values by --node-metadata-value there.
                     debug!(error = format!("{error:#}"), "the node's own metadata service does not answer");
+                    self.unread.send_modify(BTreeSet::clear);
                     sleep(retry.pause()).await;
                 }
             }
         }
     }
 
-    async fn read(&self, wanted: &[String]) -> anyhow::Result<usize> {
+    /// How many values were read, and how many could not be.
+    async fn read(&self) -> anyhow::Result<(usize, usize)> {
         let token = call(Method::PUT, "api/token", (TOKEN_TTL, "60")).await?.unwrap_or_default();
         let token = std::str::from_utf8(&token)?.to_owned();
-        let mut read = 0;
-        for path in wanted {
-            if let Some(value) = call(Method::GET, path, (TOKEN.as_str(), &token)).await? {
-                self.values.write().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), value);
-                read += 1;
+        let (mut read, mut failed) = (0, 0);
+        for path in &self.wanted {
+            match call(Method::GET, path, (TOKEN.as_str(), &token)).await {
+                Ok(value) => {
+                    if let Some(value) = value {
+                        self.values.write().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), value);
+                        read += 1;
+                    }
+                    self.unread.send_if_modified(|unread| unread.remove(path));
+                }
+                // One that fails says nothing of the others.
+                Err(error) => {
+                    warn!(path, error = format!("{error:#}"), "node metadata could not be read: trying again");
+                    failed += 1;
+                    let known = self.value(path).is_some();
+                    self.unread.send_if_modified(|unread| !known && unread.insert(path.clone()));
+                }
             }
         }
-        Ok(read)
+        Ok((read, failed))
     }
 }
 
@@ -213,6 +256,30 @@ mod tests {
         assert_eq!(metadata.entries("meta-data"), ["mac", "placement/"]);
         assert_eq!(metadata.entries("meta-data/placement"), ["availability-zone", "region"]);
         assert_eq!(metadata.entries("meta-data/place"), Vec::<String>::new());
+    }
+
+    /// A 404 is final for SDKs: what is only not read yet is none.
+    #[tokio::test(start_paused = true)]
+    async fn what_the_nodes_service_may_have_is_waited_for_until_it_was_read_or_there_is_none() {
+        let wanted = [IDENTITY_DOCUMENT, "meta-data/placement/region", "meta-data/placement/availability-zone"];
+        let metadata = NodeMetadata::new([], wanted.map(str::to_owned).to_vec());
+        let soon = || Instant::now() + Duration::from_millis(800);
+        for path in [wanted[0], wanted[1], "meta-data/placement", "dynamic"] {
+            assert!(!metadata.is_told(path, soon()).await, "{path}");
+        }
+        assert!(!metadata.document_is_told(soon()).await);
+        for path in ["meta-data/mac", "meta-data/place", "meta-data/placement/region/x"] {
+            assert!(metadata.is_told(path, Instant::now()).await, "{path} is nothing that is read");
+        }
+        let asked = metadata.is_told(wanted[1], soon());
+        tokio::pin!(asked);
+        assert!(futures::poll!(&mut asked).is_pending());
+        metadata.unread.send_modify(|unread| assert!(unread.remove(wanted[1])));
+        assert!(asked.await && !metadata.is_told("meta-data/placement", soon()).await, "the zone is missing");
+        metadata.unread.send_modify(BTreeSet::clear);
+        assert!(metadata.document_is_told(Instant::now()).await && metadata.is_told("dynamic", Instant::now()).await);
+        let given = NodeMetadata::new([(wanted[1].to_owned(), "x".to_owned())], vec![wanted[1].to_owned()]);
+        assert!(given.is_told(wanted[1], Instant::now()).await, "what is given need not be read");
     }
 
     /// As EC2 has it, but for its white space.

@@ -56,6 +56,20 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
     agent.stop()
 }
 
+/// IMDS-27, IMDS-32: SDKs take a 404 for an answer, and would go on without a region.
+#[test]
+fn who_asks_while_the_nodes_metadata_is_read_waits_for_it() -> Result<()> {
+    let site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    for _ in 0..5 {
+        let agent = Agent::start(&site.node, &site.options)?;
+        let region = get(&reader, "/latest/meta-data/placement/region")?;
+        ensure!(region.status == 200 && region.body == Instance::default().region, "{region:?}");
+        agent.stop()?;
+    }
+    Ok(())
+}
+
 /// IMDS-32: whoever looks for its region finds it, whatever is wrong with its role.
 #[test]
 fn the_identity_document_does_not_depend_on_the_role() -> Result<()> {

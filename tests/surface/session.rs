@@ -69,7 +69,7 @@ fn a_ttl_is_from_one_second_to_six_hours() -> Result<()> {
         let answer = imds.put(TOKEN_PATH).header(TOKEN_TTL, ttl).send()?;
         ensure!(answer.status == 200 && answer.header(TOKEN_TTL) == Some(ttl), "{ttl}: {answer:?}");
     }
-    for ttl in ["0", "21601", "-1", "1.5", "1h", "six", "", "4294967297", "99999999999999999999"] {
+    for ttl in ["0", "21601", "-1", "+60", "1.5", "1h", "six", "", "4294967297", "99999999999999999999"] {
         let answer = imds.put(TOKEN_PATH).header(TOKEN_TTL, ttl).send()?;
         ensure!(answer.status == 400, "{ttl:?}: {answer:?}");
     }
