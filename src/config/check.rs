@@ -14,8 +14,13 @@ use crate::{
     },
 };
 
+/// More than any node has memory for.
+const MAX_CONNECTIONS: usize = 1 << 20;
 /// In seconds: SDKs fetch anew when they have a quarter of an hour left.
 const MAX_START_WINDOW: u64 = 900;
+
+/// Of a store that has no regions.
+const ANY_REGION: &str = "us-east-1";
 
 /// The sentence that names the flag, the value and what would be right.
 pub(super) fn wrong<T>(flag: &str, value: impl std::fmt::Display, right: &str) -> Result<T, String> {
@@ -41,6 +46,10 @@ impl TryFrom<RunArgs> for Config {
                 return wrong(flag, 0, "must be 1 at least, or no pod would be served");
             }
         }
+        if args.max_connections > MAX_CONNECTIONS {
+            return wrong("max-connections", args.max_connections, "must be 1048576 at most: each may need 32 KiB");
+        }
+        log_level(&args.log_level)?;
         if args.start_window > MAX_START_WINDOW {
             return wrong(
                 "start-window",
@@ -102,7 +111,7 @@ impl TryFrom<RunArgs> for Config {
                     kubeconfig: args.kubeconfig,
                     mint: args.mint,
                     cni_results: (args.cni_results.as_os_str() != "none").then_some(args.cni_results),
-                    startup_taint: (!args.startup_taint.is_empty()).then_some(args.startup_taint),
+                    startup_taint: startup_taint(args.startup_taint)?,
                 },
             },
             annotation_prefix: args.annotation_prefix,
@@ -153,6 +162,26 @@ fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
     Ok(host)
 }
 
+/// A word that is no level would be taken for the name of a module, and silence everything else.
+fn log_level(given: &str) -> Result<(), String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let right = "must be off, error, warn, info, debug or trace, or directives such as warn,kirsa=debug";
+    let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word));
+    for directive in given.split(',').map(str::trim).filter(|directive| !directive.is_empty()) {
+        if !is_level(directive) && !directive.rsplit_once('=').is_some_and(|(_, level)| is_level(level)) {
+            return wrong("log-level", given, right);
+        }
+    }
+    if given.trim().is_empty() { wrong("log-level", "''", right) } else { Ok(()) }
+}
+
+fn startup_taint(key: String) -> Result<Option<String>, String> {
+    if key.contains([':', '=']) || key.contains(char::is_whitespace) {
+        return wrong("startup-taint", key, "must be the taint's key alone, such as kirsa.dev/not-ready");
+    }
+    Ok((!key.is_empty()).then_some(key))
+}
+
 fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
     let read = |name: &String| match Namespaces::parse(name) {
         Some(namespaces) => Ok(namespaces),
@@ -190,7 +219,8 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
     Ok(Metadata { allowed, given })
 }
 
-/// The first region that is no empty string: the downward API makes that of a label that is not there.
+/// The first region that is no empty string: the downward API makes that of a label that is not there. What that label
+/// says of a node outside AWS need not be AWS's grammar.
 pub(super) fn sts(regions: [Option<String>; 2], endpoint: Option<String>) -> Result<Sts, String> {
     if let Some(url) = &endpoint {
         let scheme = url.parse::<http::Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
@@ -199,11 +229,23 @@ pub(super) fn sts(regions: [Option<String>; 2], endpoint: Option<String>) -> Res
         }
     }
     let grammar = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    match regions.into_iter().flatten().find(|region| !region.is_empty()) {
-        Some(region) if region.chars().all(grammar) => Ok(Sts { region, endpoint }),
-        Some(region) => wrong("region", region, "must be an AWS region, such as eu-central-1"),
+    let flags = ["region", "node-region"];
+    match regions
+        .into_iter()
+        .zip(flags)
+        .find_map(|(given, flag)| Some((given?, flag)).filter(|(region, _)| !region.is_empty()))
+    {
+        Some((region, _)) if region.chars().all(grammar) => Ok(Sts { region, endpoint }),
+        Some((_, "node-region")) if endpoint.is_some() => Ok(Sts { region: ANY_REGION.into(), endpoint }),
+        Some((region, "node-region")) => wrong(
+            "node-region",
+            region,
+            "the node's label topology.kubernetes.io/region is no AWS region; give the one whose STS is asked with \
+             --region (KIRSA_REGION in the DaemonSet's ConfigMap)",
+        ),
+        Some((region, _)) => wrong("region", region, "must be an AWS region, such as eu-central-1"),
         // An S3-compatible store has no regions; the SDK wants a name all the same.
-        None if endpoint.is_some() => Ok(Sts { region: "us-east-1".into(), endpoint }),
+        None if endpoint.is_some() => Ok(Sts { region: ANY_REGION.into(), endpoint }),
         None => wrong(
             "region",
             "''",

@@ -40,6 +40,11 @@ fn wrong_values_name_the_flag_the_value_and_the_right_form() {
         ("--require-imdsv2-namespaces=a,B", "--require-imdsv2-namespaces \"B\": must be the name of a namespace"),
         ("--start-window=901", "--start-window 901: must be from 0 to 900"),
         ("--region=EU", "--region EU"),
+        ("--log-level=verbose", "--log-level verbose: must be off, error"),
+        ("--log-level=info,kirsa=loud", "--log-level info,kirsa=loud"),
+        ("--log-level=", "--log-level ''"),
+        ("--startup-taint=kirsa.dev/not-ready:NoSchedule", "must be the taint's key alone"),
+        ("--max-connections=18446744073709551615", "must be 1048576 at most"),
         ("--audience=a b", "--audience"),
         ("--container-audience=", "--container-audience"),
         ("--annotation-prefix=a/b", "--annotation-prefix"),
@@ -74,6 +79,17 @@ fn a_region_that_is_given_wins_over_the_nodes_and_an_empty_one_is_none() {
     assert_eq!(region("", "eu-central-1").unwrap().region, "eu-central-1");
     assert_eq!(region("eu-west-1", "").unwrap().region, "eu-west-1");
     assert!(region("", "").unwrap_err().contains("KIRSA_REGION"));
+    let wrong = region("", "RegionOne").unwrap_err();
+    assert!(wrong.contains("--node-region RegionOne") && wrong.contains("KIRSA_REGION"), "{wrong}");
+    let store = sts([None, Some("RegionOne".into())], Some("http://minio:9000".into())).unwrap();
+    assert_eq!(store.region, "us-east-1", "a store has no regions");
+}
+
+#[test]
+fn a_log_level_is_a_level_or_directives() {
+    for level in ["warn", "INFO", "off", "warn,kirsa=debug", "kirsa::cache=trace, info", "kirsa[span]=debug"] {
+        assert_eq!(run(&["--log-level", level]).unwrap().log_level, level);
+    }
 }
 
 #[test]
