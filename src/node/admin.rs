@@ -18,23 +18,23 @@ use crate::{
 /// How soon it is tried again to have an address that another agent has.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The listener of the agent that ran before, or one of our own. Neither where that agent listens at an address that
-/// overlaps this one, such as `[::]:8182` with `127.0.0.1:8182`: no reason to keep the next one from taking over.
+/// The listener of the agent that ran before, or one of our own. Neither where somebody else listens: the agent before,
+/// at an address that overlaps this one (`[::]:8182` with `127.0.0.1:8182`), or one that drains and hands over no more.
+/// That is no reason to keep pods from their credentials.
 ///
 /// # Errors
-/// Nobody can listen there.
+/// The node has no such address.
 pub(super) fn listen(
     address: SocketAddr,
     predecessor: Option<&mut Predecessor>,
 ) -> anyhow::Result<Option<std::net::TcpListener>> {
-    let has_predecessor = predecessor.is_some();
     if let Some(passed) = predecessor.and_then(|predecessor| predecessor.listener(address)) {
         return Ok(Some(passed));
     }
     match std::net::TcpListener::bind(address) {
         Ok(listener) => Ok(Some(listener)),
-        Err(error) if has_predecessor && error.kind() == io::ErrorKind::AddrInUse => {
-            warn!(%address, "the agent that runs before listens there under another name: served when it has ended");
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            warn!(%address, "--admin-address: somebody else listens there, metrics and health are served when it is free");
             Ok(None)
         }
         Err(error) => Err(error).with_context(|| format!("--admin-address {address}: cannot listen there")),

@@ -209,6 +209,25 @@ fn a_successor_whose_admin_address_overlaps_takes_over_and_has_it_in_the_end() -
     next.stop()
 }
 
+/// As where a former agent drains and hands over no more: metrics can wait, pods cannot.
+#[test]
+fn an_admin_address_that_somebody_has_keeps_no_pod_from_its_credentials() -> Result<()> {
+    let mut site = site()?;
+    let reader = site.pod_with_role("reader")?;
+    let socket = site.node.state().join("admin.sock");
+    site.options = site.options.flag("--admin-socket", &socket);
+    let somebody = site.node.netns().listen(([127, 0, 0, 1], 8182).into())?;
+    let agent = Agent::spawn(&site.node, &site.options)?;
+    poll("the agent to be ready", PATIENCE, || {
+        Agent::probe(&site.node, &site.options, &socket, "ready").is_ok_and(|said| said.status.success()).then_some(())
+    })?;
+    served(&reader)?;
+    drop(somebody);
+    says(&agent, "the admin port is free")?;
+    agent.wait_ready()?;
+    agent.stop()
+}
+
 #[test]
 fn a_probe_of_nobody_fails_and_says_where_it_asked() -> Result<()> {
     let site = site()?;
