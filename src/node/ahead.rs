@@ -1,11 +1,15 @@
 //! Credentials before the first request, and none after the last pod.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::sync::mpsc;
 
 use crate::{
-    attribute::{Attributor, Change, ServiceAccountName, Workload},
+    attribute::{Attributor, Change, PodUid, ServiceAccountName, Workload},
     authorise::Authoriser,
     cache::Cache,
     clock,
@@ -29,28 +33,54 @@ impl FetchAhead {
         mut accounts: mpsc::UnboundedReceiver<ServiceAccountName>,
         known: (Condition, Condition),
     ) {
-        known.0.met().await;
-        known.1.met().await;
+        let mut early = self.bound_until(&mut pods, known).await;
         // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
         // ask STS in the same second. One moment for each session: of one for each pod, the first would be early.
-        {
-            let mut moments = HashMap::new();
-            while let Ok(change) = pods.try_recv() {
-                let after = match &change {
-                    Change::Bound(workload) => {
-                        let session = self.authoriser.foresee(workload).map(|grant| grant.key().clone());
-                        *moments.entry(session).or_insert_with(|| self.moment())
-                    }
-                    Change::Gone(_) => Duration::ZERO,
-                };
-                self.take(change, after);
-            }
+        while let Ok(change) = pods.try_recv() {
+            self.note(change, &mut early);
+        }
+        let mut moments = HashMap::new();
+        for workload in early.into_values() {
+            let session = self.authoriser.foresee(&workload).map(|grant| grant.key().clone());
+            let after = *moments.entry(session).or_insert_with(|| self.moment());
+            self.take(Change::Bound(workload), after);
         }
         loop {
             tokio::select! {
                 Some(change) = pods.recv() => self.take(change, Duration::ZERO),
                 Some(account) = accounts.recv() => self.account_changed(&account),
                 else => return,
+            }
+        }
+    }
+
+    /// The pods that are bound by the time that all is known. However long that takes, and whatever comes and goes
+    /// meanwhile, they are no more than the node has.
+    async fn bound_until(
+        &self,
+        pods: &mut mpsc::UnboundedReceiver<Change>,
+        known: (Condition, Condition),
+    ) -> BTreeMap<PodUid, Workload> {
+        let mut bound = BTreeMap::new();
+        let all_is_known = async {
+            known.0.met().await;
+            known.1.met().await;
+        };
+        tokio::pin!(all_is_known);
+        loop {
+            tokio::select! {
+                () = &mut all_is_known => return bound,
+                Some(change) = pods.recv() => self.note(change, &mut bound),
+            }
+        }
+    }
+
+    fn note(&self, change: Change, bound: &mut BTreeMap<PodUid, Workload>) {
+        match change {
+            Change::Bound(workload) => drop(bound.insert(workload.uid().clone(), workload)),
+            Change::Gone(pod) => {
+                bound.remove(&pod);
+                self.cache.forget(&pod);
             }
         }
     }
