@@ -10,6 +10,7 @@ use super::{finding::Finding, http::get};
 const AGENT: &str = "agent";
 const REPAIRS: &str = "agent-repairs";
 const WATCHES: &str = "agent-watches";
+const RECORDS: &str = "agent-records";
 /// Between bookmarks the API server is silent for a minute.
 const SILENT: f64 = 120.0;
 
@@ -71,7 +72,29 @@ fn measured(metrics: &str) -> Vec<Finding> {
         let detail = format!("nothing heard of {}: new pods and changed annotations are not seen", silent.join(", "));
         Finding::warning(WATCHES, detail, "check the API server and the way to it; the agent's log says what failed")
     };
-    vec![repairs, heard]
+    [Some(repairs), Some(heard), records(metrics)].into_iter().flatten().collect()
+}
+
+/// What the agent made of the CNI records, if it reads any. Files alone are no proof that it knows a pod by one.
+fn records(metrics: &str) -> Option<Finding> {
+    let known: Vec<_> = samples(metrics, "kirsa_cni_records").collect();
+    let foreign = samples(metrics, "kirsa_cni_records_skipped_total").filter(|(labels, _)| labels.contains("foreign"));
+    let (read, foreign) =
+        (known.iter().map(|(_, count)| count).sum::<f64>(), foreign.map(|(_, count)| count).sum::<f64>());
+    if known.is_empty() {
+        return None;
+    }
+    Some(if read == 0.0 && foreign > 0.0 {
+        Finding::warning(
+            RECORDS,
+            format!("none of the CNI records names a pod ({foreign} were read in vain)"),
+            "the container runtime leaves no K8S_POD_UID in them, so pods are known by the API server alone: late, and \
+             a reused address may be taken for its former pod's (docs/failures.md); give --cni-results the folder of \
+             libcni's cache (containerd, CRI-O)",
+        )
+    } else {
+        Finding::ok(RECORDS, format!("the agent knows pods by {read} CNI records"))
+    })
 }
 
 /// The series of one metric: labels and value.
@@ -95,5 +118,22 @@ mod tests {
         assert_eq!(verdicts(quiet), [Verdict::Ok, Verdict::Ok]);
         let loud = quiet.replace("total 0", "total 3").replace("59.5", "121");
         assert_eq!(verdicts(&loud), [Verdict::Warning, Verdict::Warning]);
+    }
+
+    /// They are files like others: only the agent knows that it has learnt nothing from them.
+    #[test]
+    fn records_that_name_no_pod_are_a_warning() {
+        let verdict = |in_use: u32, foreign: u32| {
+            let metrics = format!(
+                "kirsa_cni_records{{state=\"in_use\"}} {in_use}\nkirsa_cni_records{{state=\"stale\"}} 0\n\
+                 kirsa_cni_records_skipped_total{{reason=\"foreign\"}} {foreign}\n\
+                 kirsa_cni_records_skipped_total{{reason=\"loopback\"}} 7\nkirsa_cni_records_followed 1\n"
+            );
+            records(&metrics).map(|finding| finding.verdict)
+        };
+        assert_eq!(verdict(0, 2), Some(Verdict::Warning));
+        assert_eq!(verdict(1, 2), Some(Verdict::Ok), "other files may lie there too");
+        assert_eq!(verdict(0, 0), Some(Verdict::Ok), "a node without pods");
+        assert!(records("kirsa_cni_records_followed 1\n").is_none(), "where none are read");
     }
 }
