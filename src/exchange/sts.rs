@@ -46,7 +46,12 @@ use crate::{
 const ROLE_DEFAULT: u32 = 3_600;
 /// Whoever follows the advice to raise it must not have to restart the agents.
 const ASK_AGAIN: Duration = Duration::from_secs(3_600);
+/// In the words of the exchange's deadline: which of the two came first is nothing to an operator.
+const WAITING: &str = "still waiting for STS after 4 s in all";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A little less than the exchange's own deadline, so that it is the SDK that gives up, and something can be done about
+/// the connection.
+const ATTEMPT: Duration = DEADLINE.checked_sub(Duration::from_millis(200)).unwrap();
 /// A session that is by this much shorter than was asked for is worth an operator's attention.
 const SHORTER: Duration = Duration::from_secs(300);
 /// What SDKs would take for expired, or nearly so.
@@ -69,8 +74,7 @@ impl Sts {
     fn config(region: String, endpoint: Option<String>) -> Builder {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(CONNECT_TIMEOUT)
-            // The exchange's own deadline comes first, always, so that a silent STS is told in one way.
-            .operation_attempt_timeout(2 * DEADLINE)
+            .operation_attempt_timeout(ATTEMPT)
             .operation_timeout(2 * DEADLINE)
             .build();
         let mut config = Config::builder()
@@ -88,7 +92,10 @@ impl Sts {
     }
 
     fn of(config: Builder, metrics: Metrics) -> Self {
-        let config = config.interceptor(interceptors::WholeAnswer).interceptor(interceptors::Clock { metrics });
+        let config = config
+            .interceptor(interceptors::WholeAnswer)
+            .interceptor(interceptors::DeadConnection)
+            .interceptor(interceptors::Clock { metrics });
         Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default() }
     }
 
@@ -219,6 +226,7 @@ fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, Stri
                 None => format!("{status} without a code: {}", outline(answer.raw())),
             }
         }
+        SdkError::TimeoutError(_) => WAITING.to_owned(),
         other => describe(other),
     };
     (reason, said)

@@ -74,7 +74,12 @@ struct Place<'a> {
 impl<'a> Place<'a> {
     /// With a good STS.
     fn new(row: &'a Row) -> Result<(Self, StandIn)> {
+        Self::over(row, false)
+    }
+
+    fn over(row: &'a Row, http2: bool) -> Result<(Self, StandIn)> {
         let (trusted, misnamed) = (Tls::for_names(&[&BASE.to_string()])?, Tls::for_names(&["sts.example"])?);
+        let trusted = if http2 { trusted.http2() } else { trusted };
         let mut site = site()?;
         let listener = TcpListener::bind((BASE, 0))?;
         let address = listener.local_addr()?;
@@ -179,4 +184,36 @@ fn whatever_stands_in_place_of_sts_is_told_to_cold_pods_and_hidden_from_warm_one
     each(&table(), |row| {
         is_told_to_cold_pods_and_hidden_from_warm_ones(row).with_context(|| format!("{:?}", row.fault))
     })
+}
+
+/// What is between forgets a connection without a word, as firewalls and load balancers do. HTTP/2 has one for all
+/// requests, and would be asked on it until TCP gives up, a quarter of an hour later.
+#[test]
+fn a_silent_connection_to_sts_costs_one_exchange_and_no_more() -> Result<()> {
+    let row = Row { fault: Fault::Dropped, cold: ("", ""), refresh: ("", ""), cold_tries: 0..=0 };
+    for http2 in [false, true] {
+        let (place, sts) = Place::over(&row, http2)?;
+        let site = &place.site;
+        let (cold, warm) = (site.pod(COLD)?, site.pod_with_role(WARM)?);
+        let agent = site.start()?;
+        Held::by(&warm)?;
+        let netns = site.node.netns();
+        let port = place.address.port();
+        let open = netns.shell(&format!("ss -Htn state established dst {BASE}:{port}"))?;
+        let local: Vec<_> = open.lines().filter_map(|line| line.split_whitespace().nth(2)?.rsplit_once(':')).collect();
+        let local: Vec<_> = local.into_iter().map(|(_, port)| port).collect();
+        ensure!(local.len() == 1, "one connection, which is kept: {open}");
+        netns.shell(&format!(
+            "nft 'table inet cut {{ chain there {{ type filter hook output priority 0; \
+             tcp dport {port} tcp sport {0} drop; }}; chain back {{ type filter hook input priority 0; \
+             tcp sport {port} tcp dport {0} drop; }}; }}'",
+            local[0]
+        ))?;
+        site.give_role(&cold)?;
+        let answer = poll_every(LOOK, "credentials over another connection", PATIENCE, || Held::by(&cold).ok())?;
+        ensure!(sts.session(&answer.access_key_id).is_some(), "{answer:?}");
+        ensure!(failed_calls(&agent, "exchange_timeout")? == 1.0, "one exchange met the dead connection");
+        agent.stop()?;
+    }
+    Ok(())
 }

@@ -1,9 +1,10 @@
 //! What is seen of every answer of STS before the SDK makes something of it.
 
 use aws_sdk_sts::config::{
-    ConfigBag, Intercept, RuntimeComponents, interceptors::AfterDeserializationInterceptorContextRef,
+    ConfigBag, Intercept, RuntimeComponents,
+    interceptors::{AfterDeserializationInterceptorContextRef, FinalizerInterceptorContextRef},
 };
-use aws_smithy_runtime_api::box_error::BoxError;
+use aws_smithy_runtime_api::{box_error::BoxError, client::connection::CaptureSmithyConnection};
 use tracing::warn;
 
 use super::http_date;
@@ -36,6 +37,32 @@ impl Intercept for WholeAnswer {
         let whole = answer.body().bytes().is_some_and(|body| body.trim_ascii_end().ends_with(END));
         if answer.status().is_success() && !whole {
             return Err("the answer is no AssumeRoleWithWebIdentityResponse, or was cut short".into());
+        }
+        Ok(())
+    }
+}
+
+/// Uses no connection again on which there was no answer in time. The SDK does that after answers that are errors, and
+/// what is dropped is closed with HTTP/1.1; of HTTP/2 only the request would be: each exchange would go to the dead
+/// connection until TCP has given up too, a quarter of an hour later.
+#[derive(Debug)]
+pub(super) struct DeadConnection;
+
+impl Intercept for DeadConnection {
+    fn name(&self) -> &'static str {
+        "DeadConnection"
+    }
+
+    fn read_after_attempt(
+        &self,
+        context: &FinalizerInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        state: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        if context.output_or_error().is_some_and(|result| result.is_err_and(|error| error.is_timeout_error()))
+            && let Some(connection) = state.load::<CaptureSmithyConnection>().and_then(CaptureSmithyConnection::get)
+        {
+            connection.poison();
         }
         Ok(())
     }

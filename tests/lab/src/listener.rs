@@ -1,4 +1,4 @@
-//! Serves one bound listener over HTTP/1.1 on a thread of its own, until dropped.
+//! Serves one bound listener over HTTP/1.1, or HTTP/2 where its TLS offers that, on a thread of its own, until dropped.
 //!
 //! The thread makes its sockets in the network namespace of the thread that started it, and works
 //! beside any runtime, a paused clock included. Knows nothing of what is served.
@@ -17,8 +17,11 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited, combinators::UnsyncBoxBody};
-use hyper::{server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper::{
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{net::TcpStream, sync::oneshot};
 use tokio_rustls::TlsAcceptor;
 
@@ -107,10 +110,11 @@ where
         tokio::spawn(async move {
             let Ok((stream, peer)) = split(stream, address) else { return };
             match tls {
-                None => serve(TokioIo::new(stream), peer, handler).await,
+                None => serve(TokioIo::new(stream), false, peer, handler).await,
                 Some(tls) => {
                     if let Ok(stream) = tls.accept(stream).await {
-                        serve(TokioIo::new(stream), peer, handler).await;
+                        let http2 = stream.get_ref().1.alpn_protocol() == Some(&b"h2"[..]);
+                        serve(TokioIo::new(stream), http2, peer, handler).await;
                     }
                 }
             }
@@ -125,11 +129,11 @@ fn split(stream: TcpStream, address: SocketAddr) -> io::Result<(TcpStream, Peer)
     Ok((stream, Peer { address, socket: Arc::new(socket) }))
 }
 
-async fn serve<I, H, F>(stream: I, peer: Peer, handler: H)
+async fn serve<I, H, F>(stream: I, http2: bool, peer: Peer, handler: H)
 where
-    I: hyper::rt::Read + hyper::rt::Write + Unpin,
-    H: Fn(Peer, Request<Bytes>) -> F + Clone,
-    F: Future<Output = Answer>,
+    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    H: Fn(Peer, Request<Bytes>) -> F + Clone + Send + 'static,
+    F: Future<Output = Answer> + Send + 'static,
 {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
         let (peer, handler) = (peer.clone(), handler.clone());
@@ -142,7 +146,11 @@ where
         }
     });
     // A client that goes away is not an event of its own.
-    let _ = http1::Builder::new().serve_connection(stream, service).await;
+    let _ = if http2 {
+        http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await
+    } else {
+        http1::Builder::new().serve_connection(stream, service).await
+    };
 }
 
 pub(crate) fn full(body: impl Into<Bytes>) -> Body {

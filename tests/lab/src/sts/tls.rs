@@ -33,6 +33,14 @@ impl Tls {
         Ok(Self { authority_pem: authority.pem(), config: Arc::new(config) })
     }
 
+    /// Offers HTTP/2 before HTTP/1.1, as proxies do that stand before a store.
+    #[must_use]
+    pub fn http2(self) -> Self {
+        let mut config = ServerConfig::clone(&self.config);
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Self { config: Arc::new(config), ..self }
+    }
+
     /// For the client's list of authorities, as in `SSL_CERT_FILE`.
     pub fn authority_pem(&self) -> &str {
         &self.authority_pem
