@@ -132,14 +132,16 @@ impl SlimPod {
         let mut addresses: Vec<IpAddr> = addresses.filter_map(|ip| ip.parse().ok()).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        let mirror_of = self.metadata.annotations.unwrap_or_default().remove(MIRROR);
+        // Of a pod that has an account it would be a way to be taken for another one.
+        let account = self.spec.service_account_name.unwrap_or_default();
+        let mirror_of = self.metadata.annotations.unwrap_or_default().remove(MIRROR).filter(|_| account.is_empty());
         Some(Pod {
             uid: PodUid(self.metadata.uid?.into()),
             name: self.metadata.name?.into(),
             account: ServiceAccountName {
                 namespace: self.metadata.namespace?.into(),
                 // Only a mirror of a static pod has none, and it may not have any: it is no pod of `default` either.
-                name: self.spec.service_account_name.unwrap_or_default().into(),
+                name: account.into(),
             },
             addresses,
             host_network: self.spec.host_network,
@@ -147,5 +149,25 @@ impl SlimPod {
             ended: matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed")),
             created: u64::try_from(created).unwrap_or(0),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a mirror refers to is believed of it since it can be granted nothing.
+    #[test]
+    fn a_pod_with_a_service_account_is_no_mirror_whatever_its_annotations_say() {
+        let read = |spec: serde_json::Value| {
+            let annotations = serde_json::json!({ MIRROR: "hash" });
+            let metadata = serde_json::json!({"name": "a", "namespace": "n", "uid": "u", "annotations": annotations});
+            let pod: SlimPod = serde_json::from_value(serde_json::json!({"metadata": metadata, "spec": spec})).unwrap();
+            pod.into_pod().unwrap()
+        };
+        let mirror = read(serde_json::json!({}));
+        assert_eq!((&*mirror.account.name, mirror.mirror_of), ("", Some(PodUid("hash".into()))));
+        let liar = read(serde_json::json!({"serviceAccountName": "reader"}));
+        assert_eq!((&*liar.account.name, liar.mirror_of), ("reader", None));
     }
 }
