@@ -83,7 +83,6 @@ pub struct Accounts {
 
 #[derive(Debug, Default)]
 struct Known {
-    synced: bool,
     /// Only those with a role.
     annotated: HashMap<ServiceAccountName, Arc<Account>>,
     listing: Option<HashSet<ServiceAccountName>>,
@@ -127,7 +126,7 @@ impl Accounts {
             };
             (workload.pod.account.clone(), Arc::new(account))
         });
-        let replaced = Known { synced: true, annotated: annotated.collect(), listing: None };
+        let replaced = Known { annotated: annotated.collect(), listing: None };
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         *known = replaced;
         self.edition.fetch_add(1, Ordering::SeqCst);
@@ -199,7 +198,7 @@ impl Accounts {
                 if !same {
                     known.annotated.insert(name.clone(), Arc::new(account));
                     // Of the first list, nothing is news.
-                    if known.synced {
+                    if self.are_read() {
                         return Told::Changed(name);
                     }
                 }
@@ -213,7 +212,6 @@ impl Accounts {
             watcher::Event::InitDone => {
                 let listed = known.listing.take().unwrap_or_default();
                 known.annotated.retain(|name, _| listed.contains(name));
-                known.synced = true;
                 self.read.send_replace(true);
                 return Told::All;
             }

@@ -33,18 +33,8 @@ impl FetchAhead {
         mut accounts: mpsc::UnboundedReceiver<ServiceAccountName>,
         known: (Condition, Condition),
     ) {
-        let mut early = self.bound_until(&mut pods, known).await;
-        // Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not
-        // ask STS in the same second. One moment for each session: of one for each pod, the first would be early.
-        while let Ok(change) = pods.try_recv() {
-            self.note(change, &mut early);
-        }
-        let mut moments = HashMap::new();
-        for workload in early.into_values() {
-            let session = self.authoriser.foresee(&workload).map(|grant| grant.key().clone());
-            let after = *moments.entry(session).or_insert_with(|| self.moment());
-            self.take(Change::Bound(workload), after);
-        }
+        let early = self.bound_until(&mut pods, known).await;
+        self.spread(early);
         loop {
             tokio::select! {
                 Some(change) = pods.recv() => self.take(change, Duration::ZERO),
@@ -69,9 +59,24 @@ impl FetchAhead {
         tokio::pin!(all_is_known);
         loop {
             tokio::select! {
-                () = &mut all_is_known => return bound,
+                () = &mut all_is_known => break,
                 Some(change) = pods.recv() => self.note(change, &mut bound),
             }
+        }
+        while let Ok(change) = pods.try_recv() {
+            self.note(change, &mut bound);
+        }
+        bound
+    }
+
+    /// Pods that ran before this agent did: they have what they need for now, and all nodes of a roll-out must not ask
+    /// STS in the same second. One moment for each session: of one for each pod, the first would be early.
+    fn spread(&self, early: BTreeMap<PodUid, Workload>) {
+        let mut moments = HashMap::new();
+        for workload in early.into_values() {
+            let session = self.authoriser.foresee(&workload).map(|grant| grant.key().clone());
+            let after = *moments.entry(session).or_insert_with(|| self.moment());
+            self.take(Change::Bound(workload), after);
         }
     }
 

@@ -1,4 +1,4 @@
-//! What is seen of every answer of STS before the SDK makes something of it.
+//! What is seen of every answer of STS before the SDK makes something of it, and done where there was none.
 
 use aws_sdk_sts::config::{
     ConfigBag, Intercept, RuntimeComponents,
