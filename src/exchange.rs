@@ -5,6 +5,7 @@
 
 pub mod claims;
 pub mod credential;
+pub mod json;
 #[cfg(test)]
 pub(crate) mod script;
 pub mod sts;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+use super::json;
 use crate::clock::UnixTime;
 
 /// A string that no log shows.
@@ -105,15 +106,15 @@ impl Credential {
             expiration: issued.expiration,
             issued_at: issued.issued_at,
             expires_at: issued.expires_at,
-            document: render(&plain)?,
-            container: render(&ContainerDocument {
+            document: json::ec2(&plain)?,
+            container: json::compact(&ContainerDocument {
                 access_key_id: plain.access_key_id,
                 secret_access_key: plain.secret_access_key,
                 token: plain.token,
                 account_id: issued.account_id,
                 expiration: plain.expiration,
             })?,
-            extended: render(&Document { account_id: issued.account_id, ..plain })?,
+            extended: json::ec2(&Document { account_id: issued.account_id, ..plain })?,
         })
     }
 
@@ -171,29 +172,6 @@ impl Credential {
     }
 }
 
-/// In memory that is zeroed when the last reader is done. Written into a buffer of the right size at once, since one
-/// that grows leaves copies behind.
-fn render(document: &impl Serialize) -> Result<Bytes, serde_json::Error> {
-    let mut counter = Counter(0);
-    serde_json::to_writer(&mut counter, document)?;
-    let mut json = Zeroizing::new(Vec::with_capacity(counter.0));
-    serde_json::to_writer(&mut *json, document)?;
-    Ok(Bytes::from_owner(json))
-}
-
-struct Counter(usize);
-
-impl std::io::Write for Counter {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0 += bytes.len();
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 impl fmt::Debug for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credential")
@@ -224,11 +202,21 @@ mod tests {
     /// IMDS-11, and IMDS-14 for the extended document.
     #[test]
     fn the_document_has_every_member_that_sdks_need() {
-        assert_eq!(
-            &credential(Some("111122223333")).document()[..],
-            br#"{"Code":"Success","LastUpdated":"2026-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"wJalrXUtnFEMI","Token":"IQoJb3Jp\"Z2lu","Expiration":"2026-01-01T01:00:00Z"}"#
+        let golden = concat!(
+            "{\n",
+            "  \"Code\" : \"Success\",\n",
+            "  \"LastUpdated\" : \"2026-01-01T00:00:00Z\",\n",
+            "  \"Type\" : \"AWS-HMAC\",\n",
+            "  \"AccessKeyId\" : \"ASIAEXAMPLE\",\n",
+            "  \"SecretAccessKey\" : \"wJalrXUtnFEMI\",\n",
+            "  \"Token\" : \"IQoJb3Jp\\\"Z2lu\",\n",
+            "  \"Expiration\" : \"2026-01-01T01:00:00Z\"\n",
+            "}",
         );
-        assert!(credential(Some("111122223333")).extended().ends_with(br#","AccountId":"111122223333"}"#));
+        let whole = credential(Some("111122223333"));
+        assert_eq!(whole.document(), golden.as_bytes());
+        let extended = golden.replace("\n}", ",\n  \"AccountId\" : \"111122223333\"\n}");
+        assert_eq!(whole.extended(), extended.as_bytes());
         assert_eq!(credential(None).extended(), credential(None).document(), "a store without accounts");
         assert_eq!(
             &credential(Some("111122223333")).container()[..],

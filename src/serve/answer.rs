@@ -6,9 +6,10 @@ use http::{
     header::{CONTENT_TYPE, SERVER},
 };
 use http_body_util::Full;
+use serde::Serialize;
 
 use super::TOKEN_TTL;
-use crate::{authorise::RoleArn, clock::UnixTime, intercept::Service, refusal::Reason};
+use crate::{authorise::RoleArn, clock::UnixTime, exchange::json, intercept::Service, refusal::Reason};
 
 /// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -19,19 +20,29 @@ pub(super) fn document(json: Bytes) -> Response<Full<Bytes>> {
     response(StatusCode::OK, "application/json", json)
 }
 
+/// EC2's members, in EC2's order.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct IamInfo<'a> {
+    code: &'a str,
+    last_updated: &'a str,
+    instance_profile_arn: &'a str,
+    instance_profile_id: &'a str,
+}
+
 /// Terraform takes the account from here: that of the pod's role, never the node's (IMDS-31). `None` where the store
 /// has no accounts.
 pub(super) fn iam_info(role: &RoleArn, now: UnixTime) -> Option<Response<Full<Bytes>>> {
     let partition = role.as_str().split(':').nth(1)?;
     let profile = format!("arn:{partition}:iam::{}:instance-profile/{}", role.account()?, role.alias());
-    let info = serde_json::json!({
-        "Code": "Success",
-        "LastUpdated": now.iso8601(),
-        "InstanceProfileArn": profile,
+    let info = IamInfo {
+        code: "Success",
+        last_updated: &now.iso8601(),
+        instance_profile_arn: &profile,
         // IAM's ids are 21 characters; there is no profile that this could be the id of.
-        "InstanceProfileId": "AIPAKIRSA000000000000",
-    });
-    Some(text(info.to_string()))
+        instance_profile_id: "AIPAKIRSA000000000000",
+    };
+    json::ec2(&info).ok().map(text)
 }
 
 /// The Rust SDK fails without the header, and Go's falls back to IMDSv1 (IMDS-1).
@@ -82,4 +93,26 @@ fn response(status: StatusCode, content_type: &'static str, body: Bytes) -> Resp
     // Tells whoever debugs in a pod who answered; EC2 says `EC2ws`.
     response.headers_mut().insert(SERVER, HeaderValue::from_static("kirsa"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn iam_info_has_ec2s_bytes() {
+        let role = RoleArn::parse("arn:aws:iam::111122223333:role/reader", false).unwrap();
+        let answer = iam_info(&role, UnixTime(1_767_225_600)).unwrap();
+        let golden = concat!(
+            "{\n",
+            "  \"Code\" : \"Success\",\n",
+            "  \"LastUpdated\" : \"2026-01-01T00:00:00Z\",\n",
+            "  \"InstanceProfileArn\" : \"arn:aws:iam::111122223333:instance-profile/reader\",\n",
+            "  \"InstanceProfileId\" : \"AIPAKIRSA000000000000\"\n",
+            "}",
+        );
+        assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), golden.as_bytes());
+    }
 }

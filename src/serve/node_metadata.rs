@@ -17,6 +17,7 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use tokio::{
     sync::watch,
@@ -25,7 +26,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{TOKEN, TOKEN_TTL};
-use crate::{clock::Backoff, intercept::METADATA_V4};
+use crate::{clock::Backoff, exchange::json, intercept::METADATA_V4};
 
 /// Of all that the node's service has, what may be allowed at all (EC2 User Guide, "Instance metadata categories").
 /// Never anything below `iam/` or `identity-credentials/`, user data, keys, or signatures, which prove to others who
@@ -52,7 +53,7 @@ pub const DEFAULT: &str = "dynamic/instance-identity/document,meta-data/placemen
                            meta-data/services/domain,meta-data/services/partition";
 /// Where a pod's account stands in for the node's.
 pub const IDENTITY_DOCUMENT: &str = "dynamic/instance-identity/document";
-/// Its members, each with the path that says the same and what stands for it where a pod may not read that. All are
+/// Its members in EC2's order, each with the path that says the same and what stands for it where a pod may not read that. All are
 /// there always, of the types that EC2 has: Amazonka's parser and others fail where one is missing (EC2 User Guide,
 /// "Instance identity documents").
 const OF_DOCUMENT: [(&str, Option<&str>, Value); 14] = [
@@ -60,11 +61,11 @@ const OF_DOCUMENT: [(&str, Option<&str>, Value); 14] = [
     ("availabilityZone", Some("meta-data/placement/availability-zone"), EMPTY),
     ("billingProducts", None, Value::Null),
     ("devpayProductCodes", None, Value::Null),
+    ("marketplaceProductCodes", None, Value::Null),
     ("imageId", Some("meta-data/ami-id"), EMPTY),
     ("instanceId", Some("meta-data/instance-id"), EMPTY),
     ("instanceType", Some("meta-data/instance-type"), EMPTY),
     ("kernelId", None, Value::Null),
-    ("marketplaceProductCodes", None, Value::Null),
     ("pendingTime", None, Value::Null),
     ("privateIp", Some("meta-data/local-ipv4"), EMPTY),
     ("ramdiskId", None, Value::Null),
@@ -154,16 +155,13 @@ impl NodeMetadata {
             .and_then(|document| serde_json::from_slice(&document).ok())
             .unwrap_or_default();
         let text = |path: &str| Some(Value::String(String::from_utf8(self.value(path)?.to_vec()).ok()?));
-        let mut document = Map::new();
-        document.insert("accountId".into(), account.unwrap_or_default().into());
-        for (member, path, hidden) in OF_DOCUMENT {
+        let members = OF_DOCUMENT.into_iter().map(|(member, path, hidden)| {
             let read = || nodes.get(member).filter(|_| READ.contains(&member)).cloned();
-            document.insert(member.into(), path.and_then(text).or_else(read).unwrap_or(hidden));
-        }
-        if document["version"].is_null() {
-            document["version"] = VERSION.into();
-        }
-        serde_json::to_vec_pretty(&document).ok().map(Bytes::from)
+            let value = path.and_then(text).or_else(read).unwrap_or(hidden);
+            (member, if member == "version" && value.is_null() { VERSION.into() } else { value })
+        });
+        json::ec2(&Members([("accountId", account.unwrap_or_default().into())].into_iter().chain(members).collect()))
+            .ok()
     }
 
     /// Reads what is allowed and was not given, again and again, until dropped.
@@ -211,6 +209,15 @@ impl NodeMetadata {
             }
         }
         Ok((read, failed))
+    }
+}
+
+/// Members in the order given; `Map` would sort them.
+struct Members(Vec<(&'static str, Value)>);
+
+impl Serialize for Members {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
     }
 }
 
@@ -313,6 +320,33 @@ mod tests {
         assert_eq!(document(&[(IDENTITY_DOCUMENT, NODES)], None)["accountId"], "", "of a pod that has no role");
         let more = document(&[(IDENTITY_DOCUMENT, NODES), ("meta-data/instance-id", "i-7")], None);
         assert_eq!((&more["instanceId"], &more["privateIp"]), (&"i-7".into(), &"".into()));
+    }
+
+    #[test]
+    fn identity_document_has_ec2s_bytes() {
+        let given = [(IDENTITY_DOCUMENT, NODES), ("meta-data/instance-id", "i-7")];
+        let given = given.map(|(path, value)| (path.to_owned(), value.to_owned()));
+        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()]);
+        let golden = concat!(
+            "{\n",
+            "  \"accountId\" : \"111122223333\",\n",
+            "  \"architecture\" : \"x86_64\",\n",
+            "  \"availabilityZone\" : \"eu-central-1b\",\n",
+            "  \"billingProducts\" : null,\n",
+            "  \"devpayProductCodes\" : null,\n",
+            "  \"marketplaceProductCodes\" : null,\n",
+            "  \"imageId\" : \"\",\n",
+            "  \"instanceId\" : \"i-7\",\n",
+            "  \"instanceType\" : \"\",\n",
+            "  \"kernelId\" : null,\n",
+            "  \"pendingTime\" : null,\n",
+            "  \"privateIp\" : \"\",\n",
+            "  \"ramdiskId\" : null,\n",
+            "  \"region\" : \"eu-central-1\",\n",
+            "  \"version\" : \"2017-09-30\"\n",
+            "}",
+        );
+        assert_eq!(metadata.identity_document(Some("111122223333")).unwrap(), golden.as_bytes());
     }
 
     /// On nodes that have no metadata service of their own.
