@@ -130,7 +130,8 @@ impl Sessions {
             expires: long(*expires),
             mac: mac.try_into().ok()?,
         };
-        (now.0 < session.expires).then_some(session)
+        // Both times are cut to whole seconds: only a second later has the token lived its TTL for sure.
+        (now.0 <= session.expires).then_some(session)
     }
 
     /// Whether the token was issued to whoever is calling; true for a pod's own while nobody knows which pod that is.
@@ -219,8 +220,9 @@ mod tests {
         let token = sessions.issue(Some(&pod), source, 60, NOW);
         assert!(token.bytes().all(|byte| byte.is_ascii_graphic()));
         assert!(token.len() <= 64, "as long as the Common Runtime can take: {}", token.len());
-        assert!(accepts(&sessions, &token, &pod, source, UnixTime(NOW.0 + 59)));
-        assert!(!accepts(&sessions, &token, &pod, source, UnixTime(NOW.0 + 60)), "expired");
+        // Issued at the end of second 0, the token is 59.1 s old at the start of second 60.
+        assert!(accepts(&sessions, &token, &pod, source, UnixTime(NOW.0 + 60)), "before its TTL");
+        assert!(!accepts(&sessions, &token, &pod, source, UnixTime(NOW.0 + 61)), "expired");
         let other = Workload::sample("b", "uid-b", "sa");
         assert!(!accepts(&sessions, &token, &other, source, NOW), "another pod, with the same address");
         assert!(!accepts(&Sessions::with_key(&[8; KEY_LENGTH]), &token, &pod, source, NOW), "another node");
