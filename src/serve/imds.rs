@@ -49,27 +49,51 @@ impl Server {
         self.anybody(asked).await.and(Err(Reason::NotFound.into()))
     }
 
-    /// A value, or what there is below a path.
+    /// Returns a value, or the listing of a folder.
     pub(super) async fn metadata(&self, asked: &Asked<'_>, path: &str) -> Answer {
         self.anybody(asked).await?;
         if let Some(value) = self.metadata.value(path) {
             return Ok(answer::text(value));
         }
-        // Folders that have something else in them are listed as far as they are known.
+        let awaited = if path.is_empty() { "dynamic" } else { path };
+        let fetched = self.metadata.is_told(awaited, asked.at + PATIENCE).await;
+        // These folders hold more than node metadata: list them as far as they are known.
         if !matches!(path, "" | "meta-data" | "meta-data/iam") {
-            told(self.metadata.is_told(path, asked.at + PATIENCE).await)?;
+            told(fetched)?;
             if let Some(value) = self.metadata.value(path) {
                 return Ok(answer::text(value));
             }
         }
-        let mut entries = self.metadata.entries(path);
-        match path {
-            "" => entries = vec!["dynamic".into(), "meta-data".into()],
-            "meta-data" => entries.insert(0, "iam/".into()),
-            "meta-data/iam" => entries = vec!["info".into(), "security-credentials/".into()],
+        let entries = self.entries(asked, path).await;
+        // Clients that probe for the service itself ask for `meta-data`: it is never a 404, even if empty.
+        let found = path == "meta-data" || !entries.is_empty();
+        if found { Ok(answer::text(entries.join("\n"))) } else { Err(Reason::NotFound.into()) }
+    }
+
+    /// Lists a folder as it is served to this pod, sorted as on EC2.
+    async fn entries(&self, asked: &Asked<'_>, folder: &str) -> Vec<String> {
+        let mut entries = self.metadata.entries(folder);
+        match folder {
+            "" => {
+                let dynamic = !self.metadata.entries("dynamic").is_empty();
+                entries = dynamic.then(|| "dynamic".into()).into_iter().chain(["meta-data".into()]).collect();
+            }
+            "meta-data" if self.may_have_role(asked).await => {
+                entries.insert(entries.partition_point(|entry| entry.as_str() < "iam/"), "iam/".into());
+            }
+            "meta-data/iam" if self.may_have_role(asked).await => {
+                entries = vec!["info".into(), "security-credentials/".into()];
+            }
             _ => {}
         }
-        if entries.is_empty() { Err(Reason::NotFound.into()) } else { Ok(answer::text(entries.join("\n"))) }
+        entries
+    }
+
+    /// Returns false only for a pod that is known to have no role: EC2 lists no `iam/` without an instance profile.
+    async fn may_have_role(&self, asked: &Asked<'_>) -> bool {
+        let Ok(workload) = self.attributor.peek(&asked.caller.peer) else { return true };
+        let grant = self.authorise(&workload, asked.at + LIST_HOLD).await;
+        !grant.is_err_and(|refusal| refusal.reason == Reason::NoRole)
     }
 
     /// The node's, with the account of the pod's role. Programs take their region from it: whatever is wrong with that

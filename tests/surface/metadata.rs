@@ -56,6 +56,35 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
     agent.stop()
 }
 
+/// IMDS-15: a listing leads to nothing but what is served to the pod.
+#[test]
+fn root_listings_name_what_is_served() -> Result<()> {
+    let site = site()?;
+    let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
+    let agent = start(&site, &[])?;
+    for (pod, pods_own) in [(&reader, vec!["iam/"]), (&idle, vec![])] {
+        let expect = |path: &str, entries: &[&str]| -> Result<()> {
+            for slash in ["", "/"] {
+                let listing = get(pod, &format!("{path}{slash}"))?.ok()?;
+                ensure!(listing == entries.join("\n"), "{path}{slash}: {listing:?}");
+            }
+            Ok(())
+        };
+        expect("/latest", &["dynamic", "meta-data"])?;
+        expect("/latest/dynamic", &["instance-identity/"])?;
+        expect("/latest/dynamic/instance-identity", &["document"])?;
+        let mut entries = [&pods_own[..], &["placement/"]].concat();
+        entries.sort_unstable();
+        expect("/latest/meta-data", &entries)?;
+    }
+    agent.stop()?;
+    let agent = site.options.clone().flag("--node-metadata", "none");
+    let agent = Agent::start(&site.node, &agent)?;
+    ensure!(get(&reader, "/latest")?.ok()? == "meta-data" && get(&reader, "/latest/meta-data/")?.ok()? == "iam/");
+    ensure!(get(&reader, "/latest/dynamic")?.status == 404);
+    agent.stop()
+}
+
 /// IMDS-27, IMDS-32: SDKs take a 404 for an answer, and would go on without a region.
 #[test]
 fn who_asks_while_the_nodes_metadata_is_read_waits_for_it() -> Result<()> {

@@ -147,7 +147,7 @@ fn extended_credentials_are_the_same_with_the_account() -> Result<()> {
 #[test]
 fn the_way_down_to_the_credentials_can_be_listed() -> Result<()> {
     let site = site()?;
-    let idle = site.pod("idle")?;
+    let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
     let agent = site.start()?;
     for (path, entry) in [
         ("/", "latest"),
@@ -158,16 +158,20 @@ fn the_way_down_to_the_credentials_can_be_listed() -> Result<()> {
         ("/latest/meta-data/iam", "security-credentials/"),
         ("/latest/meta-data/iam/", "security-credentials/"),
     ] {
-        let token = idle.imds().put_token(60)?;
+        let token = reader.imds().put_token(60)?;
         for headers in [&[][..], &[(lab::http::TOKEN, token.as_str())]] {
-            let answer = get_with(&mut idle.imds(), path, headers)?;
+            let answer = get_with(&mut reader.imds(), path, headers)?;
             ensure!(answer.status == 200 && answer.body.lines().any(|line| line == entry), "{path}: {answer:?}");
         }
         // fluent-bit tells IMDSv2 from IMDSv1 by this.
-        let answer = get_with(&mut idle.imds(), path, &[(lab::http::TOKEN, "INVALID")])?;
+        let answer = get_with(&mut reader.imds(), path, &[(lab::http::TOKEN, "INVALID")])?;
         ensure!(answer.status == 401, "{path}: {answer:?}");
     }
-    nobody_was_asked_but_sts_for(&site, &[])?;
+    for (path, status) in [("/latest/meta-data/", 200), ("/latest/meta-data/iam/", 404)] {
+        let answer = get(&idle, path)?;
+        ensure!(answer.status == status && !answer.body.contains("iam/"), "a pod without a role: {answer:?}");
+    }
+    nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()
 }
 
