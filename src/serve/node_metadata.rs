@@ -47,10 +47,18 @@ pub const ALLOWABLE: [&str; 14] = [
     "meta-data/services/domain",
     "meta-data/services/partition",
 ];
-/// What SDKs look for: the region, in four places.
-pub const DEFAULT: &str = "dynamic/instance-identity/document,meta-data/placement/availability-zone,\
-                           meta-data/placement/availability-zone-id,meta-data/placement/region,\
-                           meta-data/services/domain,meta-data/services/partition";
+/// The region, which SDKs look for in four places, and what programs ask to detect EC2; a 404 tells them that they run
+/// elsewhere. None of it grants anything, and of the node's role it says nothing.
+/// - instance-id: `Available()` of AWS SDK for Go v1, which much else is built on
+///   (<https://github.com/aws/aws-sdk-go/blob/main/aws/ec2metadata/api.go>)
+/// - ami-id, then instance-type, hostname, local-hostname: Nomad's fingerprint
+///   (<https://github.com/hashicorp/nomad/blob/main/client/fingerprint/env_aws.go>)
+/// - instance-id, hostname: OpenTelemetry's resource detection
+///   (<https://github.com/open-telemetry/opentelemetry-collector-contrib/blob/main/internal/metadataproviders/aws/ec2/metadata.go>)
+pub const DEFAULT: &str = "dynamic/instance-identity/document,meta-data/ami-id,meta-data/hostname,\
+                           meta-data/instance-id,meta-data/instance-type,meta-data/local-hostname,\
+                           meta-data/placement/availability-zone,meta-data/placement/availability-zone-id,\
+                           meta-data/placement/region,meta-data/services/domain,meta-data/services/partition";
 /// Where a pod's account stands in for the node's.
 pub const IDENTITY_DOCUMENT: &str = "dynamic/instance-identity/document";
 /// Its members in EC2's order, each with the path that says the same and what stands for it where a pod may not read that. All are
@@ -254,6 +262,9 @@ mod tests {
             assert!(!forbidden.iter().any(|part| path.contains(part)), "{path}");
         }
         assert!(DEFAULT.split(',').all(|path| ALLOWABLE.contains(&path)));
+        for detection in ["ami-id", "hostname", "instance-id", "instance-type", "local-hostname"] {
+            assert!(DEFAULT.split(',').any(|path| path == format!("meta-data/{detection}")), "{detection}");
+        }
     }
 
     #[test]

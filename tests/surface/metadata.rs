@@ -73,7 +73,8 @@ fn root_listings_name_what_is_served() -> Result<()> {
         expect("/latest", &["dynamic", "meta-data"])?;
         expect("/latest/dynamic", &["instance-identity/"])?;
         expect("/latest/dynamic/instance-identity", &["document"])?;
-        let mut entries = [&pods_own[..], &["placement/"]].concat();
+        let nodes = ["ami-id", "hostname", "instance-id", "instance-type", "local-hostname", "placement/"];
+        let mut entries = [&pods_own[..], &nodes].concat();
         entries.sort_unstable();
         expect("/latest/meta-data", &entries)?;
     }
@@ -97,6 +98,24 @@ fn who_asks_while_the_nodes_metadata_is_read_waits_for_it() -> Result<()> {
         agent.stop()?;
     }
     Ok(())
+}
+
+/// IMDS-32: programs ask for these to learn whether they run on EC2.
+#[test]
+fn ec2_detection_finds_the_instance() -> Result<()> {
+    let site = site()?;
+    let idle = site.pod("idle")?;
+    let (agent, instance) = (start(&site, &[])?, Instance::default());
+    let ask = |what| get(&idle, &format!("/latest/meta-data/{what}"))?.ok();
+    ensure!(ask("ami-id")? == instance.image_id && ask("instance-id")? == instance.instance_id);
+    ensure!(ask("instance-type")? == instance.instance_type);
+    ensure!(ask("hostname")? == ask("local-hostname")? && ask("hostname")?.starts_with("ip-"));
+    let document = get(&idle, DOCUMENT)?.json()?;
+    ensure!(document["instanceId"] == instance.instance_id && document["imageId"] == instance.image_id, "{document}");
+    ensure!(document["privateIp"] == "" && document["accountId"] == "", "{document}");
+    ensure!(get(&idle, &format!("/latest/meta-data/iam/security-credentials/{NODE_ROLE}"))?.status == 404);
+    nobody_was_asked_but_sts_for(&site, &[])?;
+    agent.stop()
 }
 
 /// IMDS-32: whoever looks for its region finds it, whatever is wrong with its role.

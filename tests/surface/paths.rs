@@ -184,7 +184,7 @@ fn what_is_not_served_is_not_found_and_nobody_is_asked_for_it() -> Result<()> {
     let mut imds = reader.imds();
     for path in [
         "/latest/meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
-        "/latest/meta-data/instance-id",
+        "/latest/meta-data/local-ipv4",
         "/latest/meta-data/public-keys/0/openssh-key",
         "/latest/user-data",
         "/latest/dynamic/instance-identity/signature",

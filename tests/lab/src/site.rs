@@ -23,8 +23,13 @@ pub const ACCOUNT: &str = "111122223333";
 const TOKEN_PATH: &str = "/latest/api/token";
 const ISSUER: &str = "https://issuer.example";
 /// What an agent reads of the node's own metadata by itself, unless a flag says otherwise.
-const NODE_METADATA: [&str; 6] = [
+const NODE_METADATA: [&str; 11] = [
     "/latest/dynamic/instance-identity/document",
+    "/latest/meta-data/ami-id",
+    "/latest/meta-data/hostname",
+    "/latest/meta-data/instance-id",
+    "/latest/meta-data/instance-type",
+    "/latest/meta-data/local-hostname",
     "/latest/meta-data/placement/availability-zone",
     "/latest/meta-data/placement/availability-zone-id",
     "/latest/meta-data/placement/region",

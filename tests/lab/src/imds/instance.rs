@@ -13,6 +13,7 @@ pub struct Instance {
     pub account: String,
     pub region: String,
     pub availability_zone: String,
+    pub image_id: String,
     pub instance_id: String,
     pub instance_type: String,
     pub private_ip: String,
@@ -30,6 +31,7 @@ impl Default for Instance {
             account: "444455556666".to_owned(),
             region: "eu-central-1".to_owned(),
             availability_zone: "eu-central-1b".to_owned(),
+            image_id: "ami-0123456789abcdef0".to_owned(),
             instance_id: "i-0123456789abcdef0".to_owned(),
             instance_type: "m7g.large".to_owned(),
             private_ip: "10.0.0.10".to_owned(),
@@ -67,8 +69,13 @@ impl Instance {
         }
         let text = match path {
             "" => "dynamic\nmeta-data\nuser-data",
-            "/meta-data" => "hostname\niam/\ninstance-id\ninstance-type\nlocal-ipv4\nplacement/",
-            "/meta-data/hostname" => return Some(format!("ip-{}.ec2.internal", self.private_ip.replace('.', "-"))),
+            "/meta-data" => {
+                "ami-id\nhostname\niam/\ninstance-id\ninstance-type\nlocal-hostname\nlocal-ipv4\nplacement/"
+            }
+            "/meta-data/ami-id" => &self.image_id,
+            "/meta-data/hostname" | "/meta-data/local-hostname" => {
+                return Some(format!("ip-{}.ec2.internal", self.private_ip.replace('.', "-")));
+            }
             "/meta-data/instance-id" => &self.instance_id,
             "/meta-data/instance-type" => &self.instance_type,
             "/meta-data/local-ipv4" => &self.private_ip,
@@ -118,7 +125,7 @@ impl Instance {
             "accountId": self.account,
             "architecture": "arm64",
             "availabilityZone": self.availability_zone,
-            "imageId": "ami-0123456789abcdef0",
+            "imageId": self.image_id,
             "instanceId": self.instance_id,
             "instanceType": self.instance_type,
             "pendingTime": "2026-11-01T00:00:00Z",
