@@ -31,7 +31,7 @@ pub fn check(data: &[u8]) {
                 [Some(&pod), None].iter().any(|to| sessions.issue(*to, source, TTL, NOW).as_bytes() == token)
             };
             assert_eq!(accepted(&pod, source, 0), is_it || seeds_own(&token), "{:?}", String::from_utf8_lossy(&token));
-            assert!(!accepted(&pod, source, u64::from(TTL)), "expired");
+            assert!(!accepted(&pod, source, u64::from(TTL) + 1), "expired");
             assert!(!accepted(&other, elsewhere, 0), "another pod's, at another address");
         }
     }
