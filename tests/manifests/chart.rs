@@ -41,7 +41,7 @@ pub(crate) fn path() -> String {
     folder("chart").display().to_string()
 }
 
-fn template(values: &str) -> Result<Vec<Value>> {
+pub(crate) fn template(values: &str) -> Result<Vec<Value>> {
     let printed = printed("helm", &["template", "kirsa", &path(), "--namespace=kirsa", "--set", values])?;
     objects(&printed).with_context(|| values.to_owned())
 }
@@ -174,7 +174,12 @@ fn every_flag_is_a_value_and_every_value_reaches_the_agent() -> Result<()> {
     assert_eq!(pod["terminationGracePeriodSeconds"], 2_000_005);
     let mounts: Vec<&Value> =
         pod["containers"][0]["volumeMounts"].as_array().context("mounts")?.iter().map(|at| &at["mountPath"]).collect();
-    assert_eq!(mounts, ["/opt/state", "/opt", "/run/kirsa"], "the folders that the agent looks into are mounted there");
+    let token = "/var/run/secrets/kubernetes.io/serviceaccount";
+    assert_eq!(
+        mounts,
+        ["/opt/state", "/opt", "/run/kirsa", token],
+        "the folders that the agent looks into are mounted there"
+    );
     Ok(())
 }
 

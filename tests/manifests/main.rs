@@ -6,6 +6,7 @@ mod chart;
 mod dashboard;
 mod kustomize;
 mod release;
+mod token;
 
 use std::fs;
 use std::path::{Path, PathBuf};
