@@ -230,6 +230,7 @@ fn a_wrong_value_is_refused_by_its_name() -> Result<()> {
         ("updateStrategy.type=Recreate", "'/updateStrategy/type'"),
         ("audiences={}", "'/audiences/0'"),
         ("nodeselector.a=b", "'nodeselector'"),
+        ("excludedComputeTypes=auto", "'/excludedComputeTypes'"),
         ("agent.audience=minio", "agent.audience must be one of audiences"),
     ] {
         let output = run("helm", &["template", &path(), "--set", values])?;

@@ -1,5 +1,6 @@
 //! What is under daemonset/, read by the programs that users read it with: kustomize, helm, a real API server, promtool.
 
+mod affinity;
 mod alerts;
 mod base;
 mod chart;
