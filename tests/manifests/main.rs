@@ -7,6 +7,7 @@ mod chart;
 mod dashboard;
 mod kustomize;
 mod release;
+mod startup_taint;
 mod token;
 
 use std::fs;
