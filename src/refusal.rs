@@ -157,7 +157,8 @@ impl Reason {
                 403,
                 None,
                 Level::WARN,
-                "the connection did not come through the redirect from the metadata address; ask 169.254.169.254:80",
+                "the connection did not come through the redirect from the metadata address; ask 169.254.169.254:80. A pod \
+                 that does so and is refused has a route of its own, as with security groups for pods in strict mode",
             ),
             Self::Starting => row(
                 "starting",
