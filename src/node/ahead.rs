@@ -1,11 +1,12 @@
 //! Credentials before the first request, and none after the last pod.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
 
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -26,6 +27,26 @@ pub(super) struct FetchAhead {
     pub(super) window: Duration,
 }
 
+/// Prefetches of changed accounts that wait for their moment. Further changes join the one that is pending: it fetches
+/// by the terms of its moment. Bounded by the accounts of this node's pods.
+#[derive(Default)]
+struct Pending {
+    accounts: HashSet<ServiceAccountName>,
+    due: FuturesUnordered<BoxFuture<'static, ServiceAccountName>>,
+}
+
+impl Pending {
+    fn put(&mut self, account: &ServiceAccountName, after: Duration) {
+        if self.accounts.insert(account.clone()) {
+            let account = account.clone();
+            self.due.push(Box::pin(async move {
+                tokio::time::sleep(after).await;
+                account
+            }));
+        }
+    }
+}
+
 impl FetchAhead {
     pub(super) async fn run(
         self,
@@ -35,10 +56,15 @@ impl FetchAhead {
     ) {
         let early = self.bound_until(&mut pods, known).await;
         self.spread(early);
+        let mut pending = Pending::default();
         loop {
             tokio::select! {
                 Some(change) = pods.recv() => self.take(change, Duration::ZERO),
-                Some(account) = accounts.recv() => self.account_changed(&account),
+                Some(account) = accounts.recv() => self.account_changed(&account, &mut pending),
+                Some(account) = pending.due.next() => {
+                    pending.accounts.remove(&account);
+                    self.attributor.pods_of(&account).iter().for_each(|workload| self.fetch(workload));
+                }
                 else => return,
             }
         }
@@ -96,11 +122,13 @@ impl FetchAhead {
 
     /// Its pods may have been told of before it was: the two watches are not in step. Where it has other terms now, all
     /// nodes learn of that in the same second, and pods that ask do not wait for this.
-    fn account_changed(&self, account: &ServiceAccountName) {
-        let moment = self.moment();
-        for workload in self.attributor.pods_of(account) {
-            let after = if self.cache.serves(workload.uid()) { moment } else { Duration::ZERO };
-            self.take(Change::Bound(workload), after);
+    fn account_changed(&self, account: &ServiceAccountName, pending: &mut Pending) {
+        let pods = self.attributor.pods_of(account);
+        let (served, unserved): (Vec<_>, Vec<_>) =
+            pods.into_iter().partition(|workload| self.cache.serves(workload.uid()));
+        unserved.iter().for_each(|workload| self.fetch(workload));
+        if !served.is_empty() {
+            pending.put(account, self.moment());
         }
     }
 
@@ -124,5 +152,23 @@ impl FetchAhead {
         if let Some(grant) = self.authoriser.foresee(workload) {
             self.cache.prefetch(&grant);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `kubectl annotate` in a loop.
+    #[tokio::test(start_paused = true)]
+    async fn changes_of_an_account_share_one_moment() {
+        let account = |name: &str| ServiceAccountName { namespace: "default".into(), name: name.into() };
+        let mut pending = Pending::default();
+        for _ in 0..1_000 {
+            pending.put(&account("a"), Duration::from_secs(60));
+            pending.put(&account("b"), Duration::from_secs(30));
+        }
+        assert_eq!((pending.due.len(), pending.accounts.len()), (2, 2));
+        assert_eq!(pending.due.next().await, Some(account("b")), "each at its own moment");
     }
 }
