@@ -5,9 +5,12 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::{
-    authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
-    core::v1::ServiceAccount,
+use k8s_openapi::{
+    api::{
+        authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
+        core::v1::ServiceAccount,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{Api, Client, api::PostParams};
 use tokio::{io::AsyncReadExt, sync::Notify, time::sleep};
@@ -90,6 +93,11 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
                 uid: Some(workload.uid().to_string()),
             }),
         },
+        // API servers before 1.34 ignore it; later ones answer 409 for an account that was recreated.
+        metadata: ObjectMeta {
+            uid: Some(key.account_uid.to_string()).filter(|uid| !uid.is_empty()),
+            ..ObjectMeta::default()
+        },
         ..TokenRequest::default()
     };
     let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), workload.namespace());
@@ -103,7 +111,9 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
             }
             Err(error) => {
                 let refusal = refused(grant, &error);
-                let may_lag = matches!(refusal.reason, Reason::TokenForbidden | Reason::PodGone);
+                // Lag never explains a conflict: the UID of the pod or of its account is another one by now.
+                let conflict = matches!(&error, kube::Error::Api(status) if status.code == 409);
+                let may_lag = !conflict && matches!(refusal.reason, Reason::TokenForbidden | Reason::PodGone);
                 if !may_lag || grant.age() > ADMISSION_LAG {
                     return Err(refusal);
                 }
@@ -125,7 +135,7 @@ fn refused(grant: &Grant, error: &kube::Error) -> Refusal {
         kube::Error::Api(status) => match status.code {
             401 => Reason::TokenUnavailable,
             403 => Reason::TokenForbidden,
-            // 409: the pod's UID is another one by now.
+            // 409: the UID of the pod or of its service account is another one by now.
             404 | 409 => Reason::PodGone,
             400 | 422 => Reason::TokenRefused,
             _ => Reason::TokenUnavailable,
@@ -272,6 +282,18 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn token_request_names_account_uid() {
+        let service = tower::service_fn(|request: Request<Body>| async {
+            let body = request.into_body().collect_bytes().await.unwrap();
+            let sent: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(sent["metadata"]["uid"], "sa-uid");
+            assert_eq!(sent["spec"]["boundObjectRef"]["uid"], "uid-a");
+            Ok::<_, Infallible>(Response::builder().status(409).body(Body::empty()).unwrap())
+        });
+        assert!(mint(&Client::new(service, "default"), &grant()).await.is_err());
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_pod_that_the_api_server_is_yet_to_learn_of_is_asked_for_again() {
         for status in [403, 404] {
@@ -283,7 +305,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_lag_does_not_explain_is_refused_at_once_and_the_rest_soon() {
-        for (status, reason) in [(422, Reason::TokenRefused), (500, Reason::TokenUnavailable)] {
+        for (status, reason) in [(409, Reason::PodGone), (422, Reason::TokenRefused), (500, Reason::TokenUnavailable)] {
             let (client, asked) = refusing(status, usize::MAX);
             assert_eq!(mint(&client, &grant()).await.unwrap_err().reason, reason);
             assert_eq!(asked.load(Ordering::SeqCst), 1);
