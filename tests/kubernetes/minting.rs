@@ -1,12 +1,14 @@
 //! Both ways of minting, with the rights of the manifests and nothing more.
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::{Api, api::PostParams};
 use lab::agent::{Agent, field};
 use lab::poll::poll;
 
 use crate::PATIENCE;
 use crate::rights::Way;
-use crate::site::{Site, blocking};
+use crate::site::{AUDIENCE, Site, blocking};
 
 const IMPERSONATION: &str = "daemonset/components/constrained-impersonation";
 const DIRECT: &str = "daemonset/components/direct-minting";
@@ -118,4 +120,41 @@ fn a_burst_of_new_pods_is_minted_for_at_once() -> Result<()> {
     let failed = agent.metric("kirsa_exchange_seconds_count", &[("outcome", "token_forbidden")])?;
     ensure!(failed == 0.0, "{failed} pods would have to wait for what is remembered");
     agent.stop().context("after the burst")
+}
+
+/// Kubernetes 1.34 and later compare the account's UID, so no token is minted by terms of the former account.
+#[test]
+fn token_for_a_recreated_account_is_a_conflict() -> Result<()> {
+    let site = Site::new()?;
+    site.account("app")?;
+    let pod_uid = site.bind("app-0", "app")?;
+    let minted = |uid: Option<String>| -> Result<u16> {
+        let pod = serde_json::json!({"apiVersion": "v1", "kind": "Pod", "name": "app-0", "uid": pod_uid});
+        let request = serde_json::from_value(serde_json::json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "metadata": {"uid": uid},
+            "spec": {"audiences": [AUDIENCE], "expirationSeconds": 600, "boundObjectRef": pod},
+        }))?;
+        blocking(async {
+            let accounts: Api<ServiceAccount> = Api::namespaced(site.api.client().await?, site.namespace());
+            match accounts.create_token_request("app", &PostParams::default(), &request).await {
+                Ok(_) => Ok(201),
+                Err(kube::Error::Api(status)) => Ok(status.code),
+                Err(other) => Err(other.into()),
+            }
+        })
+    };
+    let uid = || -> Result<Option<String>> {
+        blocking(async {
+            let accounts: Api<ServiceAccount> = Api::namespaced(site.api.client().await?, site.namespace());
+            Ok(accounts.get("app").await?.metadata.uid)
+        })
+    };
+    let former = uid()?;
+    ensure!(minted(former.clone())? == 201);
+    site.delete_account("app")?;
+    site.account("app")?;
+    ensure!(uid()? != former);
+    ensure!(minted(former)? == 409, "the former account's UID");
+    ensure!(minted(uid()?)? == 201);
+    Ok(())
 }
