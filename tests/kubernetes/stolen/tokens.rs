@@ -56,6 +56,19 @@ pub(super) fn rows(loot: &Loot) -> Result<Vec<Row>> {
         Row("for an audience of nobody's", with(json!(["other"]), 600), [403, 403]),
         Row("for a day", with(json!([AUDIENCE]), 86_400), [unfenced, 403]),
         Row("unbound", loot.as_agent(Attempt::token(&loot.namespace, "mine", AUDIENCE, None)), [403, 403]),
+        // The policies demand a Pod reference, with which the API server takes no attestations: they need no rule.
+        Row(
+            "bound to its own pod, with attestations",
+            loot.as_agent(Attempt::token_with(
+                &loot.namespace,
+                "mine",
+                json!({
+                    "audiences": [AUDIENCE], "expirationSeconds": 600, "attestations": {"example.com/a": ["b"]},
+                    "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": "mine", "uid": mine},
+                }),
+            )),
+            [422, 422],
+        ),
         Row("bound by name", to(json!({"apiVersion": "v1", "kind": "Pod", "name": "mine"})), [403, 403]),
         Row("bound by UID", to(json!({"apiVersion": "v1", "kind": "Pod", "uid": mine})), [403, 403]),
         Row("bound to another pod's UID", bound(loot, "mine", AUDIENCE, "mine", theirs), [403, 409]),
