@@ -2,6 +2,7 @@
 //! is borne. Knows no stage.
 
 pub mod review;
+pub mod slim;
 pub mod taint;
 pub mod watch;
 
@@ -28,6 +29,7 @@ use tower::{Layer, Service, util::MapRequestLayer};
 use tracing::{info, warn};
 
 use crate::{clock::Backoff, observe::Heard};
+use slim::{Keep, SlimLayer};
 
 /// A watch is silent for a minute between bookmarks; a longer silence is a dead connection.
 const WATCH_READ_TIMEOUT: Duration = Duration::from_secs(90);
@@ -87,14 +89,27 @@ impl Kubernetes {
         Ok(ClientBuilder::try_from(self.config(identity, CALL_READ_TIMEOUT)?)?.build())
     }
 
-    /// For a watch, whose every byte is noted in `heard`.
+    /// For single reads of pods and service accounts, of whose annotations only `keep` are received.
     ///
     /// # Errors
     /// The TLS configuration is not usable.
-    pub fn watch(&self, identity: Identity, heard: Heard) -> anyhow::Result<Client> {
+    pub fn reads(&self, identity: Identity, keep: Keep) -> anyhow::Result<Client> {
+        let config = self.config(identity, CALL_READ_TIMEOUT)?;
+        Ok(ClientBuilder::try_from(config)?.with_layer(&SlimLayer(keep)).build())
+    }
+
+    /// For a watch, whose every byte is noted in `heard`. Of annotations only `keep` are received.
+    ///
+    /// # Errors
+    /// The TLS configuration is not usable.
+    pub fn watch(&self, identity: Identity, heard: Heard, keep: Keep) -> anyhow::Result<Client> {
         let config = self.config(identity, WATCH_READ_TIMEOUT)?;
         let up_to_date = MapRequestLayer::new(watch::up_to_date);
-        Ok(ClientBuilder::try_from(config)?.with_layer(&up_to_date).with_layer(&Listening(heard)).build())
+        Ok(ClientBuilder::try_from(config)?
+            .with_layer(&up_to_date)
+            .with_layer(&Listening(heard))
+            .with_layer(&SlimLayer(keep))
+            .build())
     }
 
     fn config(&self, identity: Identity, read_timeout: Duration) -> anyhow::Result<Config> {

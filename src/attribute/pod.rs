@@ -5,8 +5,17 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use k8s_openapi::{api::core::v1::Pod as KubePod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde::{Deserialize, Serialize};
 
+use crate::kubernetes::slim::Keep;
+
 /// What the kubelet writes to the mirror of a static pod (Kubernetes, "Well-known labels, annotations and taints").
 const MIRROR: &str = "kubernetes.io/config.mirror";
+/// Maximum length of a static pod's UID: a hash.
+const LONGEST_MIRROR: usize = 256;
+
+/// The annotations of pods that clients of the API server receive.
+pub fn keep() -> Keep {
+    Arc::new(|name| (name == MIRROR).then_some(LONGEST_MIRROR))
+}
 
 /// What a pod is, for as long as it exists, whatever its name and address.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -24,7 +24,10 @@ use tokio::{sync::watch, time::Instant};
 use super::{Key, terms};
 use crate::{
     attribute::{ServiceAccountName, Workload, file::FileWorkload},
-    kubernetes::watch::{Listing, Watch},
+    kubernetes::{
+        slim::Keep,
+        watch::{Listing, Watch},
+    },
     refusal::{Reason, Refusal},
 };
 
@@ -263,6 +266,12 @@ impl Live {
 
 fn unreadable(name: &ServiceAccountName, why: &dyn std::fmt::Display) -> Refusal {
     Refusal::new(Reason::AccountUnavailable, format!("service account {name} could not be read: {why}"))
+}
+
+/// The annotations of service accounts that clients of the API server receive.
+pub fn keep(role_annotation: &str) -> Keep {
+    let role_annotation = role_annotation.to_owned();
+    Arc::new(move |name| terms::longest(name, &role_annotation))
 }
 
 /// An account's name, and of the account what is read of it: whoever may write service accounts in one namespace must

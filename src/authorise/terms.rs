@@ -56,7 +56,7 @@ impl Terms {
 
         let Some(role) = irsa("role-arn") else { return Ok(None) };
         if let Some((name, length)) = &account.too_long {
-            return Err(format!("annotation {name}: has {length} bytes, more than any value that is right"));
+            return Err(format!("annotation {name}: has at least {length} bytes, more than any value that is right"));
         }
         // IRSA's lifetime of the token in the pod and its choice of endpoint: kirsa's token lives for one exchange, at
         // the regional endpoint. Both must be well-formed all the same, since a typing error is worth knowing of.

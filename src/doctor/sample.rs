@@ -11,8 +11,11 @@ use tokio::{select, sync::mpsc::UnboundedReceiver, time::sleep};
 
 use super::{cluster::Cluster, finding::Finding};
 use crate::{
-    attribute::{Attributor, Change, Event, Workload, file, pod::SlimPod},
-    authorise::{Accounts, Authoriser, Grant, Told},
+    attribute::{
+        Attributor, Change, Event, Workload, file,
+        pod::{self, SlimPod},
+    },
+    authorise::{Accounts, Authoriser, Grant, Told, accounts},
     clock::UnixTime,
     config::Config,
     exchange::{
@@ -58,17 +61,18 @@ pub(super) async fn of_cluster(
 ) -> anyhow::Result<Pods> {
     let identity = cluster.identity.context("the agent may not mint tokens")?;
     let client = cluster.kubernetes.calls(identity)?;
-    let pods: Api<SlimPod> = Api::all(client.clone());
+    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.reads(identity, pod::keep())?);
     let listed = pods.list(&ListParams::default().fields(&format!("spec.nodeName={node}"))).await;
     let listed = listed.context("this node's pods cannot be listed")?;
     let (attributor, changes) = Attributor::new(metrics.clone());
     listed.items.into_iter().filter_map(SlimPod::into_pod).for_each(|pod| attributor.apply(Event::Pod(pod)));
 
-    let authoriser =
-        Authoriser::new(Accounts::of_kubernetes(cluster.kubernetes.calls(Identity::Agent)?), config.defaults());
-    let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"))?;
-    let read = tokio::sync::Notify::new();
     let annotation = config.defaults().role_annotation();
+    let keep = accounts::keep(&annotation);
+    let accounts = Accounts::of_kubernetes(cluster.kubernetes.reads(Identity::Agent, keep.clone())?);
+    let authoriser = Authoriser::new(accounts, config.defaults());
+    let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
+    let read = tokio::sync::Notify::new();
     select! {
         () = authoriser.accounts().follow(reader, &annotation, |told| if told == Told::All { read.notify_one() }) => {}
         () = read.notified() => {}

@@ -7,8 +7,8 @@ use tracing::info;
 
 use super::{always, container};
 use crate::{
-    attribute::{self, Attributor, ServiceAccountName, cni, file},
-    authorise::{Accounts, Authoriser, Told},
+    attribute::{self, Attributor, ServiceAccountName, cni, file, pod},
+    authorise::{Accounts, Authoriser, Told, accounts},
     config::{Config, Source},
     exchange::token::{Minting, TokenSource},
     kubernetes::{self, Identity, Kubernetes, Mint},
@@ -52,7 +52,8 @@ impl Learning<'_> {
             }
             Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
                 let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
-                let accounts = Accounts::of_kubernetes(kubernetes.calls(Identity::Agent)?);
+                let accounts =
+                    Accounts::of_kubernetes(kubernetes.reads(Identity::Agent, accounts::keep(&role_annotation))?);
                 let authoriser = Arc::new(Authoriser::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
@@ -109,7 +110,8 @@ impl Follow {
         minting: Arc<Minting>,
         (pods_known, accounts_known): (Condition, Condition),
     ) -> anyhow::Result<()> {
-        let accounts_client = self.kubernetes.watch(Identity::Agent, self.metrics.watch("serviceaccounts"))?;
+        let heard = self.metrics.watch("serviceaccounts");
+        let accounts_client = self.kubernetes.watch(Identity::Agent, heard, accounts::keep(&role_annotation))?;
         let accounts = async {
             let told = |told| match told {
                 Told::All => accounts_known.set(true),
@@ -124,10 +126,11 @@ impl Follow {
             let mut identity = self.kubernetes.choose(self.mint).await?;
             loop {
                 let calls = self.kubernetes.calls(identity)?;
-                minting.set(calls.clone());
+                minting.set(calls);
+                let reads = self.kubernetes.reads(identity, pod::keep())?;
                 let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
-                attributor.set_live_read(attribute::watch::live_read(calls, node.clone(), attributor.clone()));
-                let client = self.kubernetes.watch(identity, self.metrics.watch("pods"))?;
+                attributor.set_live_read(attribute::watch::live_read(reads, node.clone(), attributor.clone()));
+                let client = self.kubernetes.watch(identity, self.metrics.watch("pods"), pod::keep())?;
                 tokio::select! {
                     () = attribute::watch::follow(client, node, attributor, || pods_known.set(true)) => {
                         return anyhow::Ok(());
