@@ -256,6 +256,12 @@ impl Attributor {
         directory.pods_of(account).map(|pod| Workload(pod.clone())).collect()
     }
 
+    /// Whether a live pod on this node uses the service account, and can ask for credentials.
+    pub fn uses(&self, account: &ServiceAccountName) -> bool {
+        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
+        directory.pods_of(account).next().is_some()
+    }
+
     /// Whether the pod is one of this node's live ones still.
     pub fn is_live(&self, uid: &PodUid) -> bool {
         self.directory.read().unwrap_or_else(PoisonError::into_inner).is_live(uid)

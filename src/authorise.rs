@@ -5,6 +5,7 @@
 
 pub mod accounts;
 mod arn;
+mod known;
 mod terms;
 
 use std::{
@@ -146,6 +147,22 @@ impl Authoriser {
             Some(now) => now.key == grant.key,
             None => grant.age() < WATCH_LAG,
         }
+    }
+
+    /// Returns whether the workload's service account must be [learned](Authoriser::learn) before the workload can be
+    /// foreseen. The caller that gets `true` has to call that.
+    pub fn begin_learning(&self, workload: &Workload) -> bool {
+        self.accounts.begin_learning(workload)
+    }
+
+    /// Reads a service account until it is known, or until no pod uses it any more.
+    pub async fn learn(&self, account: &ServiceAccountName) {
+        self.accounts.learn(account, &self.defaults.role_annotation()).await;
+    }
+
+    /// Drops the service accounts that no pod uses any more.
+    pub fn forget_unused(&self) {
+        self.accounts.forget_unused();
     }
 
     /// Whether the service accounts have been read.

@@ -1,29 +1,37 @@
-//! Service accounts and their annotations: from one cluster-wide, metadata-only watch of which only the annotated ones
-//! are kept, or from a workloads file.
+//! Service accounts and their annotations: from one cluster-wide, metadata-only watch of which only the accounts are kept
+//! that pods of this node use, or from a workloads file.
+//!
+//! The watch does not repeat an account for the first pod that uses it: one live read does.
 //!
 //! Before a pod is told that it has no role, one live read decides: an annotation that was added a moment ago must not
 //! cost a pod its start, since SDKs do not ask twice after a 404.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     future::Future,
     path::PathBuf,
     pin::Pin,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use futures::{FutureExt, future::Shared};
 use k8s_openapi::{api::core::v1::ServiceAccount, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, Client, api::PartialObjectMeta, runtime::watcher};
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{Instant, sleep},
+};
+use tracing::warn;
 
-use super::{Key, terms};
+use super::{
+    Key,
+    known::{InUse, Known},
+    terms,
+};
 use crate::{
     attribute::{ServiceAccountName, Workload, file::FileWorkload},
+    clock::Backoff,
     kubernetes::{
         slim::Keep,
         watch::{Listing, Watch},
@@ -35,6 +43,11 @@ use crate::{
 const LIVE_READ_HOLDS: Duration = Duration::from_secs(10);
 /// The same of one that failed: pods that ask all the time must not be a load of an API server in trouble.
 const FAILURE_HOLDS: Duration = Duration::from_secs(1);
+/// Maximum number of reads for one request that newer events overtake.
+const READS: usize = 3;
+/// Maximum number of concurrent reads for pods that were bound: each may take a connection.
+const LEARNING_READS: usize = 4;
+const LEARNING_BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
 /// A service account, as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,7 +66,7 @@ impl Account {
         self.annotations.get(name).map(String::as_str)
     }
 
-    fn says_the_same(&self, other: &Self) -> bool {
+    pub(super) fn says_the_same(&self, other: &Self) -> bool {
         self.uid == other.uid && self.annotations == other.annotations && self.too_long == other.too_long
     }
 
@@ -67,55 +80,62 @@ impl Account {
 /// What an event of the watch meant.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Told {
-    /// Every service account has been told of.
-    All,
-    /// This one has a role, or other terms, since now.
+    /// Every service account has been told of. With those that are in use and were not among them.
+    All(Vec<ServiceAccountName>),
+    /// This one, which is in use, has a role, or other terms, since now.
     Changed(ServiceAccountName),
     Nothing,
 }
 
-/// What is known of service accounts.
+/// The service accounts of this node's pods.
 pub struct Accounts {
-    known: RwLock<Known>,
+    known: Arc<Known>,
     /// Whether all have been told of.
     read: watch::Sender<bool>,
-    /// How often what is known has changed.
-    edition: AtomicU64,
     live: Option<Live>,
-}
-
-#[derive(Debug, Default)]
-struct Known {
-    /// Only those with a role.
-    annotated: HashMap<ServiceAccountName, Arc<Account>>,
-    listing: Option<HashSet<ServiceAccountName>>,
 }
 
 /// Live reads, each of which is under way once whoever waits for it, and goes on when nobody does.
 struct Live {
     client: Client,
+    known: Arc<Known>,
+    /// For requests.
     answers: Mutex<HashMap<ServiceAccountName, (Instant, Shared<Reading>)>>,
+    /// For pods that were bound.
+    turns: Semaphore,
 }
 
-/// `None` inside: there is no such account.
-type Reading = Pin<Box<dyn Future<Output = Result<Option<Arc<Account>>, Refusal>> + Send>>;
+/// The result of a live read.
+#[derive(Debug, Clone)]
+enum Answer {
+    /// `None`: the account has no role, or does not exist.
+    Current(Option<Arc<Account>>),
+    /// Something newer came in between.
+    Overtaken,
+}
+
+type Reading = Pin<Box<dyn Future<Output = Result<Answer, Refusal>> + Send>>;
 
 impl Accounts {
-    pub fn of_kubernetes(client: Client) -> Self {
-        Self::new(Some(Live { client, answers: Mutex::default() }))
+    /// Keeps the accounts for which `in_use` returns true: those that live pods of this node use.
+    pub fn of_kubernetes(client: Client, in_use: impl Fn(&ServiceAccountName) -> bool + Send + Sync + 'static) -> Self {
+        let known = Arc::new(Known::new(Box::new(in_use)));
+        Self { live: Some(Live::new(client, known.clone())), ..Self::new(known) }
     }
 
     pub fn of_file() -> Self {
-        Self::new(None)
+        // The file names the pods too.
+        let in_use: InUse = Box::new(|_| true);
+        Self::new(Arc::new(Known::new(in_use)))
     }
 
-    fn new(live: Option<Live>) -> Self {
-        Self { known: RwLock::default(), read: watch::Sender::new(false), edition: AtomicU64::new(0), live }
+    fn new(known: Arc<Known>) -> Self {
+        Self { known, read: watch::Sender::new(false), live: None }
     }
 
     /// Takes over what a workloads file says. `role_annotation` is where its `role` goes.
     pub fn replace(&self, workloads: &[FileWorkload], role_annotation: &str) {
-        let annotated = workloads.iter().map(|workload| {
+        self.known.replace(workloads.iter().map(|workload| {
             let mut annotations = workload.annotations.clone();
             if let Some(role) = &workload.role {
                 annotations.insert(role_annotation.to_owned(), role.clone());
@@ -128,11 +148,7 @@ impl Accounts {
                 shared: OnceLock::new(),
             };
             (workload.pod.account.clone(), Arc::new(account))
-        });
-        let replaced = Known { annotated: annotated.collect(), listing: None };
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        *known = replaced;
-        self.edition.fetch_add(1, Ordering::SeqCst);
+        }));
         self.read.send_replace(true);
     }
 
@@ -142,12 +158,16 @@ impl Accounts {
     }
 
     pub(super) fn edition(&self) -> u64 {
-        self.edition.load(Ordering::SeqCst)
+        self.known.edition()
     }
 
     pub(super) fn annotated(&self, workload: &Workload) -> Option<Arc<Account>> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.annotated.get(workload.service_account()).cloned()
+        self.known.with_role(workload.service_account())
+    }
+
+    /// Drops the accounts that no pod uses any more.
+    pub(super) fn forget_unused(&self) {
+        self.known.forget_unused();
     }
 
     /// Waits while the service accounts are being read.
@@ -158,14 +178,36 @@ impl Accounts {
         }
         // The sender is held here: waiting cannot fail.
         let _ = self.read.subscribe().wait_for(|read| *read).await;
-        if let Some(account) = self.annotated(workload) {
-            return Ok(account);
-        }
         let none =
             || Refusal::new(Reason::NoRole, format!("service account {name} has no annotation {role_annotation}"));
-        match &self.live {
-            Some(live) => live.read(name, role_annotation).await?.ok_or_else(none),
-            None => Err(none()),
+        for _ in 0..READS {
+            if let Some(account) = self.annotated(workload) {
+                return Ok(account);
+            }
+            let Some(live) = &self.live else { return Err(none()) };
+            if let Answer::Current(account) = live.answer(name, role_annotation).await? {
+                return account.ok_or_else(none);
+            }
+        }
+        self.annotated(workload).ok_or_else(|| unreadable(name, &"it changes all the time"))
+    }
+
+    /// Returns whether [`Accounts::learn`] has to be called for a pod that was bound.
+    pub(super) fn begin_learning(&self, workload: &Workload) -> bool {
+        let name = workload.service_account();
+        self.live.is_some() && !name.name.is_empty() && self.known.begin_learning(name)
+    }
+
+    /// Reads an account until it is known, or until no pod uses it any more. Requests that arrive meanwhile read for
+    /// themselves: an annotation that was added after this read began counts for them.
+    pub(super) async fn learn(&self, name: &ServiceAccountName, role_annotation: &str) {
+        let Some(live) = &self.live else { return };
+        let mut backoff = LEARNING_BACKOFF;
+        while !self.known.end_learning(name) {
+            if let Err(refusal) = live.learn(name, role_annotation).await {
+                warn!(error = %refusal.detail, "prefetch waits for a service account; trying again");
+                sleep(backoff.pause()).await;
+            }
         }
     }
 
@@ -180,43 +222,27 @@ impl Accounts {
     }
 
     fn apply(&self, event: watcher::Event<PartialObjectMeta<ServiceAccount>>, role_annotation: &str) -> Told {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        // Nobody can read before this ends.
-        self.edition.fetch_add(1, Ordering::SeqCst);
         match event {
-            watcher::Event::Init => known.listing = Some(HashSet::new()),
+            watcher::Event::Init => self.known.list_started(),
             watcher::Event::InitApply(account) | watcher::Event::Apply(account) => {
                 let Some((name, account)) = slim(account.metadata, role_annotation) else { return Told::Nothing };
-                let account = Some(account).filter(|account| account.annotation(role_annotation).is_some());
                 self.forget_live(&name);
-                if let Some(listing) = &mut known.listing {
-                    listing.insert(name.clone());
-                }
-                let Some(account) = account else {
-                    known.annotated.remove(&name);
-                    return Told::Nothing;
-                };
-                let before = known.annotated.get(&name);
-                let same = before.is_some_and(|before| before.says_the_same(&account));
-                if !same {
-                    known.annotated.insert(name.clone(), Arc::new(account));
-                    // Of the first list, nothing is news.
-                    if self.are_read() {
-                        return Told::Changed(name);
-                    }
+                let new = self.known.put(&name, with_role(account, role_annotation));
+                // Of the first list, nothing is news.
+                if new && self.are_read() {
+                    return Told::Changed(name);
                 }
             }
             watcher::Event::Delete(account) => {
                 if let Some((name, _)) = slim(account.metadata, role_annotation) {
                     self.forget_live(&name);
-                    known.annotated.remove(&name);
+                    self.known.put(&name, None);
                 }
             }
             watcher::Event::InitDone => {
-                let listed = known.listing.take().unwrap_or_default();
-                known.annotated.retain(|name, _| listed.contains(name));
+                let unlisted = self.known.list_done();
                 self.read.send_replace(true);
-                return Told::All;
+                return Told::All(unlisted);
             }
         }
         Told::Nothing
@@ -230,13 +256,14 @@ impl Accounts {
 }
 
 impl Live {
-    async fn read(&self, name: &ServiceAccountName, role_annotation: &str) -> Result<Option<Arc<Account>>, Refusal> {
+    fn new(client: Client, known: Arc<Known>) -> Self {
+        Self { client, known, answers: Mutex::default(), turns: Semaphore::new(LEARNING_READS) }
+    }
+
+    async fn answer(&self, name: &ServiceAccountName, role_annotation: &str) -> Result<Answer, Refusal> {
         let answer = {
             let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-            answers.retain(|_, (asked, answer)| {
-                let failed = matches!(answer.peek(), Some(Err(_)));
-                asked.elapsed() < if failed { FAILURE_HOLDS } else { LIVE_READ_HOLDS }
-            });
+            answers.retain(|_, (asked, answer)| asked.elapsed() < holds(answer.peek()));
             let begin = || {
                 let answer = self.begin(name.clone(), role_annotation.to_owned()).shared();
                 // It is known to have failed also where nobody waits for it any more.
@@ -249,19 +276,43 @@ impl Live {
     }
 
     fn begin(&self, name: ServiceAccountName, role_annotation: String) -> Reading {
-        let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &name.namespace);
-        let asked = name.clone();
-        let read = tokio::spawn(async move { accounts.get_metadata_opt(&asked.name).await });
-        Box::pin(async move {
-            let found = match read.await {
-                Ok(Ok(found)) => found,
-                Ok(Err(error)) => return Err(unreadable(&name, &error)),
-                Err(error) => return Err(unreadable(&name, &error)),
-            };
-            let read = |found: PartialObjectMeta<_>| slim(found.metadata, &role_annotation);
-            Ok(found.and_then(read).map(|(_, account)| Arc::new(account)))
-        })
+        let (client, known, asked) = (self.client.clone(), self.known.clone(), name.clone());
+        let read = tokio::spawn(async move { read(client, &known, &asked, &role_annotation).await });
+        Box::pin(async move { read.await.unwrap_or_else(|error| Err(unreadable(&name, &error))) })
     }
+
+    async fn learn(&self, name: &ServiceAccountName, role_annotation: &str) -> Result<Answer, Refusal> {
+        // Never closed.
+        let _turn = self.turns.acquire().await;
+        read(self.client.clone(), &self.known, name, role_annotation).await
+    }
+}
+
+/// How long the answer to requests holds. An account with a role is not kept here: it is known while it is used.
+fn holds(answer: Option<&Result<Answer, Refusal>>) -> Duration {
+    match answer {
+        None | Some(Ok(Answer::Current(None))) => LIVE_READ_HOLDS,
+        Some(Err(_)) => FAILURE_HOLDS,
+        Some(Ok(_)) => Duration::ZERO,
+    }
+}
+
+async fn read(
+    client: Client,
+    known: &Arc<Known>,
+    name: &ServiceAccountName,
+    role_annotation: &str,
+) -> Result<Answer, Refusal> {
+    let read = known.begin_read(name);
+    let accounts: Api<ServiceAccount> = Api::namespaced(client, &name.namespace);
+    let found = accounts.get_metadata_opt(&name.name).await.map_err(|error| unreadable(name, &error))?;
+    let account = found.and_then(|found| slim(found.metadata, role_annotation));
+    let account = account.and_then(|(_, account)| with_role(account, role_annotation)).map(Arc::new);
+    Ok(if read.end(account.clone()) { Answer::Current(account) } else { Answer::Overtaken })
+}
+
+fn with_role(account: Account, role_annotation: &str) -> Option<Account> {
+    Some(account).filter(|account| account.annotation(role_annotation).is_some())
 }
 
 fn unreadable(name: &ServiceAccountName, why: &dyn std::fmt::Display) -> Refusal {
@@ -298,132 +349,5 @@ impl std::fmt::Debug for Accounts {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{convert::Infallible, sync::atomic::AtomicUsize};
-
-    use http::{Request, Response};
-    use kube::client::Body;
-
-    use super::*;
-    use crate::authorise::terms::{Defaults, Terms};
-
-    /// An API server that takes 50 ms, and says 500 as often as it is told to.
-    fn server(failures: usize) -> (Arc<AtomicUsize>, Client) {
-        let asked = Arc::new(AtomicUsize::new(0));
-        let counted = asked.clone();
-        let service = tower::service_fn(move |_: Request<Body>| {
-            let number = counted.fetch_add(1, Ordering::SeqCst);
-            async move {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                let found = serde_json::json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
-                    "metadata": {"name": "reader", "namespace": "default", "uid": "uid-1"}});
-                let (status, body) = if number < failures {
-                    (500, serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "code": 500}))
-                } else {
-                    (200, found)
-                };
-                let answer = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
-                Ok::<_, Infallible>(answer.unwrap())
-            }
-        });
-        (asked, Client::new(service, "default"))
-    }
-
-    const ROLE: &str = "eks.amazonaws.com/role-arn";
-
-    fn name() -> ServiceAccountName {
-        ServiceAccountName { namespace: "default".into(), name: "reader".into() }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_live_read_is_one_whoever_waits_and_goes_on_when_all_of_them_hang_up() {
-        let (asked, client) = server(0);
-        let live = Live { client, answers: Mutex::default() };
-        for _ in 0..3 {
-            let patience = Duration::from_millis(10);
-            assert!(tokio::time::timeout(patience, live.read(&name(), ROLE)).await.is_err(), "hangs up");
-        }
-        assert!(live.read(&name(), ROLE).await.unwrap().is_some());
-        assert_eq!(asked.load(Ordering::SeqCst), 1);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_live_read_that_failed_is_the_answer_to_all_for_a_moment() {
-        let (asked, client) = server(1);
-        let live = Live { client, answers: Mutex::default() };
-        let names: Vec<_> = (0..20).map(|_| name()).collect();
-        for answer in futures::future::join_all(names.iter().map(|name| live.read(name, ROLE))).await {
-            assert_eq!(answer.unwrap_err().reason, Reason::AccountUnavailable);
-        }
-        assert!(live.read(&name(), ROLE).await.is_err());
-        assert_eq!(asked.load(Ordering::SeqCst), 1, "each of them would have asked in its turn");
-        tokio::time::advance(FAILURE_HOLDS).await;
-        assert!(live.read(&name(), ROLE).await.unwrap().is_some());
-    }
-
-    /// Where nobody polled it, one that failed was remembered as if it had not.
-    #[tokio::test(start_paused = true)]
-    async fn a_live_read_that_failed_after_all_hung_up_is_not_the_answer_for_long() {
-        let (asked, client) = server(1);
-        let live = Live { client, answers: Mutex::default() };
-        let patience = Duration::from_millis(10);
-        assert!(tokio::time::timeout(patience, live.read(&name(), ROLE)).await.is_err(), "hangs up");
-        tokio::time::sleep(FAILURE_HOLDS).await;
-        assert!(live.read(&name(), ROLE).await.unwrap().is_some());
-        assert_eq!(asked.load(Ordering::SeqCst), 2);
-    }
-
-    /// Whoever may write service accounts in one namespace may not fill the memory of every agent.
-    #[test]
-    fn of_annotations_only_what_is_read_is_kept_and_none_that_is_too_long() {
-        let told = |annotations: &[(&str, &str)]| {
-            let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-            let metadata = ObjectMeta {
-                namespace: Some("default".into()),
-                name: Some("reader".into()),
-                uid: Some("uid-1".into()),
-                annotations: Some(annotations.iter().map(own).collect()),
-                ..ObjectMeta::default()
-            };
-            slim(metadata, ROLE).unwrap().1
-        };
-        let junk = "x".repeat(200 << 10);
-        let role = "arn:aws:iam::111122223333:role/reader";
-        let kept = told(&[
-            (ROLE, role),
-            ("kirsa.dev/session-scope", "pod"),
-            ("kirsa.dev/junk", &junk),
-            ("eks.amazonaws.com/junk", &junk),
-            ("kirsa.dev/role-arn", &junk),
-            ("other/role-arn", &junk),
-            ("role-arn", &junk),
-            ("junk", &junk),
-        ]);
-        assert_eq!(kept.annotations.keys().collect::<Vec<_>>(), [ROLE, "kirsa.dev/session-scope"]);
-        assert_eq!(kept.too_long, None);
-        let defaults = Defaults::sample();
-        assert!(Terms::read(&kept, &defaults).unwrap().is_some());
-        for long in [ROLE, "kirsa.dev/session-policy", "kirsa.dev/session-policy-arns", "eks.amazonaws.com/audience"] {
-            let mut annotations = vec![(ROLE, role)];
-            annotations.retain(|(name, _)| *name != long);
-            annotations.push((long, &junk));
-            let account = told(&annotations);
-            assert!(account.annotations.values().map(String::len).sum::<usize>() < 100, "{long}");
-            let wrong = Terms::read(&account, &defaults).unwrap_err();
-            assert!(wrong.contains(long) && wrong.contains("204800 bytes") && wrong.len() < 200, "{wrong}");
-        }
-        assert_eq!(Terms::read(&told(&[("kirsa.dev/session-policy", &junk)]), &defaults), Ok(None), "has no role");
-    }
-
-    /// Told of service accounts, whoever waited has the answer: SDKs that ask once get no other.
-    #[tokio::test(start_paused = true)]
-    async fn who_asks_while_the_service_accounts_are_read_waits_for_them() {
-        let accounts = Accounts::of_file();
-        let workload = Workload::sample("a", "uid-a", "reader");
-        let asked = accounts.find(&workload, ROLE);
-        tokio::pin!(asked);
-        assert!(futures::poll!(&mut asked).is_pending() && !accounts.are_read());
-        accounts.replace(&[], ROLE);
-        assert_eq!(asked.await.unwrap_err().reason, Reason::NoRole);
-    }
-}
+#[path = "accounts_tests.rs"]
+mod tests;

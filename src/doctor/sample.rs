@@ -69,12 +69,13 @@ pub(super) async fn of_cluster(
 
     let annotation = config.defaults().role_annotation();
     let keep = accounts::keep(&annotation);
-    let accounts = Accounts::of_kubernetes(cluster.kubernetes.reads(Identity::Agent, keep.clone())?);
+    let reads = cluster.kubernetes.reads(Identity::Agent, keep.clone())?;
+    let accounts = Accounts::of_kubernetes(reads, move |name| attributor.uses(name));
     let authoriser = Authoriser::new(accounts, config.defaults());
     let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
     let read = tokio::sync::Notify::new();
     select! {
-        () = authoriser.accounts().follow(reader, &annotation, |told| if told == Told::All { read.notify_one() }) => {}
+        () = authoriser.accounts().follow(reader, &annotation, |told| if matches!(told, Told::All(_)) { read.notify_one() }) => {}
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }

@@ -111,7 +111,7 @@ impl FetchAhead {
             Change::Bound(workload) => drop(bound.insert(workload.uid().clone(), workload)),
             Change::Gone(pod) => {
                 bound.remove(&pod);
-                self.cache.forget(&pod);
+                self.gone(&pod);
             }
         }
     }
@@ -134,7 +134,7 @@ impl FetchAhead {
 
     fn take(&self, change: Change, after: Duration) {
         match change {
-            Change::Gone(pod) => self.cache.forget(&pod),
+            Change::Gone(pod) => self.gone(&pod),
             Change::Bound(workload) if after.is_zero() => self.fetch(&workload),
             Change::Bound(workload) => {
                 let this = self.clone();
@@ -148,10 +148,29 @@ impl FetchAhead {
         }
     }
 
+    fn gone(&self, pod: &PodUid) {
+        self.cache.forget(pod);
+        self.authoriser.forget_unused();
+    }
+
     fn fetch(&self, workload: &Workload) {
-        if let Some(grant) = self.authoriser.foresee(workload) {
-            self.cache.prefetch(&grant);
+        if self.prefetch(workload) || !self.authoriser.begin_learning(workload) {
+            return;
         }
+        let (this, account) = (self.clone(), workload.service_account().clone());
+        tokio::spawn(async move {
+            this.authoriser.learn(&account).await;
+            // Those too that were bound meanwhile.
+            for workload in this.attributor.pods_of(&account) {
+                this.prefetch(&workload);
+            }
+        });
+    }
+
+    /// Returns whether it is known what the workload is going to be granted.
+    fn prefetch(&self, workload: &Workload) -> bool {
+        let grant = self.authoriser.foresee(workload);
+        grant.inspect(|grant| self.cache.prefetch(grant)).is_some()
     }
 }
 

@@ -52,8 +52,9 @@ impl Learning<'_> {
             }
             Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
                 let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
+                let (reads, pods) = (accounts::keep(&role_annotation), self.attributor.clone());
                 let accounts =
-                    Accounts::of_kubernetes(kubernetes.reads(Identity::Agent, accounts::keep(&role_annotation))?);
+                    Accounts::of_kubernetes(kubernetes.reads(Identity::Agent, reads)?, move |name| pods.uses(name));
                 let authoriser = Arc::new(Authoriser::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
@@ -92,7 +93,7 @@ impl Learning<'_> {
     }
 }
 
-/// In Kubernetes: find out how tokens may be minted, then follow this node's pods and the service accounts.
+/// In Kubernetes: find out how tokens may be minted, then follow this node's pods and their service accounts.
 struct Follow {
     kubernetes: Kubernetes,
     node_name: String,
@@ -113,12 +114,18 @@ impl Follow {
         let heard = self.metrics.watch("serviceaccounts");
         let accounts_client = self.kubernetes.watch(Identity::Agent, heard, accounts::keep(&role_annotation))?;
         let accounts = async {
+            // Nobody listens any more: the agent is ending.
+            let changed = |account| drop(self.changed.send(account));
             let told = |told| match told {
-                Told::All => accounts_known.set(true),
-                // Nobody listens any more: the agent is ending.
-                Told::Changed(account) => drop(self.changed.send(account)),
+                Told::All(unlisted) => {
+                    accounts_known.set(true);
+                    unlisted.into_iter().for_each(changed);
+                }
+                Told::Changed(account) => changed(account),
                 Told::Nothing => {}
             };
+            // The list keeps only the accounts of pods that are known.
+            pods_known.met().await;
             authoriser.accounts().follow(accounts_client, &role_annotation, told).await;
             anyhow::Ok(())
         };
