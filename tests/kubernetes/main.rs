@@ -7,6 +7,7 @@ mod container_redirect;
 mod container_sdk;
 mod exchange;
 mod lifecycle;
+mod memory;
 mod minting;
 mod outage;
 mod records;
