@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{find, kustomize, printed, text};
 
 /// Of kube-state-metrics.
-const FOREIGN: [&str; 1] = ["kube_daemonset_status_number_unavailable"];
+const FOREIGN: [&str; 2] = ["kube_daemonset_status_number_unavailable", "kube_pod_container_resource_limits"];
 
 fn rules() -> Result<Value> {
     Ok(find(&kustomize::with(&["metrics"])?, "PrometheusRule")?["spec"].clone())
