@@ -72,7 +72,8 @@ pub fn main(config: &Config, options: Options) -> ExitCode {
 async fn examine(config: &Config, options: Options) -> anyhow::Result<Vec<Finding>> {
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"))?;
     let mut findings = agent::check(config.admin_address).await;
-    findings.push(privileges::check(config.intercept));
+    findings.push(privileges::check(config.intercept, config.port));
+    findings.push(privileges::check_port(config.port));
     findings.extend(redirect::check(config).await);
     let rules = Ruleset::read();
     findings.extend(rules::check(config, &rules));

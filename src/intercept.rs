@@ -7,6 +7,7 @@ pub mod handover;
 pub mod rule;
 mod accept;
 mod monitor;
+pub mod port;
 mod probe;
 mod service;
 mod source;
@@ -94,6 +95,9 @@ pub fn listen(
         let passed = predecessor.as_mut().and_then(|predecessor| predecessor.pods(address));
         passed.map_or_else(|| bind(address), Ok)
     };
+    if let Some(risk) = port::unprivileged(port, port::first_unprivileged()) {
+        warn!("--port {port}: {risk}");
+    }
     let listeners = host.iter().map(|address| listener((address, port).into())).collect::<anyhow::Result<_>>()?;
     if let Some(predecessor) = predecessor {
         predecessor.part();
@@ -122,12 +126,20 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
             address.ip()
         ),
         Errno::EADDRINUSE => {
+            let occupant = match port::Occupant::find(address) {
+                Some(occupant) => occupant.to_string(),
+                None => format!("another process has {address}"),
+            };
             anyhow::anyhow!(
-                "--port {}: another process listens on {address}; choose a free port, or end the agent that does not \
-                 hand over",
+                "--port {}: in use: {occupant}. Pods whose connections are redirected reach that process: end it if it \
+                 is not an agent of kirsa; end the agent that does not hand over; or choose a free port",
                 address.port()
             )
         }
+        Errno::EACCES => anyhow::anyhow!(
+            "--port {}: needs CAP_NET_BIND_SERVICE (securityContext.capabilities.add: [NET_BIND_SERVICE])",
+            address.port()
+        ),
         _ => anyhow::anyhow!("cannot listen on {address}: {error}"),
     })
 }

@@ -155,7 +155,7 @@ impl<'a> Site<'a> {
         let mut imds = self.warm_pod.imds();
         fs::write(&body, imds.get(&format!("{CREDENTIALS_PATH}{WARM}")).send()?.ok()?)?;
         let mut command = Command::new(&self.binaries.bare_hyper);
-        command.arg("--listen").arg(format!("{}:8181", node.host_ip())).arg("--body").arg(body);
+        command.arg("--listen").arg(format!("{}:338", node.host_ip())).arg("--body").arg(body);
         let process = Process::spawn(Some(node.netns()), "bare-hyper", command)?;
         poll("bare hyper", PATIENCE, || pod.imds().get("/").send().ok())?;
         Ok(Bare { process, pod, _node: node })

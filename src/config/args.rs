@@ -8,7 +8,14 @@ use std::{
 use clap::{Args as ClapArgs, Parser, Subcommand};
 
 use super::{EXCHANGES, START_WINDOW};
-use crate::{authorise::Scope, doctor, intercept::Backend, kubernetes::Mint, observe::LogFormat, serve::node_metadata};
+use crate::{
+    authorise::Scope,
+    doctor,
+    intercept::{Backend, port::DEFAULT_PORT},
+    kubernetes::Mint,
+    observe::LogFormat,
+    serve::node_metadata,
+};
 
 #[derive(Debug, Parser)]
 #[command(name = "kirsa", version, about, max_term_width = 100)]
@@ -83,8 +90,9 @@ pub(super) struct RunArgs {
     /// redirect of your own.
     #[arg(long, env = "KIRSA_INTERCEPT", default_value = "auto", value_name = "KIND", help_heading = "Interception")]
     pub(super) intercept: Backend,
-    /// The port of the node that the redirect leads to.
-    #[arg(long, env = "KIRSA_PORT", default_value_t = 8181, value_name = "PORT", help_heading = "Interception")]
+    /// The node's port that the redirect leads to. A privileged one (below 1024), so that no ordinary process can take
+    /// it while the agent is down.
+    #[arg(long, env = "KIRSA_PORT", default_value_t = DEFAULT_PORT, value_name = "PORT", help_heading = "Interception")]
     pub(super) port: u16,
     /// Connections that are open at once, from all pods together; more are answered 503.
     #[arg(

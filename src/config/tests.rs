@@ -15,7 +15,7 @@ fn run(extra: &[&str]) -> Result<Config, String> {
 #[test]
 fn a_plain_start_has_the_documented_defaults() {
     let config = run(&[]).unwrap();
-    assert_eq!((config.port, config.session_duration, config.audience.as_str()), (8181, 3600, "sts.amazonaws.com"));
+    assert_eq!((config.port, config.session_duration, config.audience.as_str()), (338, 3600, "sts.amazonaws.com"));
     assert!(matches!(config.source, Source::Kubernetes { cni_results: Some(_), .. }));
     assert!(matches!(run(&["--cni-results=none"]).unwrap().source, Source::Kubernetes { cni_results: None, .. }));
 }

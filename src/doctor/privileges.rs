@@ -3,35 +3,64 @@
 use caps::{CapSet, Capability, CapsHashSet};
 
 use super::finding::Finding;
-use crate::intercept::Backend;
+use crate::intercept::{Backend, port};
 
 const CHECK: &str = "capabilities";
 
-pub(super) fn check(backend: Backend) -> Finding {
+/// Where other than in the container's `securityContext` the port's protection is decided.
+const SYSCTL: &str = "net.ipv4.ip_unprivileged_port_start";
+
+pub(super) fn check(backend: Backend, port: u16) -> Finding {
     let held = match caps::read(None, CapSet::Permitted) {
         Ok(held) => held,
         Err(error) => return Finding::skipped(CHECK, format!("cannot be read: {error}")),
     };
-    judge(backend, &held)
+    judge(backend, port < port::first_unprivileged(), &held)
 }
 
-fn judge(backend: Backend, held: &CapsHashSet) -> Finding {
-    use Capability::{CAP_NET_ADMIN, CAP_NET_RAW};
-    let (needed, useful): (&[_], &[_]) = match backend {
+/// Checks that binding the agent's port takes a capability.
+pub(super) fn check_port(port: u16) -> Finding {
+    judge_port(port, port::first_unprivileged())
+}
+
+fn judge_port(port: u16, first: u16) -> Finding {
+    let default = port::DEFAULT_PORT;
+    match port::unprivileged(port, first) {
+        None => Finding::ok("port", format!("port {port} takes CAP_NET_BIND_SERVICE to listen on")),
+        Some(risk) if port < 1_024 => Finding::warning("port", risk, format!("set {SYSCTL} to 1024 on the node")),
+        Some(risk) => Finding::warning("port", risk, format!("give --port below {first}, such as {default}")),
+    }
+}
+
+fn judge(backend: Backend, privileged_port: bool, held: &CapsHashSet) -> Finding {
+    use Capability::{CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_NET_RAW};
+    let bind: &[_] = if privileged_port { &[CAP_NET_BIND_SERVICE] } else { &[] };
+    let (rules, tools): (&[_], &[_]) = match backend {
         Backend::None => (&[], &[]),
-        Backend::Nft => (&[CAP_NET_ADMIN], &[CAP_NET_ADMIN]),
+        Backend::Nft => (&[CAP_NET_ADMIN], &[]),
         // The legacy iptables tools talk to the kernel through a raw socket.
-        Backend::Iptables | Backend::Auto => (&[CAP_NET_ADMIN], &[CAP_NET_ADMIN, CAP_NET_RAW]),
+        Backend::Iptables | Backend::Auto => (&[CAP_NET_ADMIN], &[CAP_NET_RAW]),
     };
+    let needed = [rules, bind].concat();
+    let useful = [&needed, tools].concat();
     if let Some(missing) = needed.iter().find(|capability| !held.contains(capability)) {
+        let consequence = match missing {
+            CAP_NET_BIND_SERVICE => "the agent cannot listen on its port",
+            _ => "the redirect can be neither applied nor tried",
+        };
         return Finding::failed(
             CHECK,
-            format!("{missing} is missing: the redirect can be neither applied nor tried"),
-            "securityContext.capabilities: {drop: [ALL], add: [NET_ADMIN]} (daemonset/base/daemonset.yaml)",
+            format!("{missing} is missing: {consequence}"),
+            "securityContext.capabilities: {drop: [ALL], add: [NET_ADMIN, NET_BIND_SERVICE]} \
+             (daemonset/base/daemonset.yaml)",
         );
     }
     let names = |of: &[Capability]| of.iter().map(Capability::to_string).collect::<Vec<_>>().join(", ");
-    let needed = if needed.is_empty() { "none is needed".to_owned() } else { format!("{} is there", names(needed)) };
+    let needed = match &needed[..] {
+        [] => "none is needed".to_owned(),
+        [one] => format!("{one} is there"),
+        several => format!("{} are there", names(several)),
+    };
     let mut beyond: Vec<Capability> = held.iter().filter(|capability| !useful.contains(capability)).copied().collect();
     beyond.sort_unstable_by_key(|capability| capability.index());
     if beyond.is_empty() {
@@ -53,12 +82,29 @@ mod tests {
     fn what_is_missing_fails_and_what_is_too_much_is_named() {
         let held = |capabilities: &[Capability]| capabilities.iter().copied().collect::<CapsHashSet>();
         let admin = held(&[Capability::CAP_NET_ADMIN]);
-        assert_eq!(judge(Backend::Nft, &held(&[])).verdict, Verdict::Failed);
-        assert_eq!(judge(Backend::Nft, &admin).verdict, Verdict::Ok);
-        assert_eq!(judge(Backend::None, &held(&[])).verdict, Verdict::Ok);
-        assert_eq!(judge(Backend::None, &admin).verdict, Verdict::Warning);
+        assert_eq!(judge(Backend::Nft, false, &held(&[])).verdict, Verdict::Failed);
+        assert_eq!(judge(Backend::Nft, false, &admin).verdict, Verdict::Ok);
+        assert_eq!(judge(Backend::None, false, &held(&[])).verdict, Verdict::Ok);
+        assert_eq!(judge(Backend::None, false, &admin).verdict, Verdict::Warning);
         let more = held(&[Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW, Capability::CAP_SYS_ADMIN]);
-        assert!(judge(Backend::Iptables, &more).detail.ends_with("not needed: CAP_SYS_ADMIN"));
-        assert!(judge(Backend::Nft, &more).detail.ends_with("not needed: CAP_NET_RAW, CAP_SYS_ADMIN"));
+        assert!(judge(Backend::Iptables, false, &more).detail.ends_with("not needed: CAP_SYS_ADMIN"));
+        assert!(judge(Backend::Nft, false, &more).detail.ends_with("not needed: CAP_NET_RAW, CAP_SYS_ADMIN"));
+    }
+
+    #[test]
+    fn a_privileged_port_needs_its_capability() {
+        let held = |capabilities: &[Capability]| capabilities.iter().copied().collect::<CapsHashSet>();
+        let bind = held(&[Capability::CAP_NET_BIND_SERVICE]);
+        assert_eq!(judge(Backend::None, true, &bind).verdict, Verdict::Ok);
+        assert_eq!(judge(Backend::None, false, &bind).verdict, Verdict::Warning);
+        let without = judge(Backend::Nft, true, &held(&[Capability::CAP_NET_ADMIN]));
+        assert!(without.verdict == Verdict::Failed && without.detail.contains("cannot listen"), "{without:?}");
+    }
+
+    #[test]
+    fn an_unprivileged_port_is_a_warning() {
+        assert_eq!(judge_port(338, 1_024).verdict, Verdict::Ok);
+        assert!(judge_port(8_181, 1_024).fix.is_some_and(|fix| fix.contains("--port")));
+        assert!(judge_port(338, 0).fix.is_some_and(|fix| fix.contains(SYSCTL)));
     }
 }

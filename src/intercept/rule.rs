@@ -160,20 +160,17 @@ table inet {TABLE} {{
 mod tests {
     use super::*;
 
-    const RULES: RuleSet = RuleSet {
-        host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None },
-        port: 8181,
-        container: false,
-    };
+    const RULES: RuleSet =
+        RuleSet { host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None }, port: 338, container: false };
 
     #[test]
     fn nft_replaces_the_whole_table_at_once() {
         let script = RULES.nft();
         assert!(script.starts_with("table inet kirsa\ndelete table inet kirsa\ntable inet kirsa {"), "{script}");
         assert!(
-            script.contains("ip daddr 169.254.169.254 tcp dport 80 fib saddr type != local dnat ip to 10.0.0.1:8181")
+            script.contains("ip daddr 169.254.169.254 tcp dport 80 fib saddr type != local dnat ip to 10.0.0.1:338")
         );
-        assert!(script.contains("ip daddr 169.254.169.254 tcp dport 80 meta mark 0x6b dnat ip to 10.0.0.1:8181"));
+        assert!(script.contains("ip daddr 169.254.169.254 tcp dport 80 meta mark 0x6b dnat ip to 10.0.0.1:338"));
     }
 
     /// A node without an IPv6 address of its own must not leave the IPv6 metadata address open.

@@ -146,7 +146,7 @@ fn a_firewall_that_drops_the_port_makes_the_agent_not_ready_and_says_so() -> Res
     let agent = site.start()?;
     let first = Held::by(&warm)?;
     site.node.netns().shell(
-        "nft 'table inet firewall { chain input { type filter hook input priority 0; tcp dport 8181 drop; }; }'",
+        "nft 'table inet firewall { chain input { type filter hook input priority 0; tcp dport 338 drop; }; }'",
     )?;
     poll("the agent not to be ready", PATIENCE, || {
         agent.admin("/readyz").ok().filter(|ready| ready.status == 503 && ready.body.contains("redirect"))

@@ -51,7 +51,7 @@ fn it_is_there_with_the_flag_and_fails_closed(backend: &str) -> Result<()> {
             let answer = Client::new(pod.netns(), target).get(PATH).header("Authorization", &token).send()?;
             ensure!(answer.status == 200, "{shape:?} to {target}: {answer:?}");
         }
-        let mut direct = Client::new(pod.netns(), (site.node.host_ip(), 8181));
+        let mut direct = Client::new(pod.netns(), (site.node.host_ip(), 338));
         let answer = direct.get(PATH).header("Authorization", &token).send()?;
         ensure!(answer.status == 403, "around the redirect: {answer:?}");
         pods.push(pod);

@@ -83,7 +83,7 @@ fn host_network_pods_are_not_attributed() -> Result<()> {
     crate::site::blocking(site.api.create_pod(site.namespace(), "host-0", spec))?;
     site.report("host-0", "Running", &site.node.host_ips())?;
     wait_for_metric(&agent, "kirsa_directory_pods", &[], AGENT + 1.0)?;
-    let mut direct = Client::new(site.node.netns(), (site.node.host_ip(), 8181));
+    let mut direct = Client::new(site.node.netns(), (site.node.host_ip(), 338));
     let answer = direct.role_list()?;
     ensure!(answer.status == 503, "{answer:?}");
     agent.wait_for_refusal("unknown_pod")?;
@@ -91,7 +91,7 @@ fn host_network_pods_are_not_attributed() -> Result<()> {
     // Nor does it take anybody's address by claiming it.
     let pod = site.run("app-0", "app")?;
     site.report("host-0", "Running", &pod.address().ips())?;
-    let mut direct = Client::new(pod.netns(), (site.node.host_ip(), 8181));
+    let mut direct = Client::new(pod.netns(), (site.node.host_ip(), 338));
     poll("the pod's role", SOON, || direct.role_list().ok().filter(|list| list.body == role("app")))?;
     ensure!(site.calls("host").is_empty(), "nothing is fetched ahead for it");
     agent.stop()

@@ -117,7 +117,7 @@ fn a_direct_connection_is_not_attributed(backend: &'static str) -> Result<()> {
     let mut asked = 0.0;
     for pod in &site.pods {
         for host in site.node.host_ips() {
-            let mut direct = Client::new(pod.netns(), (host, 8181));
+            let mut direct = Client::new(pod.netns(), (host, 338));
             let list = direct.get(lab::http::CREDENTIALS_PATH).send()?;
             ensure!(list.status == 403 && !list.body.contains("role"), "{:?} to {host}: {list:?}", pod.shape());
             asked += 1.0;
@@ -125,7 +125,7 @@ fn a_direct_connection_is_not_attributed(backend: &'static str) -> Result<()> {
     }
     ensure!(agent.metric("kirsa_refusals_total", &[("reason", "not_redirected")])? == asked);
     // Nor from the node, where every address is local.
-    let mut local = Client::new(site.node.netns(), (site.node.host_ip(), 8181));
+    let mut local = Client::new(site.node.netns(), (site.node.host_ip(), 338));
     ensure!(local.get(lab::http::CREDENTIALS_PATH).send()?.status == 403);
     agent.stop()
 }
@@ -233,8 +233,71 @@ fn without_a_redirect_of_our_own_no_rule_is_made() -> Result<()> {
     let agent = site.start()?;
     ensure!(site.node.netns().shell("nft list ruleset")?.is_empty());
     let pod = &site.pods[0];
-    let mut direct = Client::new(pod.netns(), (IpAddr::V4(site.node.host_ip()), 8181));
+    let mut direct = Client::new(pod.netns(), (IpAddr::V4(site.node.host_ip()), 338));
     ensure!(direct.role_list()?.status == 200);
     ensure!(agent.metric("kirsa_redirect_verified", &[])? == 1.0, "which alerts look at");
+    agent.stop()
+}
+
+/// What answers on the agent's port gets pods' requests, so an ordinary process of the node must not be able to take it.
+#[test]
+fn the_port_takes_a_capability_while_the_agent_is_down() -> Result<()> {
+    let site = Site::new("nft")?;
+    site.start()?.kill()?;
+    let host = site.node.host_ip();
+    let bind = |port: u16| {
+        site.node.netns().run(move || {
+            caps::clear(None, caps::CapSet::Effective)?;
+            anyhow::Ok(std::net::TcpListener::bind((host, port)).err().map(|error| error.kind()))
+        })
+    };
+    ensure!(bind(338)? == Some(ErrorKind::PermissionDenied), "{:?}", bind(338)?);
+    ensure!(bind(8181)?.is_none(), "the test would pass with any port");
+    site.start()?.stop()
+}
+
+#[test]
+fn bind_capability_is_dropped_before_serving() -> Result<()> {
+    const NET_BIND_SERVICE: u64 = 1 << 10;
+    for backend in ["nft", "none"] {
+        let site = Site::new(backend)?;
+        let agent = site.start()?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", agent.process().id()))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.map(str::trim).with_context(|| format!("no {name}"))
+        };
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            let held = u64::from_str_radix(field(set)?, 16)?;
+            ensure!(held & NET_BIND_SERVICE == 0, "{backend}: {set} {held:#x}");
+        }
+        ensure!(field("NoNewPrivs:")? == "1", "a tool that root starts could regain it");
+        agent.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_port_in_use_is_named_with_its_process() -> Result<()> {
+    let site = Site::new("nft")?;
+    let _stranger = site.node.netns().listen((site.node.host_ip(), 338).into())?;
+    let output = Agent::run_to_end(&site.node, &site.options)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let process = format!("process {} (", std::process::id());
+    ensure!(output.status.code() == Some(1) && said.contains("--port 338: in use"), "{output:?}");
+    ensure!(said.contains(&process) && said.contains("uid 0"), "{said}");
+    ensure!(!site.rules()?.contains("kirsa"), "rules lead to the stranger: {}", site.rules()?);
+    Ok(())
+}
+
+#[test]
+fn an_unprivileged_port_works_with_a_warning() -> Result<()> {
+    let mut site = Site::new("nft")?;
+    site.set_flag("--port", "8181");
+    let agent = site.start()?;
+    agent.wait_for_log(|entry| {
+        entry["message"].as_str().is_some_and(|said| said.contains("any hostNetwork process can listen on port 8181"))
+    })?;
+    ensure!(site.pods[0].imds().role_list()?.status == 200);
     agent.stop()
 }

@@ -54,6 +54,10 @@ impl Site {
         Ok(Self { base, pods, outside, backend })
     }
 
+    pub(crate) fn set_flag(&mut self, name: &str, value: &str) {
+        self.base.options = self.base.options.clone().flag(name, value);
+    }
+
     /// Our rules as the tool lists them, without what changes by itself.
     pub(crate) fn rules(&self) -> Result<String> {
         self.node.netns().shell(match self.backend {

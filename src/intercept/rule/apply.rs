@@ -180,5 +180,7 @@ pub fn drop_privileges(installed: Option<&Installed>) -> anyhow::Result<()> {
     caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;
     caps::set(None, CapSet::Effective, &keep)?;
     caps::set(None, CapSet::Permitted, &keep)?;
+    // The bounding set takes CAP_SETPCAP to shrink; with this, no tool that root starts regains what is dropped.
+    nix::sys::prctl::set_no_new_privs()?;
     Ok(())
 }

@@ -14,7 +14,7 @@ pub fn run(cluster: &Cluster, _: &Scale) -> anyhow::Result<String> {
     ensure!(code == 0 && message.contains(lab::imds::NODE_ROLE), "on the node's network: {code} {message}");
 
     // The agent's own port is no way in either: what comes to it directly is nobody.
-    let url = "http://10.250.0.1:8181/latest/meta-data/iam/security-credentials/";
+    let url = "http://10.250.0.1:338/latest/meta-data/iam/security-credentials/";
     let script = format!("timeout 2 wget -O - {url} >/dev/termination-log 2>&1");
     for host_network in [true, false] {
         let name = if host_network { "direct-node" } else { "direct-pod" };
