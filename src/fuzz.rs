@@ -3,6 +3,7 @@
 //! the two cannot drift apart. In tests and fuzzing builds only.
 
 pub mod annotations;
+pub mod answer;
 pub mod arn;
 pub mod claims;
 mod framing;
@@ -19,8 +20,9 @@ mod replay;
 /// One kind of input: its name, which is that of its corpus too, and what to do with a sample.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("annotations", annotations::check),
+    ("answer", answer::check),
     ("arn", arn::check),
     ("claims", claims::check),
     ("records", records::check),

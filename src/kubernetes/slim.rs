@@ -110,7 +110,7 @@ enum State {
 }
 
 /// The answer is no JSON.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broken;
 
 impl fmt::Display for Broken {
@@ -143,6 +143,11 @@ impl Filter {
     /// `Broken`: this is no JSON. What was appended before is good.
     pub fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), Broken> {
         bytes.iter().try_for_each(|byte| self.byte(*byte, out))
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn held(&self) -> usize {
+        self.token.len()
     }
 
     fn byte(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), Broken> {

@@ -1,10 +1,11 @@
-//! What tenants of other nodes can make an agent hold: nothing, however many service accounts they annotate.
+//! Memory that a tenant can make an agent hold: none for service accounts that no pod of the node uses, and none for
+//! annotations that the agent does not read.
 
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
-use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use lab::agent::{Agent, Options};
@@ -38,17 +39,21 @@ fn annotations() -> Value {
     })
 }
 
-async fn create(api: &ApiServer) -> Result<()> {
+/// The shortest annotations, as many as the API server takes: 256 KiB of names.
+fn five_byte_annotations() -> Value {
+    (0..52_000).map(|number| (format!("{number:05}"), json!(""))).collect()
+}
+
+async fn create(api: &ApiServer, count: usize, annotations: &Value, at_once: usize) -> Result<()> {
     let accounts: Api<ServiceAccount> = Api::namespaced(api.client().await?, "tenant");
-    let annotations = annotations();
-    stream::iter(0..ACCOUNTS)
+    stream::iter(0..count)
         .map(|number| {
             let metadata = json!({"name": format!("account-{number}"), "annotations": annotations});
             let account = serde_json::from_value(json!({"metadata": metadata}));
             let accounts = accounts.clone();
             async move { accounts.create(&PostParams::default(), &account?).await.map(drop).context("an account") }
         })
-        .buffer_unordered(AT_ONCE)
+        .buffer_unordered(at_once)
         .try_collect()
         .await
 }
@@ -102,7 +107,7 @@ fn stays_bounded(flags: &[&str]) -> Result<()> {
             api.service_account("default", name, &role).await?;
         }
         api.pod("default", "before-0", "before", node.name()).await?;
-        create(&api).await
+        create(&api, ACCOUNTS, &annotations(), AT_ONCE).await
     })?;
     let options = Options::new(env!("CARGO_BIN_EXE_kirsa"))
         .flag("--kubeconfig", api.admin_kubeconfig())
@@ -119,6 +124,36 @@ fn stays_bounded(flags: &[&str]) -> Result<()> {
     blocking(api.pod("tenant", "tenant-0", "account-0", node.name()))?;
     wait_for_metric(&agent, "kirsa_directory_pods", &[], 3.0)?;
     is_bounded(&agent, "after the changes")?;
+    agent.stop()
+}
+
+/// Each of these lists alone is several times the bound: an API server that does not stream sends it as one body.
+#[test]
+fn listed_annotations_take_no_memory() -> Result<()> {
+    const ACCOUNTS: usize = 20;
+    const PODS: usize = 10;
+    let api = ApiServer::another_with(&["--feature-gates=WatchList=false"])?;
+    let node = Node::new()?;
+    let annotations = five_byte_annotations();
+    blocking(async {
+        api.namespace("tenant").await?;
+        create(&api, ACCOUNTS, &annotations, 2).await?;
+        api.service_account("default", "own", &[(ROLE_ARN, "arn:aws:iam::111122223333:role/own")]).await?;
+        let pods: Api<Pod> = Api::namespaced(api.client().await?, "default");
+        let change = Patch::Merge(json!({"metadata": {"annotations": annotations}}));
+        for number in 0..PODS {
+            let name = format!("pod-{number}");
+            api.pod("default", &name, "own", node.name()).await?;
+            pods.patch(&name, &PatchParams::default(), &change).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    let options = Options::new(env!("CARGO_BIN_EXE_kirsa"))
+        .flag("--kubeconfig", api.admin_kubeconfig())
+        .flag("--sts-endpoint-url", "http://127.0.0.1:9");
+    let agent = Agent::start(&node, &options)?;
+    wait_for_metric(&agent, "kirsa_directory_pods", &[], PODS as f64)?;
+    is_bounded(&agent, "after the list")?;
     agent.stop()
 }
 
