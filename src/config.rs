@@ -16,7 +16,7 @@ use crate::{
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
     kubernetes::Mint,
     observe::LogFormat,
-    serve::imdsv2::Required,
+    serve::{imdsv2::Required, node_metadata::groups::Group},
 };
 
 /// Below this, SDKs such as botocore refetch on every call, or stretch what is left and sign with dead keys.
@@ -105,10 +105,12 @@ pub struct Sts {
     pub endpoint: Option<String>,
 }
 
-/// What pods may know of the node: paths that are read from its own metadata service, and values that are given.
+/// What pods may know of the node: paths and groups that are read from its own metadata service, and values that are
+/// given.
 #[derive(Debug, Clone)]
 pub struct Metadata {
     pub allowed: Vec<String>,
+    pub groups: Vec<Group>,
     pub given: Vec<(String, String)>,
 }
 

@@ -244,14 +244,15 @@ pub(super) struct RunArgs {
     )]
     pub(super) container_audience: String,
 
-    /// What pods may read of the node's own metadata, as exact paths with commas between, or "none". The identity
-    /// document names the account of the pod's role.
+    /// What pods may read of the node's own metadata: exact paths and groups with commas between, or "none". The
+    /// groups are vpc, tags, lifecycle, and "default" for the default list. The identity document names the account of
+    /// the pod's role.
     #[arg(
         long,
         env = "KIRSA_NODE_METADATA",
         default_value = node_metadata::DEFAULT,
         value_delimiter = ',',
-        value_name = "PATH[,PATH]",
+        value_name = "PATH|GROUP[,...]",
         help_heading = "Metadata"
     )]
     pub(super) node_metadata: Vec<String>,

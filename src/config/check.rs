@@ -10,7 +10,7 @@ use crate::{
     intercept::{HostAddresses, Limits},
     serve::{
         imdsv2::{Namespaces, Required},
-        node_metadata::{ALLOWABLE, IDENTITY_DOCUMENT},
+        node_metadata::{IDENTITY_DOCUMENT, groups},
     },
 };
 
@@ -195,18 +195,16 @@ fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
 }
 
 fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
-    let known = |flag: &str, path: &str| match ALLOWABLE.contains(&path) {
-        true => Ok(()),
-        false => wrong(flag, path, &format!("must be one of {}", ALLOWABLE.join(", "))),
+    let (paths, groups) = match groups::parse(&allowed) {
+        Ok(parsed) => parsed,
+        Err((word, right)) => return wrong("node-metadata", word, &right),
     };
-    let allowed = if allowed == ["none"] { Vec::new() } else { allowed };
-    allowed.iter().try_for_each(|path| known("node-metadata", path))?;
     let mut given = Vec::new();
     for pair in values {
         let Some((path, value)) = pair.split_once('=').filter(|(_, value)| !value.is_empty()) else {
             return wrong("node-metadata-value", pair, "must be PATH=VALUE");
         };
-        known("node-metadata-value", path)?;
+        groups::check(path, "").or_else(|right| wrong("node-metadata-value", path, &right))?;
         if path == IDENTITY_DOCUMENT {
             return wrong(
                 "node-metadata-value",
@@ -216,7 +214,7 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
         }
         given.push((path.to_owned(), value.to_owned()));
     }
-    Ok(Metadata { allowed, given })
+    Ok(Metadata { allowed: paths, groups, given })
 }
 
 /// The first region that is no empty string: the downward API makes that of a label that is not there. What that label

@@ -15,7 +15,8 @@ pub fn check(data: &[u8]) {
     assert_eq!(route, expected(segments.as_deref()), "{target}");
     if let Route::Metadata(path) = &route {
         // Everything that may be known is: the node's own role, its user data and its signatures are not among that.
-        let all = NodeMetadata::new(ALLOWABLE.map(|path| (path.to_owned(), "value".to_owned())), Vec::new());
+        let all =
+            NodeMetadata::new(ALLOWABLE.map(|path| (path.to_owned(), "value".to_owned())), Vec::new(), Vec::new());
         let never = ["iam", "identity-credentials", "user-data", "public-keys", "pkcs7", "signature", "rsa2048"];
         let known = all.value(path).is_some() || !all.entries(path).is_empty();
         assert!(!known || !never.iter().any(|word| path.contains(word)), "{target}");

@@ -47,7 +47,7 @@ impl Memory {
             authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
             cache: Arc::new(Cache::new(issuer, budget, |_| true, metrics.clone())),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
-            metadata: NodeMetadata::new([given], Vec::new()),
+            metadata: NodeMetadata::new([given], Vec::new(), Vec::new()),
             require_imdsv2: Required { everywhere: false, namespaces: Namespaces::parse(STRICT).into_iter().collect() },
             container,
             metrics: metrics.clone(),

@@ -1,4 +1,5 @@
-//! What pods may know of the node beside credentials: its region, its zone and the like, by an exact allow-list.
+//! What pods may know of the node beside credentials: its region, its zone and the like, by an exact allow-list, and
+//! groups of paths whose names are the node's, such as its tags.
 //!
 //! kirsa reads them from the node's own metadata service by itself, ahead of any request, with a session token of its
 //! own, and answers from what it has read. No request of a pod ever causes one to the node's service, so nothing that
@@ -7,31 +8,36 @@
 //! A value that the node's service has and that was not read yet is waited for, and then "not yet": a 404 is final for
 //! SDKs, which would go on without a region.
 
+mod follow;
+pub mod groups;
+mod source;
+
+#[cfg(test)]
+mod follow_tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, PoisonError, RwLock},
-    time::Duration,
 };
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode};
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use futures::future::join_all;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
-use tracing::{debug, info, warn};
 
-use super::{TOKEN, TOKEN_TTL};
-use crate::{clock::Backoff, exchange::json, intercept::METADATA_V4};
+use crate::exchange::json;
+use follow::{Reads, Schedule};
+use groups::{Group, STATIC};
+use source::{Failure, Imds, Source};
 
-/// Of all that the node's service has, what may be allowed at all (EC2 User Guide, "Instance metadata categories").
-/// Never anything below `iam/` or `identity-credentials/`, user data, keys, or signatures, which prove to others who
+/// Of all that the node's service has, what may be allowed by its path (EC2 User Guide, "Instance metadata categories";
+/// [`groups`] has the rest). Never anything below `iam/` or `identity-credentials/`, user data, keys, or signatures, which prove to others who
 /// the node is.
-pub const ALLOWABLE: [&str; 14] = [
+pub const ALLOWABLE: [&str; 16] = [
     "dynamic/instance-identity/document",
     "meta-data/ami-id",
     "meta-data/hostname",
@@ -44,6 +50,8 @@ pub const ALLOWABLE: [&str; 14] = [
     "meta-data/placement/availability-zone",
     "meta-data/placement/availability-zone-id",
     "meta-data/placement/region",
+    "meta-data/public-hostname",
+    "meta-data/public-ipv4",
     "meta-data/services/domain",
     "meta-data/services/partition",
 ];
@@ -85,31 +93,50 @@ const EMPTY: Value = Value::String(String::new());
 const READ: [&str; 4] = ["architecture", "availabilityZone", "region", "version"];
 const VERSION: &str = "2017-09-30";
 
-/// None of it changes while the node runs, but for a resize.
-const REFRESH: Duration = Duration::from_secs(3_600);
-const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(300));
-const CALL: Duration = Duration::from_secs(2);
-const MAX_VALUE: usize = 16 << 10;
-
 /// What has been read, or was given.
 #[derive(Debug, Default)]
 pub struct NodeMetadata {
-    values: RwLock<BTreeMap<String, Bytes>>,
+    /// By path. A name without a value is in the listing of its folder and nothing more.
+    values: RwLock<BTreeMap<String, Option<Bytes>>>,
+    /// Served instead of what the node's own service has.
+    given: BTreeSet<String>,
     /// Read from the node's own service where they were not given.
-    wanted: Vec<String>,
-    /// Of those, what the node's service may have and has not told yet.
+    allowed: Vec<String>,
+    groups: Vec<Group>,
+    /// Of those, what the node's service may have and has not told yet. A path that ends with a slash stands for
+    /// everything below it.
     unread: watch::Sender<BTreeSet<String>>,
     document_is_allowed: bool,
 }
 
 impl NodeMetadata {
-    /// With values that are given instead of read, and the paths of those that may be read.
-    pub fn new(given: impl IntoIterator<Item = (String, String)>, allowed: Vec<String>) -> Arc<Self> {
-        let values: BTreeMap<_, _> = given.into_iter().map(|(path, value)| (path, value.into())).collect();
+    /// With values that are given instead of read, and the paths and groups of those that may be read.
+    pub fn new(
+        given: impl IntoIterator<Item = (String, String)>,
+        allowed: Vec<String>,
+        groups: Vec<Group>,
+    ) -> Arc<Self> {
+        let values: BTreeMap<_, _> = given.into_iter().map(|(path, value)| (path, Some(value.into()))).collect();
+        let given = values.keys().cloned().collect();
         let document_is_allowed = allowed.iter().any(|path| path == IDENTITY_DOCUMENT);
-        let wanted: Vec<_> = allowed.into_iter().filter(|path| !values.contains_key(path)).collect();
-        let unread = watch::Sender::new(wanted.iter().cloned().collect());
-        Arc::new(Self { values: RwLock::new(values), wanted, unread, document_is_allowed })
+        let metadata = Self {
+            values: RwLock::new(values),
+            given,
+            allowed,
+            groups,
+            unread: watch::Sender::default(),
+            document_is_allowed,
+        };
+        let paths: Vec<_> = metadata.schedules().iter().flat_map(Schedule::paths).collect();
+        let unread = paths.into_iter().filter(|path| !metadata.given.contains(path)).collect();
+        metadata.unread.send_replace(unread);
+        Arc::new(metadata)
+    }
+
+    fn schedules(&self) -> Vec<Schedule> {
+        let single = Schedule::new(Reads::Values(self.allowed.clone()), STATIC);
+        let of_groups = self.groups.iter().flat_map(|group| group.schedules());
+        [single].into_iter().chain(of_groups).map(|schedule| schedule.without(&self.given)).collect()
     }
 
     /// Waits until it is known what there is at a path and below it, or that there is no service to ask; false if it is
@@ -119,7 +146,8 @@ impl NodeMetadata {
             let below = |other: &String| {
                 other.strip_prefix(path).is_some_and(|rest| matches!(rest.chars().next(), None | Some('/')))
             };
-            !unread.iter().any(below)
+            let within = |other: &String| other.ends_with('/') && path.starts_with(other);
+            !unread.iter().any(|other| below(other) || within(other))
         };
         // The sender is held here: waiting cannot fail.
         timeout_at(until, self.unread.subscribe().wait_for(told)).await.is_ok()
@@ -132,7 +160,7 @@ impl NodeMetadata {
     }
 
     pub(crate) fn value(&self, path: &str) -> Option<Bytes> {
-        self.values.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned()
+        self.values.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned().flatten()
     }
 
     /// What there is directly below a path: `region` and the like, folders with a slash at the end.
@@ -140,7 +168,8 @@ impl NodeMetadata {
         let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
         let document = self.has_identity_document().then_some(IDENTITY_DOCUMENT);
         let paths = document.into_iter().chain(values.keys().map(String::as_str));
-        let below = paths.filter_map(|path| path.strip_prefix(folder)?.strip_prefix('/'));
+        let below =
+            paths.filter_map(|path| path.strip_prefix(folder)?.strip_prefix('/').filter(|rest| !rest.is_empty()));
         let mut entries: Vec<String> = below
             .map(|rest| rest.split_once('/').map_or_else(|| rest.to_owned(), |(folder, _)| format!("{folder}/")))
             .collect();
@@ -174,49 +203,61 @@ impl NodeMetadata {
 
     /// Reads what is allowed and was not given, again and again, until dropped.
     pub async fn follow(self: Arc<Self>) {
-        let mut retry = RETRY;
-        while !self.wanted.is_empty() {
-            match self.read().await {
-                Ok((read, 0)) => {
-                    info!(read, of = self.wanted.len(), "node metadata read");
-                    retry.reset();
-                    sleep(REFRESH).await;
-                }
-                Ok(_) => sleep(retry.pause()).await,
-                Err(error) => {
-                    // Usual outside EC2: give values by --node-metadata-value there.
-                    debug!(error = format!("{error:#}"), "the node's own metadata service does not answer");
-                    self.unread.send_modify(BTreeSet::clear);
-                    sleep(retry.pause()).await;
-                }
-            }
-        }
+        self.follow_from(&Imds::new()).await;
     }
 
-    /// How many values were read, and how many could not be.
-    async fn read(&self) -> anyhow::Result<(usize, usize)> {
-        let token = call(Method::PUT, "api/token", (TOKEN_TTL, "60")).await?.unwrap_or_default();
-        let token = std::str::from_utf8(&token)?.to_owned();
-        let (mut read, mut failed) = (0, 0);
-        for path in &self.wanted {
-            match call(Method::GET, path, (TOKEN.as_str(), &token)).await {
-                Ok(value) => {
-                    if let Some(value) = value {
-                        self.values.write().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), value);
-                        read += 1;
-                    }
-                    self.unread.send_if_modified(|unread| unread.remove(path));
-                }
-                // One that fails says nothing of the others.
-                Err(error) => {
-                    warn!(path, error = format!("{error:#}"), "node metadata could not be read: trying again");
-                    failed += 1;
-                    let known = self.value(path).is_some();
-                    self.unread.send_if_modified(|unread| !known && unread.insert(path.clone()));
-                }
-            }
+    async fn follow_from(&self, source: &impl Source) {
+        join_all(self.schedules().into_iter().map(|schedule| schedule.follow(self, source))).await;
+    }
+
+    /// Takes what the node's service answered for a path; returns a failure. After a failure a value is kept, and what
+    /// may be there is told by nobody until it is known.
+    fn learn(&self, path: &str, answer: Result<Option<Bytes>, Failure>) -> Option<(String, Failure)> {
+        if self.given.contains(path) {
+            return None;
         }
-        Ok((read, failed))
+        let (known, failure) = match answer {
+            Ok(value) => {
+                let mut values = self.values.write().unwrap_or_else(PoisonError::into_inner);
+                match value {
+                    Some(value) => drop(values.insert(path.to_owned(), Some(value))),
+                    None => drop(values.remove(path)),
+                }
+                (true, None)
+            }
+            Err(Failure::Failed(error)) => (self.has(path), Some(Failure::Failed(error))),
+            Err(none) => (true, Some(none)),
+        };
+        self.unread.send_if_modified(|unread| if known { unread.remove(path) } else { unread.insert(path.to_owned()) });
+        failure.map(|failure| (path.to_owned(), failure))
+    }
+
+    /// Takes the names that are in a folder now, and the paths below it that are to be read next. What is below other
+    /// names is gone.
+    fn learn_folder(&self, folder: &str, names: &[String], next: &[String]) {
+        let known: BTreeSet<_> = names.iter().map(String::as_str).collect();
+        let name =
+            |path: &str| Some(path.strip_prefix(folder)?.split_inclusive('/').next().unwrap_or_default().to_owned());
+        let mut values = self.values.write().unwrap_or_else(PoisonError::into_inner);
+        values.retain(|path, _| name(path).is_none_or(|name| known.contains(name.as_str())));
+        for name in names {
+            values.entry(format!("{folder}{name}")).or_default();
+        }
+        let unread: Vec<_> = next.iter().filter(|path| !matches!(values.get(*path), Some(Some(_)))).cloned().collect();
+        drop(values);
+        self.unread.send_modify(|known| {
+            known.retain(|path| !path.starts_with(folder));
+            known.extend(unread);
+        });
+    }
+
+    /// Whether a value is known, or anything in a folder.
+    fn has(&self, path: &str) -> bool {
+        let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
+        match path.ends_with('/') {
+            true => values.keys().any(|known| known.starts_with(path)),
+            false => matches!(values.get(path), Some(Some(_))),
+        }
     }
 }
 
@@ -229,29 +270,10 @@ impl Serialize for Members {
     }
 }
 
-/// One request of our own to the node's service; `None` for what it does not have.
-async fn call(method: Method, path: &str, header: (&str, &str)) -> anyhow::Result<Option<Bytes>> {
-    let request = Request::builder()
-        .method(method)
-        .uri(format!("http://{METADATA_V4}/latest/{path}"))
-        .header(header.0, header.1)
-        .body(Empty::<Bytes>::new())?;
-    let answer = async {
-        let response = Client::builder(TokioExecutor::new()).build_http().request(request).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), MAX_VALUE).collect().await;
-        let body = body.map_err(|error| anyhow::anyhow!("{error}"))?.to_bytes();
-        match status {
-            StatusCode::OK => Ok(Some(body)),
-            StatusCode::NOT_FOUND => Ok(None),
-            other => Err(anyhow::anyhow!("{other}")),
-        }
-    };
-    timeout(CALL, answer).await?
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -270,7 +292,7 @@ mod tests {
     #[test]
     fn folders_list_what_there_is() {
         let given = ["meta-data/placement/region", "meta-data/placement/availability-zone", "meta-data/mac"];
-        let metadata = NodeMetadata::new(given.map(|path| (path.to_owned(), "x".to_owned())), Vec::new());
+        let metadata = NodeMetadata::new(given.map(|path| (path.to_owned(), "x".to_owned())), Vec::new(), Vec::new());
         assert_eq!(metadata.entries("meta-data"), ["mac", "placement/"]);
         assert_eq!(metadata.entries("meta-data/placement"), ["availability-zone", "region"]);
         assert_eq!(metadata.entries("meta-data/place"), Vec::<String>::new());
@@ -280,7 +302,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_the_nodes_service_may_have_is_waited_for_until_it_was_read_or_there_is_none() {
         let wanted = [IDENTITY_DOCUMENT, "meta-data/placement/region", "meta-data/placement/availability-zone"];
-        let metadata = NodeMetadata::new([], wanted.map(str::to_owned).to_vec());
+        let metadata = NodeMetadata::new([], wanted.map(str::to_owned).to_vec(), Vec::new());
         let soon = || Instant::now() + Duration::from_millis(800);
         for path in [wanted[0], wanted[1], "meta-data/placement", "dynamic"] {
             assert!(!metadata.is_told(path, soon()).await, "{path}");
@@ -296,7 +318,7 @@ mod tests {
         assert!(asked.await && !metadata.is_told("meta-data/placement", soon()).await, "the zone is missing");
         metadata.unread.send_modify(BTreeSet::clear);
         assert!(metadata.document_is_told(Instant::now()).await && metadata.is_told("dynamic", Instant::now()).await);
-        let given = NodeMetadata::new([(wanted[1].to_owned(), "x".to_owned())], vec![wanted[1].to_owned()]);
+        let given = NodeMetadata::new([(wanted[1].to_owned(), "x".to_owned())], vec![wanted[1].to_owned()], Vec::new());
         assert!(given.is_told(wanted[1], Instant::now()).await, "what is given need not be read");
     }
 
@@ -308,7 +330,7 @@ mod tests {
 
     fn document(values: &[(&str, &str)], account: Option<&str>) -> Value {
         let given = values.iter().map(|(path, value)| ((*path).to_owned(), (*value).to_owned()));
-        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()]);
+        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()], Vec::new());
         serde_json::from_slice(&metadata.identity_document(account).unwrap()).unwrap()
     }
 
@@ -337,7 +359,7 @@ mod tests {
     fn identity_document_has_ec2s_bytes() {
         let given = [(IDENTITY_DOCUMENT, NODES), ("meta-data/instance-id", "i-7")];
         let given = given.map(|(path, value)| (path.to_owned(), value.to_owned()));
-        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()]);
+        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()], Vec::new());
         let golden = concat!(
             "{\n",
             "  \"accountId\" : \"111122223333\",\n",
@@ -368,9 +390,12 @@ mod tests {
         assert_eq!((&made["region"], &made["instanceType"]), (&"mars-1".into(), &"rover".into()));
         assert_eq!((made["accountId"].as_str(), made["version"].as_str()), (Some("111122223333"), Some(VERSION)));
         let given = given.map(|(path, value)| (path.to_owned(), value.to_owned()));
-        assert!(!NodeMetadata::new(given.clone(), Vec::new()).has_identity_document(), "not allowed");
-        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()]);
+        assert!(!NodeMetadata::new(given.clone(), Vec::new(), Vec::new()).has_identity_document(), "not allowed");
+        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()], Vec::new());
         assert_eq!(metadata.entries("dynamic/instance-identity"), ["document"]);
-        assert!(!NodeMetadata::new([], vec![IDENTITY_DOCUMENT.into()]).has_identity_document(), "of nothing");
+        assert!(
+            !NodeMetadata::new([], vec![IDENTITY_DOCUMENT.into()], Vec::new()).has_identity_document(),
+            "of nothing"
+        );
     }
 }

@@ -5,6 +5,7 @@ mod denied;
 mod documents;
 mod drain;
 mod framing;
+mod groups;
 mod hostile;
 mod imdsv2;
 mod limits;

@@ -6,6 +6,7 @@
 mod instance;
 
 use std::{
+    collections::BTreeMap,
     net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -42,6 +43,8 @@ pub struct Canary {
 #[derive(Debug)]
 struct State {
     instance: Instance,
+    /// By path: what it has besides, for as long as a test wants it to.
+    more: Mutex<BTreeMap<String, String>>,
     hits: Mutex<Vec<Hit>>,
     tokens: Mutex<Vec<(String, Timestamp)>>,
 }
@@ -49,7 +52,8 @@ struct State {
 impl Canary {
     /// Serves `listener` from a thread that lives in the network namespace of the caller's.
     pub fn start(listener: TcpListener, instance: Instance) -> anyhow::Result<Self> {
-        let state = Arc::new(State { instance, hits: Mutex::default(), tokens: Mutex::default() });
+        let state =
+            Arc::new(State { instance, more: Mutex::default(), hits: Mutex::default(), tokens: Mutex::default() });
         let shared = Arc::clone(&state);
         let server = Server::start("canary", listener, None, move |peer, request| {
             let answer = shared.handle(&peer, &request);
@@ -60,6 +64,16 @@ impl Canary {
 
     pub fn address(&self) -> SocketAddr {
         self.server.address()
+    }
+
+    /// Adds a document to the instance's own at a path such as `/latest/meta-data/mac`, or takes it away. The folders
+    /// above it are listed.
+    pub fn set(&self, path: &str, document: Option<&str>) {
+        let mut more = lock(&self.state.more);
+        match document {
+            Some(document) => more.insert(path.to_owned(), document.to_owned()),
+            None => more.remove(path),
+        };
     }
 
     /// Every request so far.
@@ -80,11 +94,21 @@ impl State {
         let known = token.map_or(!self.instance.requires_token, |token| self.is_valid(token));
         Ok(match (known, method) {
             (false, _) => error(StatusCode::UNAUTHORIZED),
-            (true, &Method::GET | &Method::HEAD) => match self.instance.document(path) {
+            (true, &Method::GET | &Method::HEAD) => match self.document(path) {
                 Some(body) => ec2(StatusCode::OK, "text/plain", body),
                 None => error(StatusCode::NOT_FOUND),
             },
             (true, _) => error(StatusCode::METHOD_NOT_ALLOWED),
+        })
+    }
+
+    fn document(&self, path: &str) -> Option<String> {
+        self.instance.document(path).or_else(|| {
+            let (more, path) = (lock(&self.more), path.trim_end_matches('/'));
+            let below = more.keys().filter_map(|other| other.strip_prefix(path)?.strip_prefix('/'));
+            let mut entries: Vec<_> = below.filter_map(|rest| rest.split_inclusive('/').next()).collect();
+            entries.dedup();
+            more.get(path).cloned().or_else(|| (!entries.is_empty()).then(|| entries.join("\n")))
         })
     }
 

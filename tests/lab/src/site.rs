@@ -48,6 +48,8 @@ pub struct Site {
     pub options: Options,
     /// The paths that its agents may read at the node's own metadata service; a test that allows others says so here.
     pub node_metadata: Vec<&'static str>,
+    /// What it reads there again and again, with a slash at the end of folders: that of the groups that a test allows.
+    pub polled: Vec<&'static str>,
     canaries: Vec<Canary>,
     entries: Mutex<Vec<Workload>>,
 }
@@ -64,7 +66,8 @@ impl Site {
         let file = node.state().join("workloads.yaml");
         let options = Options::new(binary).flag("--workloads", &file).flag("--sts-endpoint-url", sts.url());
         let node_metadata = NODE_METADATA.to_vec();
-        let site = Self { node, issuer, sts, options, node_metadata, canaries, entries: Mutex::default() };
+        let (polled, entries) = (Vec::new(), Mutex::default());
+        let site = Self { node, issuer, sts, options, node_metadata, polled, canaries, entries };
         site.write()?;
         Ok(site)
     }
@@ -163,21 +166,30 @@ impl Site {
         self.sts.session(key).with_context(|| format!("STS issued no {key}"))
     }
 
+    /// Sets what the node's own metadata service has at a path, or that it has nothing there.
+    pub fn set_node_metadata(&self, path: &str, document: Option<&str>) {
+        self.canaries.iter().for_each(|canary| canary.set(path, document));
+    }
+
     /// What came to the node's own metadata service.
     pub fn hits(&self) -> Vec<Hit> {
         self.canaries.iter().flat_map(Canary::hits).collect()
     }
 
     /// The agent's requests come from the node's addresses, so what it passes on for a pod would too. By itself it
-    /// asks for a session token, and then once for each path that it may read; anything else was somebody's request.
+    /// asks for a session token, and then once for each path that it may read, or more often where it polls; anything
+    /// else was somebody's request.
     pub fn no_pod_got_outside(&self) -> Result<()> {
         let hits = self.hits();
         let count =
             |method: &str, path: &str| hits.iter().filter(|hit| hit.method == method && hit.path == path).count();
         let readings = count("PUT", TOKEN_PATH);
+        let polled =
+            |path: &str| self.polled.iter().any(|own| *own == path || (own.ends_with('/') && path.starts_with(own)));
         for hit in &hits {
             let own = match hit.method.as_str() {
                 "PUT" => hit.path == TOKEN_PATH,
+                "GET" if polled(&hit.path) => true,
                 "GET" => self.node_metadata.contains(&hit.path.as_str()) && count("GET", &hit.path) <= readings,
                 _ => false,
             };
