@@ -16,7 +16,7 @@ use crate::{
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
     kubernetes::Mint,
     observe::LogFormat,
-    serve::{imdsv2::Required, node_metadata::groups::Group},
+    serve::{imdsv2::Required, node_metadata::groups::Allowed},
 };
 
 /// Below this, SDKs such as botocore refetch on every call, or stretch what is left and sign with dead keys.
@@ -109,8 +109,7 @@ pub struct Sts {
 /// given.
 #[derive(Debug, Clone)]
 pub struct Metadata {
-    pub allowed: Vec<String>,
-    pub groups: Vec<Group>,
+    pub allowed: Allowed,
     pub given: Vec<(String, String)>,
 }
 

@@ -165,7 +165,7 @@ pub async fn run(
         window: config.start_window,
     };
     tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
-    let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed, config.metadata.groups);
+    let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed);
     tasks.spawn(always(metadata.clone().follow()));
     let server = Arc::new(Server {
         attributor,

@@ -10,7 +10,10 @@ use crate::{
     intercept::{HostAddresses, Limits},
     serve::{
         imdsv2::{Namespaces, Required},
-        node_metadata::{IDENTITY_DOCUMENT, groups},
+        node_metadata::{
+            IDENTITY_DOCUMENT,
+            groups::{self, Allowed},
+        },
     },
 };
 
@@ -195,10 +198,7 @@ fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
 }
 
 fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
-    let (paths, groups) = match groups::parse(&allowed) {
-        Ok(parsed) => parsed,
-        Err((word, right)) => return wrong("node-metadata", word, &right),
-    };
+    let allowed = Allowed::parse(&allowed).or_else(|(word, right)| wrong("node-metadata", word, &right))?;
     let mut given = Vec::new();
     for pair in values {
         let Some((path, value)) = pair.split_once('=').filter(|(_, value)| !value.is_empty()) else {
@@ -214,7 +214,7 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
         }
         given.push((path.to_owned(), value.to_owned()));
     }
-    Ok(Metadata { allowed: paths, groups, given })
+    Ok(Metadata { allowed, given })
 }
 
 /// The first region that is no empty string: the downward API makes that of a label that is not there. What that label

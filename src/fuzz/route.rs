@@ -3,10 +3,18 @@
 use crate::{
     intercept::Service,
     serve::{
-        node_metadata::{ALLOWABLE, NodeMetadata},
+        node_metadata::{ALLOWABLE, NodeMetadata, groups::Allowed},
         route::Route,
     },
 };
+
+/// Some of what groups open.
+const OF_GROUPS: [&str; 4] = [
+    "meta-data/events/maintenance/scheduled",
+    "meta-data/network/interfaces/macs/0e:49:61:0f:c3:11/vpc-id",
+    "meta-data/spot/instance-action",
+    "meta-data/tags/instance/aws:autoscaling:groupName",
+];
 
 pub fn check(data: &[u8]) {
     let Ok(target) = std::str::from_utf8(data) else { return };
@@ -15,8 +23,8 @@ pub fn check(data: &[u8]) {
     assert_eq!(route, expected(segments.as_deref()), "{target}");
     if let Route::Metadata(path) = &route {
         // Everything that may be known is: the node's own role, its user data and its signatures are not among that.
-        let all =
-            NodeMetadata::new(ALLOWABLE.map(|path| (path.to_owned(), "value".to_owned())), Vec::new(), Vec::new());
+        let paths = ALLOWABLE.iter().chain(&OF_GROUPS).map(|path| ((*path).to_owned(), "value".to_owned()));
+        let all = NodeMetadata::new(paths, Allowed::default());
         let never = ["iam", "identity-credentials", "user-data", "public-keys", "pkcs7", "signature", "rsa2048"];
         let known = all.value(path).is_some() || !all.entries(path).is_empty();
         assert!(!known || !never.iter().any(|word| path.contains(word)), "{target}");

@@ -10,7 +10,7 @@ use super::{
     Server,
     container::Tokens,
     imdsv2::{Namespaces, Required},
-    node_metadata::NodeMetadata,
+    node_metadata::{NodeMetadata, groups::Allowed},
     session_token::{KEY_LENGTH, Sessions},
 };
 use crate::{
@@ -47,7 +47,7 @@ impl Memory {
             authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
             cache: Arc::new(Cache::new(issuer, budget, |_| true, metrics.clone())),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
-            metadata: NodeMetadata::new([given], Vec::new(), Vec::new()),
+            metadata: NodeMetadata::new([given], Allowed::default()),
             require_imdsv2: Required { everywhere: false, namespaces: Namespaces::parse(STRICT).into_iter().collect() },
             container,
             metrics: metrics.clone(),

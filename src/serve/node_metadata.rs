@@ -31,7 +31,7 @@ use tokio::{
 
 use crate::exchange::json;
 use follow::{Reads, Schedule};
-use groups::{Group, STATIC};
+use groups::{Allowed, STATIC};
 use source::{Failure, Imds, Source};
 
 /// Of all that the node's service has, what may be allowed by its path (EC2 User Guide, "Instance metadata categories";
@@ -58,7 +58,12 @@ pub const ALLOWABLE: [&str; 16] = [
 /// The region, which SDKs look for in four places, and what programs ask to detect EC2; a 404 tells them that they run
 /// elsewhere. None of it grants anything, and of the node's role it says nothing.
 /// - instance-id: `Available()` of AWS SDK for Go v1, which much else is built on
-///   (<https://github.com/aws/aws-sdk-go/blob/main/aws/ec2metadata/api.go>)
+///   (<https://github.com/aws/aws-sdk-go/blob/main/aws/ec2metadata/api.go>): older versions of Terraform's AWS provider
+///   (<https://github.com/hashicorp/aws-sdk-go-base/blob/01a9e6edfbff1cef8b8539a657d4434e2d8977f2/awsauth.go>), the EFS
+///   CSI driver, which then reads the identity document
+///   (<https://github.com/kubernetes-sigs/aws-efs-csi-driver/blob/1d2fdabe37d3f1107a0212ca1acb1d790ed42877/pkg/cloud/metadata.go>);
+///   cloud-init without a session token
+///   (<https://github.com/canonical/cloud-init/blob/main/cloudinit/sources/DataSourceEc2.py>)
 /// - ami-id, then instance-type, hostname, local-hostname: Nomad's fingerprint
 ///   (<https://github.com/hashicorp/nomad/blob/main/client/fingerprint/env_aws.go>)
 /// - instance-id, hostname: OpenTelemetry's resource detection
@@ -101,8 +106,7 @@ pub struct NodeMetadata {
     /// Served instead of what the node's own service has.
     given: BTreeSet<String>,
     /// Read from the node's own service where they were not given.
-    allowed: Vec<String>,
-    groups: Vec<Group>,
+    allowed: Allowed,
     /// Of those, what the node's service may have and has not told yet. A path that ends with a slash stands for
     /// everything below it.
     unread: watch::Sender<BTreeSet<String>>,
@@ -110,23 +114,13 @@ pub struct NodeMetadata {
 }
 
 impl NodeMetadata {
-    /// With values that are given instead of read, and the paths and groups of those that may be read.
-    pub fn new(
-        given: impl IntoIterator<Item = (String, String)>,
-        allowed: Vec<String>,
-        groups: Vec<Group>,
-    ) -> Arc<Self> {
+    /// With values that are given instead of read, and what may be read.
+    pub fn new(given: impl IntoIterator<Item = (String, String)>, allowed: Allowed) -> Arc<Self> {
         let values: BTreeMap<_, _> = given.into_iter().map(|(path, value)| (path, Some(value.into()))).collect();
         let given = values.keys().cloned().collect();
-        let document_is_allowed = allowed.iter().any(|path| path == IDENTITY_DOCUMENT);
-        let metadata = Self {
-            values: RwLock::new(values),
-            given,
-            allowed,
-            groups,
-            unread: watch::Sender::default(),
-            document_is_allowed,
-        };
+        let document_is_allowed = allowed.paths.iter().any(|path| path == IDENTITY_DOCUMENT);
+        let (values, unread) = (RwLock::new(values), watch::Sender::default());
+        let metadata = Self { values, given, allowed, unread, document_is_allowed };
         let paths: Vec<_> = metadata.schedules().iter().flat_map(Schedule::paths).collect();
         let unread = paths.into_iter().filter(|path| !metadata.given.contains(path)).collect();
         metadata.unread.send_replace(unread);
@@ -134,8 +128,8 @@ impl NodeMetadata {
     }
 
     fn schedules(&self) -> Vec<Schedule> {
-        let single = Schedule::new(Reads::Values(self.allowed.clone()), STATIC);
-        let of_groups = self.groups.iter().flat_map(|group| group.schedules());
+        let single = Schedule::new(Reads::Values(self.allowed.paths.clone()), STATIC);
+        let of_groups = self.allowed.groups.iter().flat_map(|group| group.schedules());
         [single].into_iter().chain(of_groups).map(|schedule| schedule.without(&self.given)).collect()
     }
 
@@ -276,9 +270,15 @@ mod tests {
 
     use super::*;
 
+    fn paths(paths: &[&str]) -> Allowed {
+        Allowed { paths: paths.iter().map(|path| (*path).to_owned()).collect(), groups: Vec::new() }
+    }
+
     #[test]
     fn nothing_that_proves_who_the_node_is_can_be_allowed() {
-        for path in ALLOWABLE {
+        let of_groups = groups::GROUPS.iter().flat_map(|(_, group)| group.schedules());
+        let of_groups: Vec<_> = of_groups.flat_map(|schedule| schedule.paths()).collect();
+        for path in ALLOWABLE.into_iter().chain(of_groups.iter().map(String::as_str)) {
             let forbidden =
                 ["/iam", "identity-credentials", "user-data", "public-keys", "signature", "pkcs7", "rsa2048"];
             assert!(!forbidden.iter().any(|part| path.contains(part)), "{path}");
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn folders_list_what_there_is() {
         let given = ["meta-data/placement/region", "meta-data/placement/availability-zone", "meta-data/mac"];
-        let metadata = NodeMetadata::new(given.map(|path| (path.to_owned(), "x".to_owned())), Vec::new(), Vec::new());
+        let metadata = NodeMetadata::new(given.map(|path| (path.to_owned(), "x".to_owned())), Allowed::default());
         assert_eq!(metadata.entries("meta-data"), ["mac", "placement/"]);
         assert_eq!(metadata.entries("meta-data/placement"), ["availability-zone", "region"]);
         assert_eq!(metadata.entries("meta-data/place"), Vec::<String>::new());
@@ -302,7 +302,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_the_nodes_service_may_have_is_waited_for_until_it_was_read_or_there_is_none() {
         let wanted = [IDENTITY_DOCUMENT, "meta-data/placement/region", "meta-data/placement/availability-zone"];
-        let metadata = NodeMetadata::new([], wanted.map(str::to_owned).to_vec(), Vec::new());
+        let metadata = NodeMetadata::new([], paths(&wanted));
         let soon = || Instant::now() + Duration::from_millis(800);
         for path in [wanted[0], wanted[1], "meta-data/placement", "dynamic"] {
             assert!(!metadata.is_told(path, soon()).await, "{path}");
@@ -318,7 +318,7 @@ mod tests {
         assert!(asked.await && !metadata.is_told("meta-data/placement", soon()).await, "the zone is missing");
         metadata.unread.send_modify(BTreeSet::clear);
         assert!(metadata.document_is_told(Instant::now()).await && metadata.is_told("dynamic", Instant::now()).await);
-        let given = NodeMetadata::new([(wanted[1].to_owned(), "x".to_owned())], vec![wanted[1].to_owned()], Vec::new());
+        let given = NodeMetadata::new([(wanted[1].to_owned(), "x".to_owned())], paths(&wanted[1..2]));
         assert!(given.is_told(wanted[1], Instant::now()).await, "what is given need not be read");
     }
 
@@ -330,7 +330,7 @@ mod tests {
 
     fn document(values: &[(&str, &str)], account: Option<&str>) -> Value {
         let given = values.iter().map(|(path, value)| ((*path).to_owned(), (*value).to_owned()));
-        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()], Vec::new());
+        let metadata = NodeMetadata::new(given, paths(&[IDENTITY_DOCUMENT]));
         serde_json::from_slice(&metadata.identity_document(account).unwrap()).unwrap()
     }
 
@@ -359,7 +359,7 @@ mod tests {
     fn identity_document_has_ec2s_bytes() {
         let given = [(IDENTITY_DOCUMENT, NODES), ("meta-data/instance-id", "i-7")];
         let given = given.map(|(path, value)| (path.to_owned(), value.to_owned()));
-        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()], Vec::new());
+        let metadata = NodeMetadata::new(given, paths(&[IDENTITY_DOCUMENT]));
         let golden = concat!(
             "{\n",
             "  \"accountId\" : \"111122223333\",\n",
@@ -390,12 +390,9 @@ mod tests {
         assert_eq!((&made["region"], &made["instanceType"]), (&"mars-1".into(), &"rover".into()));
         assert_eq!((made["accountId"].as_str(), made["version"].as_str()), (Some("111122223333"), Some(VERSION)));
         let given = given.map(|(path, value)| (path.to_owned(), value.to_owned()));
-        assert!(!NodeMetadata::new(given.clone(), Vec::new(), Vec::new()).has_identity_document(), "not allowed");
-        let metadata = NodeMetadata::new(given, vec![IDENTITY_DOCUMENT.into()], Vec::new());
+        assert!(!NodeMetadata::new(given.clone(), Allowed::default()).has_identity_document(), "not allowed");
+        let metadata = NodeMetadata::new(given, paths(&[IDENTITY_DOCUMENT]));
         assert_eq!(metadata.entries("dynamic/instance-identity"), ["document"]);
-        assert!(
-            !NodeMetadata::new([], vec![IDENTITY_DOCUMENT.into()], Vec::new()).has_identity_document(),
-            "of nothing"
-        );
+        assert!(!NodeMetadata::new([], paths(&[IDENTITY_DOCUMENT])).has_identity_document(), "of nothing");
     }
 }

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     NodeMetadata,
-    groups::{Group, MAC},
+    groups::{Allowed, Group, MAC},
     source::{Failure, Source},
 };
 
@@ -75,8 +75,8 @@ impl Source for Node {
 }
 
 fn follow(node: &Node, allowed: &[&str], groups: &[Group]) -> Arc<NodeMetadata> {
-    let allowed = allowed.iter().map(|path| (*path).to_owned()).collect();
-    let metadata = NodeMetadata::new([], allowed, groups.to_vec());
+    let paths = allowed.iter().map(|path| (*path).to_owned()).collect();
+    let metadata = NodeMetadata::new([], Allowed { paths, groups: groups.to_vec() });
     let (followed, node) = (metadata.clone(), node.clone());
     tokio::spawn(async move { followed.follow_from(&node).await });
     metadata

@@ -71,34 +71,40 @@ impl Group {
     }
 }
 
-/// The paths and groups that words of `--node-metadata` stand for, `default` for those of its default.
-///
-/// # Errors
-/// The word that stands for none, and what would be right.
-pub fn parse(words: &[String]) -> Result<(Vec<String>, Vec<Group>), (&str, String)> {
-    let (mut paths, mut groups) = (Vec::new(), Vec::new());
-    if words == ["none"] {
-        return Ok((paths, groups));
-    }
-    for word in words {
-        if word == "default" {
-            paths.extend(DEFAULT.split(',').map(str::to_owned));
-        } else if let Some((_, group)) = GROUPS.iter().find(|(name, _)| name == word) {
-            groups.push(*group);
-        } else {
-            check(word, "default, vpc, tags, lifecycle, or none by itself, or ")
-                .map_err(|wrong| (word.as_str(), wrong))?;
-            paths.push(word.clone());
+/// What pods may read of the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Allowed {
+    pub paths: Vec<String>,
+    pub groups: Vec<Group>,
+}
+
+impl Allowed {
+    /// Reads the words of `--node-metadata`: paths, groups, `default` for its default, or `none` by itself.
+    ///
+    /// # Errors
+    /// The word that is neither, and what would be right.
+    pub fn parse(words: &[String]) -> Result<Self, (&str, String)> {
+        let (mut paths, mut groups) = (Vec::new(), Vec::new());
+        for word in words.iter().filter(|_| words != ["none"]) {
+            if word == "default" {
+                paths.extend(DEFAULT.split(',').map(str::to_owned));
+            } else if let Some((_, group)) = GROUPS.iter().find(|(name, _)| name == word) {
+                groups.push(*group);
+            } else {
+                check(word, "default, vpc, tags, lifecycle, or none by itself, or ")
+                    .map_err(|right| (&**word, right))?;
+                paths.push(word.clone());
+            }
         }
+        if groups.contains(&Group::Lifecycle) {
+            paths.push(LIFE_CYCLE.to_owned());
+        }
+        paths.sort_unstable();
+        paths.dedup();
+        groups.sort_unstable_by_key(|group| *group as u8);
+        groups.dedup();
+        Ok(Self { paths, groups })
     }
-    if groups.contains(&Group::Lifecycle) {
-        paths.push(LIFE_CYCLE.to_owned());
-    }
-    paths.sort_unstable();
-    paths.dedup();
-    groups.sort_unstable_by_key(|group| *group as u8);
-    groups.dedup();
-    Ok((paths, groups))
 }
 
 /// Whether a path can be allowed, or given, by itself.
@@ -158,13 +164,14 @@ mod tests {
 
     #[test]
     fn words_are_paths_groups_default_or_none() {
-        let (paths, groups) = parse(&words("lifecycle,default,vpc,meta-data/local-ipv4,vpc")).unwrap().to_owned();
+        let Allowed { paths, groups } =
+            Allowed::parse(&words("lifecycle,default,vpc,meta-data/local-ipv4,vpc")).unwrap();
         assert_eq!(groups, [Group::Vpc, Group::Lifecycle]);
         assert_eq!(paths.len(), DEFAULT.split(',').count() + 2, "with instance-life-cycle: {paths:?}");
-        assert_eq!(parse(&words("none")).unwrap(), (vec![], vec![]));
+        assert_eq!(Allowed::parse(&words("none")).unwrap(), Allowed::default());
         for wrong in ["network", "none,tags", "meta-data", "meta-data/tags/instance", "VPC"] {
             let words = words(wrong);
-            let (word, right) = parse(&words).unwrap_err();
+            let (word, right) = Allowed::parse(&words).unwrap_err();
             assert!(wrong.starts_with(word) && right.contains("must be default, vpc, tags, lifecycle, or"), "{right}");
         }
     }
@@ -183,7 +190,7 @@ mod tests {
             ("dynamic/instance-identity/signature", "signature"),
         ] {
             let words = [path.to_owned()];
-            let (_, right) = parse(&words).unwrap_err();
+            let (_, right) = Allowed::parse(&words).unwrap_err();
             assert!(right.contains("never served") && right.contains(why), "{path}: {right}");
         }
     }
