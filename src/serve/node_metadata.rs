@@ -159,8 +159,9 @@ impl NodeMetadata {
 
     /// What there is directly below a path: `region` and the like, folders with a slash at the end.
     pub(crate) fn entries(&self, folder: &str) -> Vec<String> {
-        let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
+        // Before the lock is held: reading it twice deadlocks with a writer in between.
         let document = self.has_identity_document().then_some(IDENTITY_DOCUMENT);
+        let values = self.values.read().unwrap_or_else(PoisonError::into_inner);
         let paths = document.into_iter().chain(values.keys().map(String::as_str));
         let below =
             paths.filter_map(|path| path.strip_prefix(folder)?.strip_prefix('/').filter(|rest| !rest.is_empty()));
@@ -204,8 +205,8 @@ impl NodeMetadata {
         join_all(self.schedules().into_iter().map(|schedule| schedule.follow(self, source))).await;
     }
 
-    /// Takes what the node's service answered for a path; returns a failure. After a failure a value is kept, and what
-    /// may be there is told by nobody until it is known.
+    /// Takes what the node's service answered for a path, and returns a failure. A failure keeps a value that is known;
+    /// what is not known may be there.
     fn learn(&self, path: &str, answer: Result<Option<Bytes>, Failure>) -> Option<(String, Failure)> {
         if self.given.contains(path) {
             return None;
@@ -226,8 +227,8 @@ impl NodeMetadata {
         failure.map(|failure| (path.to_owned(), failure))
     }
 
-    /// Takes the names that are in a folder now, and the paths below it that are to be read next. What is below other
-    /// names is gone.
+    /// Takes the names that are in a folder now, and the paths below it that are read next. Drops what is below other
+    /// names.
     fn learn_folder(&self, folder: &str, names: &[String], next: &[String]) {
         let known: BTreeSet<_> = names.iter().map(String::as_str).collect();
         let name =
