@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, mpsc},
+    thread,
     time::Duration,
 };
 
@@ -286,4 +287,25 @@ async fn without_a_service_nothing_is_awaited() {
     seconds(300).await;
     assert_eq!(metadata.entries(TAGS), Vec::<String>::new(), "the value is not there");
     assert_eq!(served(&metadata, &format!("{MACS}/{PRIMARY}/vpc-id")).await, None, "there is a service after all");
+}
+
+/// Each waits for the other for ever if a listing takes its lock twice.
+#[test]
+fn listing_during_refresh_does_not_deadlock() {
+    let metadata = NodeMetadata::new([], Allowed { paths: vec![REGION.to_owned()], groups: Vec::new() });
+    let (ended, end) = mpsc::channel();
+    let work: [fn(&NodeMetadata); 2] = [
+        |metadata| drop(metadata.learn(SPOT, Ok(Some(Bytes::from_static(b"{}"))))),
+        |metadata| drop(metadata.entries("meta-data")),
+    ];
+    for step in work {
+        let (metadata, ended) = (metadata.clone(), ended.clone());
+        thread::spawn(move || {
+            (0..100_000).for_each(|_| step(&metadata));
+            ended.send(())
+        });
+    }
+    for _ in work {
+        end.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
 }

@@ -65,15 +65,14 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The service at its IPv4 address, over connections that are kept.
-#[derive(Debug)]
+/// The service at its IPv4 address, over connections that are kept. Not `Debug`: its session token is the node's.
 pub(super) struct Imds {
     client: Client<HttpConnector, Empty<Bytes>>,
     session: Mutex<Session>,
     answered: AtomicBool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Session {
     token: Option<(Arc<str>, Instant)>,
     /// When the last attempt to get one ended, and how.
