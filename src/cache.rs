@@ -1,100 +1,106 @@
-//! [`Grant`] → [`Credential`] in hand: one slot for each session, which fetches once whoever waits, refreshes ahead of
-//! expiry, and serves what it has while that is honest. Knows no HTTP, no Kubernetes and no AWS.
+//! [`Grant`] → cached [`Credential`]. Each session has one refresher task (single-flight), which refreshes ahead of
+//! expiry; in an outage the cache serves stale credentials as long as they are valid. Knows no HTTP, no Kubernetes and no
+//! AWS.
+//!
+//! Sessions live in a plain map, not in a cache library: an entry lives exactly as long as a pod uses it, owns a task,
+//! and is zeroed when dropped. Neither a time-to-live nor a capacity may evict it.
 
-mod budget;
-mod slot;
+mod breaker;
+mod limiter;
+mod session;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tracing::error;
 
 use crate::{
     attribute::PodUid,
     authorise::{Grant, Key},
-    exchange::{Credential, Issue},
-    observe::{Metrics, Urgency},
+    exchange::{Credential, Issuer},
+    observe::Metrics,
     refusal::Refusal,
 };
-pub use budget::Budget;
+pub use limiter::{ExchangeLimiter, Priority};
 #[cfg(test)]
-pub(crate) use slot::REFRESH;
-use slot::{Holds, Slot};
+pub(crate) use session::REFRESH_FRACTION;
+use session::{GrantCheck, SessionEntry};
 
-/// How a session stands, without waiting for it.
+/// Status of a session, for callers that do not need its credentials.
 #[derive(Debug)]
-pub enum Standing {
+pub enum SessionStatus {
     Ready,
     Failed(Refusal),
     Pending,
 }
 
-/// Where a session is found again, for as long as the cache keeps it.
+/// Finds a session again without a lookup, for as long as the cache keeps it.
 #[derive(Debug, Clone)]
-pub struct Session(Weak<Slot>);
+pub struct SessionHandle(Weak<SessionEntry>);
 
 /// The sessions of this node's pods.
 pub struct Cache {
     sessions: Mutex<Sessions>,
-    issuer: Arc<dyn Issue>,
-    budget: Arc<Budget>,
-    holds: Holds,
+    issuer: Arc<dyn Issuer>,
+    limiter: Arc<ExchangeLimiter>,
+    check: GrantCheck,
     metrics: Metrics,
 }
 
-/// A live pod has one session and no session is without a pod, so there are no more than pods.
+/// Each live pod has one session, and each session has a pod: there are never more sessions than pods.
 #[derive(Debug, Default)]
 struct Sessions {
-    slots: HashMap<Arc<Key>, Arc<Slot>>,
-    of_pod: HashMap<PodUid, Arc<Key>>,
+    entries: HashMap<Arc<Key>, Arc<SessionEntry>>,
+    by_pod: HashMap<PodUid, Arc<Key>>,
 }
 
 impl Cache {
-    /// `holds` says whether a grant that was made earlier would be made now: asked before each exchange, so that none
-    /// is for a pod that is gone, or for a role that its service account has no more.
+    /// `check` returns whether a grant would be made again now. It runs before each exchange, so that none is made for a
+    /// deleted pod, or for a role that its service account no longer has.
     pub fn new(
-        issuer: Arc<dyn Issue>,
-        budget: Arc<Budget>,
-        holds: impl Fn(&Grant) -> bool + Send + Sync + 'static,
+        issuer: Arc<dyn Issuer>,
+        budget: Arc<ExchangeLimiter>,
+        check: impl Fn(&Grant) -> bool + Send + Sync + 'static,
         metrics: Metrics,
     ) -> Self {
-        Self { sessions: Mutex::default(), issuer, budget, holds: Arc::new(holds), metrics }
+        Self { sessions: Mutex::default(), issuer, limiter: budget, check: Arc::new(check), metrics }
     }
 
-    /// Fetches ahead of the first request.
+    /// Fetches credentials before the first request.
     pub fn prefetch(&self, grant: &Grant) {
-        self.slot(grant).want(Urgency::Ahead);
+        self.entry(grant).request_refresh(Priority::Prefetch);
     }
 
-    /// How the session stands, for whoever is about to ask for its credentials; waits up to `until` for it to be
-    /// decided.
-    pub async fn standing(&self, grant: &Grant, until: Instant) -> Standing {
-        self.slot(grant).standing(until).await
+    /// Returns the session's status; waits until it is known, at most until `until`.
+    pub async fn status(&self, grant: &Grant, until: Instant) -> SessionStatus {
+        self.entry(grant).status(until).await
     }
 
-    /// The session of a grant, for whoever is going to ask again.
-    pub fn session(&self, grant: &Grant) -> Session {
-        Session(Arc::downgrade(&self.slot(grant)))
+    /// Returns a handle for later requests of the same connection.
+    pub fn handle(&self, grant: &Grant) -> SessionHandle {
+        SessionHandle(Arc::downgrade(&self.entry(grant)))
     }
 
-    /// The credentials, if there is no need to wait for them.
-    pub fn in_hand(&self, session: &Session) -> Option<Arc<Credential>> {
-        let credential = session.0.upgrade()?.in_hand()?;
+    /// Returns the credentials if they are fresh, or stale while refreshing fails.
+    pub fn get_cached(&self, session: &SessionHandle) -> Option<Arc<Credential>> {
+        let credential = session.0.upgrade()?.get_cached()?;
         self.metrics.cache_hits.inc();
         Some(credential)
     }
 
-    /// The credentials, waited for where that is needed.
+    /// Returns the credentials; waits for an exchange if there are none.
     ///
     /// # Errors
-    /// A definite refusal at once, the last one when `until` has come.
+    /// The exchange's refusal: at once if its `RetryPolicy` is `Fixed`, otherwise the last one when `until` has passed.
+    /// `ExchangeTimeout` if no exchange has ended by then.
     pub async fn get(&self, grant: &Grant, until: Instant) -> Result<Arc<Credential>, Refusal> {
-        let slot = self.slot(grant);
-        if let Some(credential) = slot.in_hand() {
+        let slot = self.entry(grant);
+        if let Some(credential) = slot.get_cached() {
             self.metrics.cache_hits.inc();
             return Ok(credential);
         }
@@ -102,85 +108,85 @@ impl Cache {
         slot.get(until).await
     }
 
-    /// Whether the pod has a session, of whatever terms.
+    /// Returns whether the pod has a session.
     pub fn serves(&self, pod: &PodUid) -> bool {
-        self.sessions().of_pod.contains_key(pod)
+        self.sessions().by_pod.contains_key(pod)
     }
 
-    /// A pod is gone: the sessions that only it could use are dropped, and so zeroed.
+    /// Removes a deleted pod. Its session is dropped, and thereby zeroed, if no other pod uses it.
     pub fn forget(&self, pod: &PodUid) {
         let mut sessions = self.sessions();
-        let left = sessions.of_pod.remove(pod);
-        sessions.slots.retain(|key, slot| {
-            let last = left.as_ref() == Some(key) && slot.leave(pod);
-            let dropped = last || slot.abandoned();
+        let left = sessions.by_pod.remove(pod);
+        sessions.entries.retain(|key, entry| {
+            let last = left.as_ref() == Some(key) && entry.leave(pod);
+            let dropped = last || entry.is_abandoned();
             if dropped {
-                slot.end();
+                entry.abort();
             }
             !dropped
         });
         self.count(&sessions);
     }
 
-    /// What is held and how it stands, without a secret: for `/debug/slots`.
+    /// Describes all sessions, without secrets, for `/debug/sessions`.
     pub fn describe(&self) -> serde_json::Value {
-        let describe = |(key, slot): (&Arc<Key>, &Arc<Slot>)| {
-            let mut entry = slot.describe();
-            entry["service_account"] = key.account.to_string().into();
-            entry["role_arn"] = key.role.as_str().into();
-            entry["session_name"] = key.session_name.as_str().into();
-            entry
+        let describe = |(key, entry): (&Arc<Key>, &Arc<SessionEntry>)| {
+            let mut description = entry.describe();
+            description["service_account"] = key.account.to_string().into();
+            description["role_arn"] = key.role.as_str().into();
+            description["session_name"] = key.session_name.as_str().into();
+            description
         };
-        self.sessions().slots.iter().map(describe).collect()
+        self.sessions().entries.iter().map(describe).collect()
     }
 
-    /// How long until the first of the sessions in use expires. Those that nobody uses are left to expire.
+    /// Returns the time until the first session in use expires. Unused sessions are not refreshed and do not count.
     pub fn first_expiry(&self) -> Option<Duration> {
-        self.sessions().slots.values().filter_map(|slot| slot.left_in_use()).min()
+        self.sessions().entries.values().filter_map(|entry| entry.time_left_if_used()).min()
     }
 
-    fn slot(&self, grant: &Grant) -> Arc<Slot> {
+    fn entry(&self, grant: &Grant) -> Arc<SessionEntry> {
         let (key, uid) = (grant.key(), grant.workload().uid());
-        let start = || Slot::start(self.issuer.clone(), self.budget.clone(), self.holds.clone());
+        let start = || SessionEntry::start(self.issuer.clone(), self.limiter.clone(), self.check.clone());
         let mut sessions = self.sessions();
-        let known = sessions.slots.get(key).cloned();
-        if let Some(slot) = known.as_ref().filter(|slot| slot.has_failed()) {
-            error!(role_arn = %key.role, service_account = %key.account, "a session's task has failed: starting it anew");
-            slot.end();
+        let known = sessions.entries.get(key).cloned();
+        if let Some(entry) = known.as_ref().filter(|entry| entry.has_failed()) {
+            error!(role_arn = %key.role, service_account = %key.account, "refresher task panicked: starting it again");
+            entry.abort();
         }
-        let known = known.filter(|slot| !slot.has_failed());
-        if let Some(slot) = known.as_ref().filter(|slot| slot.has(uid)) {
-            return slot.clone();
+        let known = known.filter(|entry| !entry.has_failed());
+        if let Some(entry) = known.as_ref().filter(|entry| entry.has_pod(uid)) {
+            return entry.clone();
         }
-        // A pod that is gone, or whose account was changed meanwhile, would never leave again.
-        if !(self.holds)(grant) {
+        // Nothing would ever remove a pod that is deleted already, or whose account was changed meanwhile.
+        if !(self.check)(grant) {
             return known.unwrap_or_else(start);
         }
-        let slot = known.unwrap_or_else(start);
-        slot.join(grant);
-        sessions.slots.insert(key.clone(), slot.clone());
-        if let Some(former) = sessions.of_pod.insert(uid.clone(), key.clone()).filter(|former| former != key)
-            && sessions.slots.get(&former).is_some_and(|left| left.leave(uid))
+        let entry = known.unwrap_or_else(start);
+        entry.join(grant);
+        sessions.entries.insert(key.clone(), entry.clone());
+        if let Some(former) = sessions.by_pod.insert(uid.clone(), key.clone()).filter(|former| former != key)
+            && sessions.entries.get(&former).is_some_and(|former| former.leave(uid))
         {
-            // Whoever waits for it still holds it; otherwise it ends here.
-            sessions.slots.remove(&former);
+            // Callers that wait for it keep it alive; otherwise it ends here.
+            sessions.entries.remove(&former);
         }
         self.count(&sessions);
-        slot
+        entry
     }
 
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sessions.lock()
     }
 
     fn count(&self, sessions: &Sessions) {
-        self.metrics.cache_entries.set(i64::try_from(sessions.slots.len()).unwrap_or(i64::MAX));
+        self.metrics.cache_entries.set(i64::try_from(sessions.entries.len()).unwrap_or(i64::MAX));
     }
 }
 
 impl std::fmt::Debug for Cache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Cache").field("slots", &self.sessions().slots.len()).finish_non_exhaustive()
+        f.debug_struct("Cache").field("sessions", &self.sessions().entries.len()).finish_non_exhaustive()
     }
 }
 
@@ -202,7 +208,7 @@ mod tests {
     #[derive(Debug)]
     struct Always;
 
-    impl Issue for Always {
+    impl Issuer for Always {
         fn issue<'a>(
             &'a self,
             grant: &'a Grant,
@@ -211,9 +217,9 @@ mod tests {
         }
     }
 
-    fn cache(holds: impl Fn(&Grant) -> bool + Send + Sync + 'static) -> Cache {
+    fn cache(check: impl Fn(&Grant) -> bool + Send + Sync + 'static) -> Cache {
         let metrics = Metrics::new("test").unwrap();
-        Cache::new(Arc::new(Always), Budget::new(1_000, 1_000, metrics.clone()), holds, metrics)
+        Cache::new(Arc::new(Always), ExchangeLimiter::new(1_000, 1_000, metrics.clone()), check, metrics)
     }
 
     fn grant(pod: &str, role: &str) -> Grant {
@@ -224,7 +230,7 @@ mod tests {
     /// Sessions, and pods that have one.
     fn held(cache: &Cache) -> (usize, usize) {
         let sessions = cache.sessions();
-        (sessions.slots.len(), sessions.of_pod.len())
+        (sessions.entries.len(), sessions.by_pod.len())
     }
 
     fn in_4s() -> Instant {
@@ -233,7 +239,7 @@ mod tests {
 
     /// Whoever may change a service account can do so as often as it likes.
     #[tokio::test(start_paused = true)]
-    async fn a_pod_takes_the_place_of_one_session_however_often_its_account_is_changed() {
+    async fn pod_has_one_session_after_account_changes() {
         let cache = cache(|_| true);
         let shared = grant("b", "role-0");
         cache.get(&shared, in_4s()).await.unwrap();
@@ -243,15 +249,15 @@ mod tests {
             assert_eq!(credential.access_key_id(), role);
         }
         assert_eq!(held(&cache), (2, 2), "its last one, and that of the other pod");
-        assert!(cache.in_hand(&cache.session(&shared)).is_some(), "which lost nothing");
+        assert!(cache.get_cached(&cache.handle(&shared)).is_some(), "which lost nothing");
     }
 
     /// A defect of a library must not cost a service account its credentials for as long as the agent runs.
     #[tokio::test(start_paused = true)]
-    async fn a_session_whose_task_has_panicked_is_started_anew() {
+    async fn panicked_refresher_is_restarted() {
         #[derive(Debug, Default)]
         struct PanicsOnce(AtomicBool);
-        impl Issue for PanicsOnce {
+        impl Issuer for PanicsOnce {
             fn issue<'a>(
                 &'a self,
                 grant: &'a Grant,
@@ -261,7 +267,7 @@ mod tests {
             }
         }
         let metrics = Metrics::new("test").unwrap();
-        let budget = Budget::new(1_000, 1_000, metrics.clone());
+        let budget = ExchangeLimiter::new(1_000, 1_000, metrics.clone());
         let cache = Cache::new(Arc::new(PanicsOnce::default()), budget, |_| true, metrics);
         assert!(cache.get(&grant("a", "role"), in_4s()).await.is_err());
         assert_eq!(cache.get(&grant("a", "role"), in_4s()).await.unwrap().access_key_id(), "role");
@@ -269,7 +275,7 @@ mod tests {
 
     /// Between the look at who is calling and this, a pod may be deleted.
     #[tokio::test(start_paused = true)]
-    async fn a_pod_that_is_gone_joins_no_session() {
+    async fn deleted_pod_joins_no_session() {
         let live = Arc::new(AtomicBool::new(true));
         let cache = cache({
             let live = live.clone();
@@ -278,7 +284,7 @@ mod tests {
         cache.get(&grant("a", "role"), in_4s()).await.unwrap();
         live.store(false, SeqCst);
         cache.forget(grant("gone", "role").workload().uid());
-        cache.session(&grant("gone", "role"));
+        cache.handle(&grant("gone", "role"));
         cache.forget(grant("a", "role").workload().uid());
         assert_eq!(held(&cache), (0, 0), "dropped with its last pod");
     }

@@ -31,7 +31,7 @@ use token::TokenSource;
 pub const DEADLINE: Duration = Duration::from_secs(4);
 
 /// Issues credentials. One method, so that what is built on it can be tested without Kubernetes and AWS.
-pub trait Issue: Send + Sync + 'static {
+pub trait Issuer: Send + Sync + 'static {
     fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>>;
 }
 
@@ -76,7 +76,7 @@ impl Exchange {
     }
 }
 
-impl Issue for Exchange {
+impl Issuer for Exchange {
     fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
         Box::pin(self.run(grant))
     }

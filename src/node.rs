@@ -28,7 +28,7 @@ use tracing::{error, info, warn};
 use crate::{
     attribute::Attributor,
     authorise::Grant,
-    cache::{Budget, Cache},
+    cache::{Cache, ExchangeLimiter},
     config::{Command, Config},
     doctor,
     exchange::{Exchange, sts::Sts},
@@ -145,13 +145,13 @@ pub async fn run(
 
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
-    let budget = Budget::new(config.exchange_rate, config.exchange_burst, metrics.clone());
+    let limiter = ExchangeLimiter::new(config.exchange_rate, config.exchange_burst, metrics.clone());
     let (live, roles) = (attributor.clone(), authoriser.clone());
-    let holds = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.still(grant);
-    let cache = Arc::new(Cache::new(Arc::new(exchange), budget, holds, metrics.clone()));
+    let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.still(grant);
+    let cache = Arc::new(Cache::new(Arc::new(exchange), limiter, check, metrics.clone()));
     let (described, expiring) = (cache.clone(), cache.clone());
     metrics.ask_credentials_left(move || expiring.first_expiry());
-    let admin = Admin { metrics: metrics.clone(), readiness, slots: Arc::new(move || described.describe()) };
+    let admin = Admin { metrics: metrics.clone(), readiness, sessions: Arc::new(move || described.describe()) };
     if let Some(path) = &config.admin_socket {
         tasks.spawn(admin::serve_local(admin.clone(), path)?);
     }

@@ -16,7 +16,7 @@ use tracing::{Level, debug, error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 pub use admin::{Admin, Page};
-pub use metrics::{Heard, Metrics, Outcome, Step, Urgency};
+pub use metrics::{Heard, Metrics, Outcome, Step};
 
 use crate::refusal::{Reason, Refusal};
 
@@ -88,7 +88,7 @@ impl RefusalLog {
 
 /// One line for a refusal, at the level that its row in the table gives.
 pub fn log_refusal(refusal: &Refusal, namespace: &str, pod: &str, service_account: &str) {
-    let spec = refusal.reason.spec();
+    let spec = refusal.reason.info();
     macro_rules! line {
         ($level:ident) => {
             $level!(

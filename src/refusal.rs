@@ -59,7 +59,7 @@ pub enum Reason {
 
 /// How long a failed exchange is remembered before the next try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Memory {
+pub enum RetryPolicy {
     /// Not the outcome of an exchange.
     None,
     /// Trying again sooner cannot help: somebody has to change something.
@@ -70,30 +70,30 @@ pub enum Memory {
 
 /// One row of the table.
 #[derive(Debug)]
-pub struct Spec {
+pub struct ReasonInfo {
     /// The metric label and the `reason` field of the log.
     pub label: &'static str,
     /// The HTTP status that a pod gets.
     pub status: u16,
-    pub memory: Memory,
+    pub retry: RetryPolicy,
     pub level: Level,
     /// What an operator should change.
     pub advice: &'static str,
 }
 
-const fn row(label: &'static str, status: u16, memory: Memory, level: Level, advice: &'static str) -> Spec {
-    Spec { label, status, memory, level, advice }
+const fn row(label: &'static str, status: u16, memory: RetryPolicy, level: Level, advice: &'static str) -> ReasonInfo {
+    ReasonInfo { label, status, retry: memory, level, advice }
 }
 
-const fn seconds(n: u64) -> Memory {
-    Memory::Fixed(Duration::from_secs(n))
+const fn seconds(n: u64) -> RetryPolicy {
+    RetryPolicy::Fixed(Duration::from_secs(n))
 }
 
 impl Reason {
     /// Statuses follow what real SDKs do with them (docs/imds-requirements.md, 24 to 28): 404 ends every client at
     /// once, 403 says "denied", 503 makes them try again; 400, 401, 429 and 500 are wrong for anything that may pass.
-    pub fn spec(self) -> Spec {
-        use Memory::{Backoff, None};
+    pub fn info(self) -> ReasonInfo {
+        use RetryPolicy::{Backoff, None};
         match self {
             Self::NotFound => row("not_found", 404, None, Level::DEBUG, "no such path is served"),
             Self::MethodNotAllowed => {
@@ -378,7 +378,7 @@ impl From<Reason> for Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.reason.spec().label)?;
+        write!(f, "{}", self.reason.info().label)?;
         if self.detail.is_empty() { Ok(()) } else { write!(f, ": {}", self.detail) }
     }
 }
@@ -395,7 +395,7 @@ mod tests {
     fn the_page_on_failures_has_every_row_of_the_table() {
         let page = include_str!("../docs/failures.md");
         for reason in Reason::value_variants() {
-            let spec = reason.spec();
+            let spec = reason.info();
             let row = page.lines().find(|line| line.starts_with(&format!("| `{}` | {} |", spec.label, spec.status)));
             assert!(row.is_some_and(|row| row.contains(spec.advice)), "{}: {}", spec.label, spec.advice);
         }
@@ -404,8 +404,8 @@ mod tests {
     /// IMDS-27: what may pass by itself is never 400, 401, 429 or 500.
     #[test]
     fn what_is_tried_again_is_503() {
-        for spec in Reason::value_variants().iter().map(|reason| reason.spec()) {
-            assert!(spec.memory != Memory::Backoff || spec.status == 503, "{}", spec.label);
+        for spec in Reason::value_variants().iter().map(|reason| reason.info()) {
+            assert!(spec.retry != RetryPolicy::Backoff || spec.status == 503, "{}", spec.label);
         }
     }
 }

@@ -1,15 +1,14 @@
-//! The cache under everything that may happen to it, in random order on a clock that jumps from event to event: pods
-//! come, ask, hang up and go, roles change, exchanges take their time and fail. The same seed is the same run.
+//! Model-based test: random events on a paused clock (pods come, ask, hang up and go; roles change; exchanges are slow or
+//! fail), compared with a model. A seed reproduces a run.
 //!
-//! A model beside it says what must hold: at most one exchange of a session at a time, and none for a pod that is gone or
-//! a role that its account has no more; no credentials but the caller's own, and none that are about to expire; every
-//! caller answered by the end of its hold; refreshes when they are due and not before; refusals remembered.
+//! The model checks: single-flight per session; no exchange for a deleted pod or a removed role; only the caller's own
+//! credentials, and none about to expire; an answer to every caller before its deadline; refreshes on schedule; cached
+//! refusals.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     future::Future,
     pin::Pin,
-    sync::MutexGuard,
     time::Duration,
 };
 
@@ -21,33 +20,39 @@ use crate::{attribute::Workload, refusal::Reason};
 const LIFETIME: Duration = Duration::from_secs(3_600);
 const HOLD: Duration = Duration::from_secs(4);
 const LIST_HOLD: Duration = Duration::from_millis(350);
-/// Longer than any pause between two tries.
+/// Longer than any retry delay.
 const CALM: Duration = Duration::from_secs(65);
-/// The same where credentials are in hand and were refused for good.
+/// The same while a credential is held and its refresh is denied.
 const DENIED: Duration = Duration::from_secs(305);
-/// What has as much left is good for nearly every SDK, and given out where STS is slow.
+/// Time left that suffices for nearly every SDK.
 const GOOD: Duration = Duration::from_secs(21 * 60);
-/// Timers are as fine as this.
+/// Resolution of timers.
 const TICK: Duration = Duration::from_millis(5);
 const ACCOUNTS: usize = 3;
-const SEATS: usize = 8;
+const PODS: usize = 8;
 
-/// What exchanges meet with.
+/// Outcome of exchanges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Weather {
+enum UpstreamState {
     Fine,
     Outage,
     Unsteady,
     Denied,
-    /// Tokens are refused as if each pod were gone.
+    /// Tokens are refused as for deleted pods.
     Forbidden,
     Silent,
 }
 
-const WEATHERS: [Weather; 6] =
-    [Weather::Fine, Weather::Outage, Weather::Unsteady, Weather::Denied, Weather::Forbidden, Weather::Silent];
+const UPSTREAM_STATES: [UpstreamState; 6] = [
+    UpstreamState::Fine,
+    UpstreamState::Outage,
+    UpstreamState::Unsteady,
+    UpstreamState::Denied,
+    UpstreamState::Forbidden,
+    UpstreamState::Silent,
+];
 
-/// What the model knows of one session.
+/// Expected state of one session.
 #[derive(Debug, Default)]
 struct Session {
     /// How often it was abandoned. What was under way then may still be waited for, and is in nobody's hand after that.
@@ -64,9 +69,9 @@ struct Session {
 }
 
 #[derive(Debug)]
-struct World {
+struct Model {
     rng: fastrand::Rng,
-    weather: Weather,
+    upstream: UpstreamState,
     since: Instant,
     live: HashMap<PodUid, usize>,
     /// Of each account.
@@ -78,17 +83,17 @@ struct World {
     wrong: Vec<String>,
 }
 
-impl World {
+impl Model {
     fn holds(&self, grant: &Grant) -> bool {
         self.live.get(grant.workload().uid()).is_some_and(|account| role(*account, self.roles[*account]) == name(grant))
     }
 
     fn fine_for(&self) -> Duration {
-        if self.weather == Weather::Fine { self.since.elapsed() } else { Duration::ZERO }
+        if self.upstream == UpstreamState::Fine { self.since.elapsed() } else { Duration::ZERO }
     }
 
     /// Nobody is left who could use it: what comes next is another session.
-    fn forget_the_abandoned(&mut self) {
+    fn drop_abandoned(&mut self) {
         for (name, session) in &mut self.sessions {
             let may =
                 |uid: &PodUid| self.live.get(uid).is_some_and(|account| role(*account, self.roles[*account]) == *name);
@@ -113,24 +118,24 @@ impl World {
 }
 
 #[derive(Debug)]
-struct Model(Mutex<World>);
+struct SharedModel(Mutex<Model>);
 
-impl Model {
-    fn world(&self) -> MutexGuard<'_, World> {
-        self.0.lock().unwrap()
+impl SharedModel {
+    fn model(&self) -> MutexGuard<'_, Model> {
+        self.0.lock()
     }
 
     fn begin(&self, grant: &Grant) -> (Duration, Option<Reason>, usize) {
-        let mut world = self.world();
-        let World { rng, weather, wrong, sessions, .. } = &mut *world;
+        let mut model = self.model();
+        let Model { rng, upstream, wrong, sessions, .. } = &mut *model;
         let short = Duration::from_millis(rng.u64(0..3_000));
-        let (delay, failed) = match weather {
-            Weather::Fine => (short, None),
-            Weather::Outage => (short, Some(Reason::StsUnavailable)),
-            Weather::Unsteady => (short, rng.bool().then_some(Reason::StsThrottled)),
-            Weather::Denied => (short, Some(Reason::AccessDenied)),
-            Weather::Forbidden => (short, Some(Reason::TokenForbidden)),
-            Weather::Silent => (HOLD, Some(Reason::ExchangeTimeout)),
+        let (delay, failed) = match upstream {
+            UpstreamState::Fine => (short, None),
+            UpstreamState::Outage => (short, Some(Reason::StsUnavailable)),
+            UpstreamState::Unsteady => (short, rng.bool().then_some(Reason::StsThrottled)),
+            UpstreamState::Denied => (short, Some(Reason::AccessDenied)),
+            UpstreamState::Forbidden => (short, Some(Reason::TokenForbidden)),
+            UpstreamState::Silent => (HOLD, Some(Reason::ExchangeTimeout)),
         };
         let name = name(grant);
         let session = sessions.entry(name.clone()).or_default();
@@ -147,17 +152,17 @@ impl Model {
         }
         session.in_flight += 1;
         let answer = (delay, failed, session.former);
-        world.exchanges += 1;
-        if !world.holds(grant) {
-            world.wrong.push(format!("{name}: exchanged for {}, which it is not for", grant.workload().uid()));
+        model.exchanges += 1;
+        if !model.holds(grant) {
+            model.wrong.push(format!("{name}: exchanged for {}, which it is not for", grant.workload().uid()));
         }
         answer
     }
 
     fn end(&self, grant: &Grant, failed: Option<Reason>, former: usize) -> Result<Credential, Refusal> {
-        let mut world = self.world();
-        let (id, name) = (format!("ASIA{}", world.issued.len()), name(grant));
-        let session = world.sessions.entry(name.clone()).or_default();
+        let mut model = self.model();
+        let (id, name) = (format!("ASIA{}", model.issued.len()), name(grant));
+        let session = model.sessions.entry(name.clone()).or_default();
         let current = session.former == former;
         if current {
             session.in_flight -= 1;
@@ -173,7 +178,7 @@ impl Model {
                 if current {
                     session.issued = Some(Instant::now());
                 }
-                world.issued.insert(id.clone(), name);
+                model.issued.insert(id.clone(), name);
                 Ok(Credential::sample(&id, LIFETIME))
             }
         }
@@ -181,11 +186,11 @@ impl Model {
 
     /// The pod is one of the session's from now on.
     fn joins(&self, grant: &Grant, used: bool) {
-        let mut world = self.world();
-        if !world.holds(grant) {
+        let mut model = self.model();
+        if !model.holds(grant) {
             return;
         }
-        let session = world.sessions.entry(name(grant)).or_default();
+        let session = model.sessions.entry(name(grant)).or_default();
         if session.pods.insert(grant.workload().uid().clone()) {
             session.denied_until = session.denied_until.filter(|_| session.pods.len() > 1);
         }
@@ -199,32 +204,32 @@ impl Model {
 
     /// What a caller was given.
     fn answered(&self, grant: &Grant, asked: Instant, answer: Result<Arc<Credential>, Refusal>) {
-        let mut world = self.world();
+        let mut model = self.model();
         let name = name(grant);
         if asked.elapsed() > HOLD + TICK {
-            world.wrong.push(format!("{name}: held for {:?}", asked.elapsed()));
+            model.wrong.push(format!("{name}: held for {:?}", asked.elapsed()));
         }
         match answer {
             Ok(credential) => {
                 let left = credential.expires_at().saturating_duration_since(Instant::now());
-                let opens = world.issued.get(credential.access_key_id()).cloned();
+                let opens = model.issued.get(credential.access_key_id()).cloned();
                 // Whoever is gone by now may have waited for an exchange that nobody needs any more.
-                let well = world.fine_for() > LIFETIME && world.holds(grant);
+                let well = model.fine_for() > LIFETIME && model.holds(grant);
                 let enough = if well { GOOD } else { Duration::from_secs(60) };
                 if opens.as_ref() != Some(&name) || left < enough {
-                    world.wrong.push(format!("{name} was given {opens:?} with {left:?} left"));
+                    model.wrong.push(format!("{name} was given {opens:?} with {left:?} left"));
                 }
             }
             Err(refusal) => {
-                if world.fine_for() > CALM + HOLD && world.holds(grant) {
-                    world.wrong.push(format!("{name} was refused while all was well: {refusal}"));
+                if model.fine_for() > CALM + HOLD && model.holds(grant) {
+                    model.wrong.push(format!("{name} was refused while all was well: {refusal}"));
                 }
             }
         }
     }
 }
 
-impl Issue for Model {
+impl Issuer for SharedModel {
     fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
         let (delay, failed, former) = self.begin(grant);
         let guard = Cancelled { model: self, session: name(grant), former, armed: true };
@@ -237,9 +242,9 @@ impl Issue for Model {
     }
 }
 
-/// A slot that is dropped takes its exchange along.
+/// A entry that is dropped takes its exchange along.
 struct Cancelled<'a> {
-    model: &'a Model,
+    model: &'a SharedModel,
     session: String,
     former: usize,
     armed: bool,
@@ -248,7 +253,7 @@ struct Cancelled<'a> {
 impl Drop for Cancelled<'_> {
     fn drop(&mut self) {
         if self.armed
-            && let Some(session) = self.model.world().sessions.get_mut(&self.session)
+            && let Some(session) = self.model.model().sessions.get_mut(&self.session)
             && session.former == self.former
         {
             session.in_flight -= 1;
@@ -265,9 +270,9 @@ fn name(grant: &Grant) -> String {
 }
 
 struct Run {
-    model: Arc<Model>,
+    model: Arc<SharedModel>,
     cache: Arc<Cache>,
-    seats: Vec<Workload>,
+    pod_slots: Vec<Workload>,
     /// Pods that were there; their requests may still be under way.
     former: Vec<Grant>,
     came: usize,
@@ -276,9 +281,9 @@ struct Run {
 
 impl Run {
     fn new(seed: u64) -> Self {
-        let world = World {
+        let model = Model {
             rng: fastrand::Rng::with_seed(seed),
-            weather: Weather::Fine,
+            upstream: UpstreamState::Fine,
             since: Instant::now(),
             live: HashMap::new(),
             roles: [0; ACCOUNTS],
@@ -287,40 +292,40 @@ impl Run {
             exchanges: 0,
             wrong: Vec::new(),
         };
-        let model = Arc::new(Model(Mutex::new(world)));
+        let model = Arc::new(SharedModel(Mutex::new(model)));
         let metrics = Metrics::new("test").unwrap();
         let judge = model.clone();
         let cache = Cache::new(
             model.clone(),
-            Budget::new(1_000, 1_000, metrics.clone()),
-            move |grant| judge.world().holds(grant),
+            ExchangeLimiter::new(1_000, 1_000, metrics.clone()),
+            move |grant| judge.model().holds(grant),
             metrics,
         );
         let mut run = Self {
             model,
             cache: Arc::new(cache),
-            seats: Vec::new(),
+            pod_slots: Vec::new(),
             former: Vec::new(),
             came: 0,
             callers: JoinSet::new(),
         };
-        run.seats = (0..SEATS).map(|seat| run.pod(seat)).collect();
+        run.pod_slots = (0..PODS).map(|slot| run.pod(slot)).collect();
         run
     }
 
-    fn pod(&mut self, seat: usize) -> Workload {
+    fn pod(&mut self, slot: usize) -> Workload {
         self.came += 1;
-        let (uid, account) = (format!("uid-{}", self.came), seat % ACCOUNTS);
-        let workload = Workload::sample(&format!("seat-{seat}"), &uid, &format!("account-{account}"));
-        self.model.world().live.insert(workload.uid().clone(), account);
+        let (uid, account) = (format!("uid-{}", self.came), slot % ACCOUNTS);
+        let workload = Workload::sample(&format!("slot-{slot}"), &uid, &format!("account-{account}"));
+        self.model.model().live.insert(workload.uid().clone(), account);
         workload
     }
 
     /// As the authoriser makes it at this moment.
-    fn grant(&self, seat: usize) -> Grant {
-        let account = seat % ACCOUNTS;
-        let role = role(account, self.model.world().roles[account]);
-        Grant::sample(self.seats[seat].clone(), &role)
+    fn grant(&self, slot: usize) -> Grant {
+        let account = slot % ACCOUNTS;
+        let role = role(account, self.model.model().roles[account]);
+        Grant::sample(self.pod_slots[slot].clone(), &role)
     }
 
     fn asks(&mut self, grant: Grant, patience: Duration) {
@@ -339,55 +344,55 @@ impl Run {
         self.callers.spawn(async move {
             model.joins(&grant, true);
             let asked = Instant::now();
-            let standing = cache.standing(&grant, asked + LIST_HOLD).await;
-            let mut world = model.world();
+            let standing = cache.status(&grant, asked + LIST_HOLD).await;
+            let mut model = model.model();
             if asked.elapsed() > LIST_HOLD + TICK {
-                world.wrong.push(format!("{}: the list was held for {:?}", name(&grant), asked.elapsed()));
+                model.wrong.push(format!("{}: the list was held for {:?}", name(&grant), asked.elapsed()));
             }
-            if matches!(standing, Standing::Failed(_)) && world.fine_for() > CALM + HOLD && world.holds(&grant) {
-                world.wrong.push(format!("{}: the list was refused while all was well", name(&grant)));
+            if matches!(standing, SessionStatus::Failed(_)) && model.fine_for() > CALM + HOLD && model.holds(&grant) {
+                model.wrong.push(format!("{}: the list was refused while all was well", name(&grant)));
             }
         });
     }
 
-    fn leaves(&mut self, seat: usize) {
-        let former = self.grant(seat);
+    fn leaves(&mut self, slot: usize) {
+        let former = self.grant(slot);
         {
-            let mut world = self.model.world();
-            world.live.remove(former.workload().uid());
-            for session in world.sessions.values_mut() {
+            let mut model = self.model.model();
+            model.live.remove(former.workload().uid());
+            for session in model.sessions.values_mut() {
                 session.pods.remove(former.workload().uid());
             }
-            world.forget_the_abandoned();
+            model.drop_abandoned();
         }
         self.cache.forget(former.workload().uid());
         self.former.push(former);
-        self.seats[seat] = self.pod(seat);
+        self.pod_slots[slot] = self.pod(slot);
     }
 
     fn rng<T>(&self, choose: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
-        choose(&mut self.model.world().rng)
+        choose(&mut self.model.model().rng)
     }
 
     async fn step(&mut self) {
-        let (what, seat) = self.rng(|rng| (rng.u32(0..100), rng.usize(0..SEATS)));
+        let (what, slot) = self.rng(|rng| (rng.u32(0..100), rng.usize(0..PODS)));
         match what {
             0..35 => {
                 let patience =
                     Duration::from_millis(self.rng(|rng| if rng.bool() { 10_000 } else { rng.u64(0..5_000) }));
-                let grant = self.grant(seat);
+                let grant = self.grant(slot);
                 self.asks(grant, patience);
             }
             35..45 => {
-                let grant = self.grant(seat);
+                let grant = self.grant(slot);
                 self.lists(grant);
             }
             45..50 => {
-                let grant = self.grant(seat);
+                let grant = self.grant(slot);
                 self.model.joins(&grant, false);
                 self.cache.prefetch(&grant);
             }
-            50..54 => self.leaves(seat),
+            50..54 => self.leaves(slot),
             // A request that was attributed before its pod was gone.
             54..56 => {
                 if let Some(grant) = self.former.pop() {
@@ -395,22 +400,25 @@ impl Run {
                 }
             }
             56..58 => {
-                let mut world = self.model.world();
-                world.roles[seat % ACCOUNTS] = world.rng.usize(0..3);
-                world.forget_the_abandoned();
+                let mut model = self.model.model();
+                model.roles[slot % ACCOUNTS] = model.rng.usize(0..3);
+                model.drop_abandoned();
             }
             58..62 => {
-                let mut world = self.model.world();
-                let weather =
-                    if world.rng.bool() { Weather::Fine } else { WEATHERS[world.rng.usize(0..WEATHERS.len())] };
-                (world.weather, world.since) = (weather, Instant::now());
+                let mut model = self.model.model();
+                let upstream = if model.rng.bool() {
+                    UpstreamState::Fine
+                } else {
+                    UPSTREAM_STATES[model.rng.usize(0..UPSTREAM_STATES.len())]
+                };
+                (model.upstream, model.since) = (upstream, Instant::now());
             }
             62..68 => {
                 // To where what is in hand is about to expire.
                 let end = {
-                    let mut world = self.model.world();
-                    let ends = world.sessions.values().filter_map(|session| session.issued).max();
-                    let before = Duration::from_secs(world.rng.u64(0..120));
+                    let mut model = self.model.model();
+                    let ends = model.sessions.values().filter_map(|session| session.issued).max();
+                    let before = Duration::from_secs(model.rng.u64(0..120));
                     ends.map(|issued| issued + LIFETIME - before)
                 };
                 if let Some(end) = end.filter(|end| *end > Instant::now()) {
@@ -426,7 +434,7 @@ impl Run {
         for _ in 0..self.rng(|rng| rng.u32(0..4)) {
             tokio::task::yield_now().await;
         }
-        self.model.world().check();
+        self.model.model().check();
     }
 }
 
@@ -437,7 +445,7 @@ fn steps() -> usize {
 
 /// IMDS-17, IMDS-19, IMDS-20, IMDS-22, IMDS-27
 #[test]
-fn whatever_happens_in_whatever_order_a_session_is_what_it_should_be() {
+fn random_histories_match_the_model() {
     const STEPS: usize = 3_000;
     let given = std::env::var("KIRSA_MODEL_SEED").ok().and_then(|seed| seed.parse().ok());
     let seeds = match given {
@@ -451,26 +459,26 @@ fn whatever_happens_in_whatever_order_a_session_is_what_it_should_be() {
     for seed in seeds {
         fastrand::seed(seed);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-        let world = runtime.block_on(async {
+        let model = runtime.block_on(async {
             let mut run = Run::new(seed);
             for step in 0..STEPS {
                 run.step().await;
-                let wrong = std::mem::take(&mut run.model.world().wrong);
+                let wrong = std::mem::take(&mut run.model.model().wrong);
                 assert!(wrong.is_empty(), "KIRSA_MODEL_SEED={seed}, step {step}: {wrong:#?}");
             }
             // In the end all is well, and everybody is served.
             {
-                let mut world = run.model.world();
-                (world.weather, world.since) = (Weather::Fine, Instant::now());
+                let mut model = run.model.model();
+                (model.upstream, model.since) = (UpstreamState::Fine, Instant::now());
             }
             sleep(CALM + HOLD * 2).await;
-            (0..SEATS).for_each(|seat| run.asks(run.grant(seat), HOLD * 2));
+            (0..PODS).for_each(|slot| run.asks(run.grant(slot), HOLD * 2));
             while run.callers.join_next().await.is_some() {}
-            let world = run.model.world();
-            assert!(world.wrong.is_empty(), "KIRSA_MODEL_SEED={seed}, in the end: {:#?}", world.wrong);
-            world.exchanges
+            let model = run.model.model();
+            assert!(model.wrong.is_empty(), "KIRSA_MODEL_SEED={seed}, in the end: {:#?}", model.wrong);
+            model.exchanges
         });
-        exchanges += world;
+        exchanges += model;
     }
     println!("{} steps, {exchanges} exchanges", steps());
     assert!(exchanges > 100);

@@ -21,7 +21,7 @@ use crate::{
     exchange::{
         claims::Claims,
         sts::Sts,
-        token::{Minting, TokenSource},
+        token::{TokenMinter, TokenSource},
     },
     kubernetes::Identity,
     observe::Metrics,
@@ -79,7 +79,7 @@ pub(super) async fn of_cluster(
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }
-    let minting = Arc::new(Minting::default());
+    let minting = Arc::new(TokenMinter::default());
     minting.set(client);
     Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(minting)).await)
 }
@@ -107,7 +107,7 @@ async fn authorised(mut changes: UnboundedReceiver<Change>, authoriser: &Authori
 }
 
 fn wrong_account(workload: &Workload, refusal: &Refusal) -> Finding {
-    Finding::warning(PODS, format!("{workload} gets nothing: {}", refusal.detail), refusal.reason.spec().advice)
+    Finding::warning(PODS, format!("{workload} gets nothing: {}", refusal.detail), refusal.reason.info().advice)
 }
 
 impl Pods {
@@ -147,7 +147,7 @@ impl Pods {
 }
 
 fn failed(check: &'static str, refusal: &Refusal) -> Finding {
-    Finding::failed(check, refusal.detail.to_string(), refusal.reason.spec().advice)
+    Finding::failed(check, refusal.detail.to_string(), refusal.reason.info().advice)
 }
 
 fn about_token(grant: &Grant, claims: &Claims) -> Finding {

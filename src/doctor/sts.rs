@@ -4,7 +4,7 @@ use super::{clock, finding::Finding};
 use crate::{
     clock::UnixTime,
     config,
-    exchange::sts::{Knock, Sts},
+    exchange::sts::{Reachability, Sts},
     refusal::Reason,
 };
 
@@ -12,7 +12,7 @@ const CHECK: &str = "sts";
 
 /// Also says whether it can be asked for more.
 pub(super) async fn check(config: &config::Sts, sts: &Sts) -> (Vec<Finding>, bool) {
-    let knock = sts.knock().await;
+    let knock = sts.check_reachable().await;
     let time = clock::check("clock-sts", "STS", knock.time, UnixTime::now());
     let whom =
         config.endpoint.as_ref().map_or_else(|| format!("STS of {}", config.region), |url| format!("STS at {url}"));
@@ -22,14 +22,14 @@ pub(super) async fn check(config: &config::Sts, sts: &Sts) -> (Vec<Finding>, boo
     (findings, reached)
 }
 
-fn judge(whom: &str, knock: &Knock) -> Finding {
+fn judge(whom: &str, knock: &Reachability) -> Finding {
     let said = &knock.said;
     match knock.reason {
         Some(Reason::WebIdentityRefused | Reason::AccessDenied | Reason::BadStsRequest) => {
             Finding::ok(CHECK, format!("{whom} refuses a token that is none: {said}"))
         }
         Some(reason @ (Reason::StsThrottled | Reason::IdentityProviderUnreachable)) => {
-            Finding::warning(CHECK, format!("{whom} answers: {said}"), reason.spec().advice)
+            Finding::warning(CHECK, format!("{whom} answers: {said}"), reason.info().advice)
         }
         Some(Reason::StsUnavailable | Reason::ExchangeTimeout) => Finding::failed(
             CHECK,
@@ -37,7 +37,7 @@ fn judge(whom: &str, knock: &Knock) -> Finding {
             "check the node's resolver (dnsPolicy: Default), its way to the endpoint (route, proxy, VPC endpoint and its \
              security group, port 443) and the certificate that is shown there",
         ),
-        Some(reason) => Finding::failed(CHECK, format!("{whom}: {said}"), reason.spec().advice),
-        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsAnswer.spec().advice),
+        Some(reason) => Finding::failed(CHECK, format!("{whom}: {said}"), reason.info().advice),
+        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsAnswer.info().advice),
     }
 }

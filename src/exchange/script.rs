@@ -13,7 +13,7 @@ use std::{
 
 use tokio::time::sleep;
 
-use super::{Credential, Issue};
+use super::{Credential, Issuer};
 use crate::{
     authorise::Grant,
     refusal::{Reason, Refusal},
@@ -56,7 +56,7 @@ impl Script {
     }
 }
 
-impl Issue for Script {
+impl Issuer for Script {
     fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         self.pods.lock().unwrap().push(grant.workload().pod().to_owned());

@@ -7,7 +7,7 @@
 #[cfg(any(test, fuzzing))]
 pub(crate) mod canned;
 mod interceptors;
-mod knock;
+mod reachability;
 
 use std::{
     collections::HashMap,
@@ -28,7 +28,7 @@ use aws_sdk_sts::{
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-pub use knock::{Knock, http_date};
+pub use reachability::{Reachability, http_date};
 
 use super::{
     Credential, DEADLINE,
@@ -43,9 +43,9 @@ use crate::{
 };
 
 /// What every role allows (IAM User Guide, "Maximum session duration"), in seconds.
-const ROLE_DEFAULT: u32 = 3_600;
+const DEFAULT_ROLE_SECONDS: u32 = 3_600;
 /// Whoever follows the advice to raise it must not have to restart the agents.
-const ASK_AGAIN: Duration = Duration::from_secs(3_600);
+const FALLBACK_TTL: Duration = Duration::from_secs(3_600);
 /// In the words of the exchange's deadline: which of the two came first is nothing to an operator.
 const WAITING: &str = "still waiting for STS after 4 s in all";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -80,7 +80,7 @@ impl Sts {
         let mut config = Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
             .region(Region::new(region))
-            // The slot that asks retries, and knows for whom.
+            // The cache retries: it knows the priority.
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .timeout_config(timeouts)
@@ -93,8 +93,8 @@ impl Sts {
 
     fn of(config: Builder, metrics: Metrics) -> Self {
         let config = config
-            .interceptor(interceptors::WholeAnswer)
-            .interceptor(interceptors::DeadConnection)
+            .interceptor(interceptors::CompleteResponse)
+            .interceptor(interceptors::PoisonOnTimeout)
             .interceptor(interceptors::Clock { metrics });
         Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default() }
     }
@@ -103,33 +103,33 @@ impl Sts {
     /// Why STS, or what is between here and it, said no.
     pub async fn assume(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
         let asked = grant.key().duration;
-        let duration = if self.has_default(grant.role()) { asked.min(ROLE_DEFAULT) } else { asked };
-        let answer = self.ask(grant, token, duration).await;
+        let duration = if self.uses_default_duration(grant.role()) { asked.min(DEFAULT_ROLE_SECONDS) } else { asked };
+        let answer = self.request(grant, token, duration).await;
         match answer {
             // STS has no code of its own for this.
-            Err(refusal) if duration > ROLE_DEFAULT && refusal.detail.contains("MaxSessionDuration") => {
+            Err(refusal) if duration > DEFAULT_ROLE_SECONDS && refusal.detail.contains("MaxSessionDuration") => {
                 warn!(
-                    role_arn = %grant.role(), asked_seconds = duration, granted_seconds = ROLE_DEFAULT,
+                    role_arn = %grant.role(), asked_seconds = duration, granted_seconds = DEFAULT_ROLE_SECONDS,
                     "the role's maximum session duration is shorter than asked for: raise it, or ask for less"
                 );
-                self.roles_with_default().insert(grant.role().clone(), Instant::now());
-                self.ask(grant, token, ROLE_DEFAULT).await
+                self.default_duration_roles().insert(grant.role().clone(), Instant::now());
+                self.request(grant, token, DEFAULT_ROLE_SECONDS).await
             }
             answer => answer,
         }
     }
 
-    fn has_default(&self, role: &RoleArn) -> bool {
-        let mut roles = self.roles_with_default();
-        roles.retain(|_, since| since.elapsed() < ASK_AGAIN);
+    fn uses_default_duration(&self, role: &RoleArn) -> bool {
+        let mut roles = self.default_duration_roles();
+        roles.retain(|_, since| since.elapsed() < FALLBACK_TTL);
         roles.contains_key(role)
     }
 
-    fn roles_with_default(&self) -> MutexGuard<'_, HashMap<RoleArn, Instant>> {
+    fn default_duration_roles(&self) -> MutexGuard<'_, HashMap<RoleArn, Instant>> {
         self.roles_with_default.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ask(&self, grant: &Grant, token: &Secret, duration: u32) -> Result<Credential, Refusal> {
+    async fn request(&self, grant: &Grant, token: &Secret, duration: u32) -> Result<Credential, Refusal> {
         let key = grant.key();
         let arns = key.policy_arns.iter().map(|arn| PolicyDescriptorType::builder().arn(arn).build());
         let call = self
@@ -223,7 +223,7 @@ fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, Stri
             let status = status.unwrap_or(0);
             match code {
                 Some(code) => format!("{status} {code}: {}", message.unwrap_or("no message")),
-                None => format!("{status} without a code: {}", outline(answer.raw())),
+                None => format!("{status} without a code: {}", summarize(answer.raw())),
             }
         }
         SdkError::TimeoutError(_) => WAITING.to_owned(),
@@ -234,7 +234,7 @@ fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, Stri
 
 /// What is known of an answer that was not understood without quoting it: the SDK's own words have parts of it, and it
 /// may hold credentials.
-fn outline(answer: &HttpResponse) -> String {
+fn summarize(answer: &HttpResponse) -> String {
     let size = answer.body().bytes().map_or(0, <[u8]>::len);
     let kind = answer.headers().get("content-type").unwrap_or("no content type");
     let kind: String = kind.chars().filter(char::is_ascii_graphic).take(40).collect();

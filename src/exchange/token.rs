@@ -26,7 +26,7 @@ use crate::{
 const LIFETIME: u32 = 600;
 /// The longest that the admission policies allow. S3-compatible stores may let no session outlast its token (MinIO,
 /// `updateClaimsExpiry`), and ten minutes are too little for SDKs.
-const OF_STORES: u32 = 3_600;
+const STORE_LIFETIME: u32 = 3_600;
 /// The API server's Node authorizer and its NodeRestriction admission learn of a new pod from watches of their own, at
 /// times later than this agent from its; until then the one says 403 and the other 404.
 const ADMISSION_LAG: Duration = Duration::from_secs(2);
@@ -35,18 +35,18 @@ const MAX_TOKEN_FILE: usize = 64 << 10;
 
 /// Where tokens come from.
 pub enum TokenSource {
-    Kubernetes(Arc<Minting>),
+    Kubernetes(Arc<TokenMinter>),
     File,
 }
 
 /// A client of the API server in the name that may mint, once it is known which that is.
 #[derive(Default)]
-pub struct Minting {
+pub struct TokenMinter {
     client: RwLock<Option<Client>>,
     forbidden: Notify,
 }
 
-impl Minting {
+impl TokenMinter {
     pub fn set(&self, client: Client) {
         *self.client.write().unwrap_or_else(PoisonError::into_inner) = Some(client);
     }
@@ -126,7 +126,7 @@ async fn mint(client: &Client, grant: &Grant) -> Result<Secret, Refusal> {
 /// In seconds.
 fn lifetime(grant: &Grant) -> u32 {
     let of_aws = grant.role().account().is_some();
-    if of_aws { LIFETIME } else { grant.key().duration.clamp(LIFETIME, OF_STORES) }
+    if of_aws { LIFETIME } else { grant.key().duration.clamp(LIFETIME, STORE_LIFETIME) }
 }
 
 fn refused(grant: &Grant, error: &kube::Error) -> Refusal {
@@ -193,7 +193,7 @@ async fn read(grant: &Grant) -> Result<Secret, Refusal> {
     looks_right.then(|| Secret::new(token.to_owned())).ok_or_else(|| wrong(&"holds no JWT"))
 }
 
-impl std::fmt::Debug for Minting {
+impl std::fmt::Debug for TokenMinter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Minting")
     }
@@ -260,7 +260,7 @@ mod tests {
             lifetime(&Grant::of_account(Workload::sample("a", "uid-a", "reader"), &account, &defaults).unwrap())
         };
         assert_eq!(lifetime(ROLE), LIFETIME);
-        assert_eq!(lifetime("arn:minio:iam:::role/reader"), OF_STORES);
+        assert_eq!(lifetime("arn:minio:iam:::role/reader"), STORE_LIFETIME);
     }
 
     /// An API server of its own mind, or what stands before one.

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     authorise::Grant,
-    exchange::{Credential, Issue},
+    exchange::{Credential, Issuer},
     intercept::{Peer, Service},
     refusal::{Reason, Refusal},
     serve::{
@@ -40,7 +40,7 @@ const MAX_INPUT: usize = 64 << 10;
 #[derive(Debug)]
 struct Named;
 
-impl Issue for Named {
+impl Issuer for Named {
     fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
         let name = format!("ASIA-OF-{}", grant.workload().pod());
         Box::pin(async move { Ok(Credential::sample(&name, Duration::from_secs(3_600))) })

@@ -10,7 +10,7 @@ use crate::{
     attribute::{self, Attributor, ServiceAccountName, cni, file, pod},
     authorise::{Accounts, Authoriser, Told, accounts},
     config::{Config, Source},
-    exchange::token::{Minting, TokenSource},
+    exchange::token::{TokenMinter, TokenSource},
     kubernetes::{self, Identity, Kubernetes, Mint},
     observe::{Condition, Metrics, Readiness},
     serve::container::Tokens,
@@ -76,7 +76,7 @@ impl Learning<'_> {
                     }));
                 }
                 let container = container::tokens(&kubernetes, self.config.container_audience.clone())?;
-                let minting = Arc::new(Minting::default());
+                let minting = Arc::new(TokenMinter::default());
                 let tokens = TokenSource::Kubernetes(minting.clone());
                 let follow = Follow {
                     kubernetes,
@@ -108,7 +108,7 @@ impl Follow {
         self,
         authoriser: Arc<Authoriser>,
         role_annotation: String,
-        minting: Arc<Minting>,
+        minting: Arc<TokenMinter>,
         (pods_known, accounts_known): (Condition, Condition),
     ) -> anyhow::Result<()> {
         let heard = self.metrics.watch("serviceaccounts");
@@ -150,7 +150,7 @@ impl Follow {
     }
 
     /// Returns when tokens can be minted in another name than until now: rights may be exchanged while agents run.
-    async fn another_way(&self, current: Identity, minting: &Minting) -> Identity {
+    async fn another_way(&self, current: Identity, minting: &TokenMinter) -> Identity {
         loop {
             minting.forbidden().await;
             // What is forbidden for a reason of one pod's is no matter of the agent's rights.

@@ -26,10 +26,10 @@ use super::ahead::FetchAhead;
 use crate::{
     attribute::{Attributor, Workload, file, pod::Pod},
     authorise::{Accounts, Authoriser, Defaults, Grant},
-    cache::{Budget, Cache},
+    cache::{Cache, ExchangeLimiter},
     clock,
     config::EXCHANGES,
-    exchange::{Credential, DEADLINE, Issue},
+    exchange::{Credential, DEADLINE, Issuer},
     observe::{Metrics, Readiness},
     refusal::{Reason, Refusal},
 };
@@ -93,7 +93,7 @@ impl Upstream {
     }
 }
 
-impl Issue for Upstream {
+impl Issuer for Upstream {
     fn issue<'a>(&'a self, _: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
         Box::pin(async {
             self.count(|calls| &mut calls.api);
@@ -132,8 +132,8 @@ async fn live(site: &Site, life: &Life) -> Calls {
     authoriser.accounts().replace(&workloads, "eks.amazonaws.com/role-arn");
     let (attributor, changes) = Attributor::new(metrics.clone());
     file::apply(&workloads, &attributor);
-    let budget = Budget::new(EXCHANGES.0, EXCHANGES.1, metrics.clone());
-    let cache = Arc::new(Cache::new(upstream.clone(), budget, |_| true, metrics));
+    let limiter = ExchangeLimiter::new(EXCHANGES.0, EXCHANGES.1, metrics.clone());
+    let cache = Arc::new(Cache::new(upstream.clone(), limiter, |_| true, metrics));
 
     let readiness = Readiness::default();
     let known = (readiness.condition("pods"), readiness.condition("service accounts"));

@@ -33,7 +33,7 @@ const LONGEST: Duration = Duration::from_secs(600);
 pub struct Admin {
     pub metrics: Metrics,
     pub readiness: Readiness,
-    pub slots: Page,
+    pub sessions: Page,
 }
 
 impl fmt::Debug for Admin {
@@ -104,9 +104,9 @@ impl Admin {
                 Ok(metrics) => text(StatusCode::OK, metrics),
                 Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
             },
-            "/debug/slots" if is_here => text(StatusCode::OK, format!("{:#}\n", (self.slots)())),
-            "/debug/slots" => text(StatusCode::FORBIDDEN, "only from this node: 127.0.0.1\n"),
-            _ => text(StatusCode::NOT_FOUND, "/metrics\n/healthz\n/readyz\n/debug/slots\n"),
+            "/debug/sessions" if is_here => text(StatusCode::OK, format!("{:#}\n", (self.sessions)())),
+            "/debug/sessions" => text(StatusCode::FORBIDDEN, "only from this node: 127.0.0.1\n"),
+            _ => text(StatusCode::NOT_FOUND, "/metrics\n/healthz\n/readyz\n/debug/sessions\n"),
         }
     }
 }

@@ -23,17 +23,6 @@ pub enum Step {
     Sts,
 }
 
-/// What an exchange is for, the least urgent first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Urgency {
-    /// Of a session that is in use and has enough left.
-    Refresh,
-    /// A pod was bound to the node, and is going to ask.
-    Ahead,
-    /// A pod asks.
-    Waiting,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Ok,
@@ -48,7 +37,7 @@ impl Outcome {
     fn label(self) -> &'static str {
         match self {
             Self::Ok => "ok",
-            Self::Refused(reason) => reason.spec().label,
+            Self::Refused(reason) => reason.info().label,
         }
     }
 }
@@ -125,10 +114,10 @@ impl Metrics {
             exchange_wait: register!(HistogramVec::new(
                 HistogramOpts::new(
                     "kirsa_exchange_wait_seconds",
-                    "How long exchanges waited for their turn under the budget, in seconds"
+                    "Time that exchanges waited for the rate limiter, in seconds"
                 )
                 .buckets(vec![0.001, 0.01, 0.1, 0.5, 1.0, 4.0, 15.0, 60.0]),
-                &["urgency"]
+                &["priority"]
             )),
             cache_hits: register!(IntCounter::new("kirsa_cache_hits_total", "Credentials that were in hand")),
             cache_misses: register!(IntCounter::new(
@@ -201,7 +190,7 @@ impl Metrics {
         self.request_seconds.with_label_values(&[route]).observe(took.as_secs_f64());
         self.requests.with_label_values(&[route, outcome.label()]).inc();
         if let Outcome::Refused(reason) = outcome {
-            self.refusals.with_label_values(&[reason.spec().label]).inc();
+            self.refusals.with_label_values(&[reason.info().label]).inc();
         }
     }
 
@@ -213,13 +202,8 @@ impl Metrics {
         self.exchange.with_label_values(&[step, outcome.label()]).observe(took.as_secs_f64());
     }
 
-    pub fn exchange_waited(&self, urgency: Urgency, waited: Duration) {
-        let urgency = match urgency {
-            Urgency::Refresh => "refresh",
-            Urgency::Ahead => "ahead",
-            Urgency::Waiting => "waiting",
-        };
-        self.exchange_wait.with_label_values(&[urgency]).observe(waited.as_secs_f64());
+    pub fn exchange_waited(&self, priority: &'static str, waited: Duration) {
+        self.exchange_wait.with_label_values(&[priority]).observe(waited.as_secs_f64());
     }
 
     /// Of the redirect that this agent keeps: an agent that only learns yet says nothing of it.

@@ -54,7 +54,7 @@ pub(super) fn token(token: String, ttl: u32) -> Response<Full<Bytes>> {
 
 /// Short and fixed, and without a word of what is behind it.
 pub(super) fn refuse(service: Service, reason: Reason) -> Response<Full<Bytes>> {
-    let status = StatusCode::from_u16(reason.spec().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let status = StatusCode::from_u16(reason.info().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     match service {
         Service::Metadata => response(status, "text/html", Bytes::from_static(page(status).as_bytes())),
         // As the EKS Pod Identity agent does: a line of text, which SDKs put into their error.

@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use crate::{
     attribute::{PodUid, Workload},
     authorise::Grant,
-    cache::Session,
+    cache::SessionHandle,
     intercept::{Peer, Share},
 };
 
@@ -43,7 +43,7 @@ pub(super) struct Known {
     pub(super) editions: Editions,
     pub(super) workload: Workload,
     pub(super) grant: Grant,
-    pub(super) session: Session,
+    pub(super) session: SessionHandle,
 }
 
 impl Caller {

@@ -144,7 +144,7 @@ impl Server {
             ));
         }
         let grant = self.authorise(&workload, until).await?;
-        let known = Known { editions, session: self.cache.session(&grant), workload, grant };
+        let known = Known { editions, session: self.cache.handle(&grant), workload, grant };
         let credential = self.credential(&asked.caller.peer, &known, until).await?;
         Ok(answer::document(credential.container()))
     }

@@ -105,7 +105,7 @@ impl Server {
         }
         let workload = self.caller(asked).await?;
         let grant = self.grant(&workload, asked, until).await?;
-        let known = Arc::new(Known { editions, session: self.cache.session(&grant), workload, grant });
+        let known = Arc::new(Known { editions, session: self.cache.handle(&grant), workload, grant });
         // What a live read told holds for less long than an edition may.
         if self.authoriser.foresee(&known.workload).is_some() {
             asked.caller.remember(known.clone());

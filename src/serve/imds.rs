@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session_token};
 use crate::{
     attribute::PATIENCE,
-    cache::Standing,
+    cache::SessionStatus,
     clock::UnixTime,
     exchange::Credential,
     intercept::Peer,
@@ -129,10 +129,10 @@ impl Server {
     pub(super) async fn role_list(&self, asked: &Asked<'_>) -> Answer {
         let workload = self.caller(asked).await?;
         let grant = self.grant(&workload, asked, asked.at + PATIENCE).await?;
-        match self.cache.standing(&grant, asked.at + LIST_HOLD).await {
-            Standing::Failed(refusal) => Err(refusal),
+        match self.cache.status(&grant, asked.at + LIST_HOLD).await {
+            SessionStatus::Failed(refusal) => Err(refusal),
             // The name follows from the service account: nobody need wait for STS to learn it.
-            Standing::Ready | Standing::Pending => Ok(answer::text(grant.role().alias())),
+            SessionStatus::Ready | SessionStatus::Pending => Ok(answer::text(grant.role().alias())),
         }
     }
 
@@ -155,7 +155,7 @@ impl Server {
         known: &Known,
         until: Instant,
     ) -> Result<Arc<Credential>, Refusal> {
-        let credential = match self.cache.in_hand(&known.session) {
+        let credential = match self.cache.get_cached(&known.session) {
             Some(credential) => credential,
             None => self.cache.get(&known.grant, until).await?,
         };

@@ -16,9 +16,9 @@ use super::{
 use crate::{
     attribute::{Attributor, file},
     authorise::{Accounts, Authoriser, Defaults},
-    cache::{Budget, Cache},
+    cache::{Cache, ExchangeLimiter},
     clock::UnixTime,
-    exchange::Issue,
+    exchange::Issuer,
     intercept::{Peer, Share},
     observe::{Metrics, RefusalLog},
 };
@@ -33,7 +33,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    pub(crate) fn new(workloads: &str, issuer: Arc<dyn Issue>, container: Option<Tokens>) -> Self {
+    pub(crate) fn new(workloads: &str, issuer: Arc<dyn Issuer>, container: Option<Tokens>) -> Self {
         let metrics = Metrics::new("memory").unwrap();
         let (attributor, _) = Attributor::new(metrics.clone());
         let workloads = file::parse(workloads).unwrap();
@@ -41,11 +41,11 @@ impl Memory {
         let accounts = Accounts::of_file();
         accounts.replace(&workloads, "eks.amazonaws.com/role-arn");
         let given = ("meta-data/placement/region".to_owned(), "eu-central-1".to_owned());
-        let budget = Budget::new(1_000, 1_000, metrics.clone());
+        let limiter = ExchangeLimiter::new(1_000, 1_000, metrics.clone());
         let server = Server {
             attributor,
             authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
-            cache: Arc::new(Cache::new(issuer, budget, |_| true, metrics.clone())),
+            cache: Arc::new(Cache::new(issuer, limiter, |_| true, metrics.clone())),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
             metadata: NodeMetadata::new([given], Allowed::default()),
             require_imdsv2: Required { everywhere: false, namespaces: Namespaces::parse(STRICT).into_iter().collect() },

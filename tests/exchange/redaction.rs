@@ -37,7 +37,7 @@ pub(crate) fn secrets_of(site: &Site) -> Result<Vec<String>> {
 /// That nothing of these is in the agent's output or on its admin port.
 pub(crate) fn nothing_leaked(agent: &Agent, secrets: &[String]) -> Result<()> {
     let mut text = agent.process().lines().join("\n");
-    for page in ["/metrics", "/readyz", "/healthz", "/debug/slots"] {
+    for page in ["/metrics", "/readyz", "/healthz", "/debug/sessions"] {
         text += &agent.admin(page)?.body;
     }
     ensure!(!text.contains("panicked"), "{text}");

@@ -101,7 +101,7 @@ fn a_new_entry_has_its_credentials_before_its_first_request() -> Result<()> {
     let agent = site.start()?;
     let late = site.pod_with_role("late")?;
     poll("the credentials to be in hand", PATIENCE, || {
-        agent.admin("/debug/slots").is_ok_and(|slots| slots.body.contains("ASIA")).then_some(())
+        agent.admin("/debug/sessions").is_ok_and(|slots| slots.body.contains("ASIA")).then_some(())
     })?;
     site.sts.inject(Fault::always(Effect::NoAnswer));
     session(&site, &late, &credentials(&late)?)?;

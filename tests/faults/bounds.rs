@@ -167,7 +167,7 @@ fn sessions_cost_what_is_said_of_them_and_go_with_their_pods() -> Result<()> {
     let entries = (0..SESSIONS).map(entry).collect::<Result<Vec<_>>>()?;
     let sessions = |count: usize| {
         poll("sessions", PATIENCE, || {
-            let held = agent.admin("/debug/slots").ok()?.body.matches("\"ASIA").count();
+            let held = agent.admin("/debug/sessions").ok()?.body.matches("\"ASIA").count();
             (held == count).then_some(())
         })
     };

@@ -84,7 +84,8 @@ pub(crate) fn ask_for_what_there_is(expressions: &[&str]) -> Result<()> {
     }
     let table = repository("src/refusal.rs")?;
     let labels = [("outcome=~\"", &table), ("outcome=\"", &table), ("reason=\"", &table)];
-    let labels = labels.into_iter().chain([("step=\"", &source), ("urgency!=\"", &source)]);
+    let limiter = repository("src/cache/limiter.rs")?;
+    let labels = labels.into_iter().chain([("step=\"", &source), ("priority!=\"", &limiter)]);
     for (label, known) in labels {
         for expression in expressions {
             let values = expression.split(label).skip(1).filter_map(|rest| rest.split('"').next());

@@ -76,9 +76,9 @@ fn what_pods_can_read_of_the_admin_port_names_nobody_and_they_cannot_keep_the_no
     let ask = |path: &str| Client::new(reader.netns(), admin).get(path).send();
     let metrics = ask("/metrics")?;
     ensure!(metrics.status == 200 && !metrics.body.contains("reader"), "{metrics:?}");
-    let slots = ask("/debug/slots")?;
+    let slots = ask("/debug/sessions")?;
     ensure!(slots.status == 403 && !slots.body.contains("reader"), "{slots:?}");
-    ensure!(agent.admin("/debug/slots")?.body.contains("reader-role"), "the node's own processes may");
+    ensure!(agent.admin("/debug/sessions")?.body.contains("reader-role"), "the node's own processes may");
 
     let held: Vec<_> =
         (0..64).map(|_| reader.netns().connect(admin.into(), PATIENCE)).collect::<std::io::Result<_>>()?;

@@ -16,9 +16,9 @@ const END: &[u8] = b"</AssumeRoleWithWebIdentityResponse>";
 /// Refuses an answer that was cut short. The SDK takes what it has read by then: a session token that ends in the
 /// middle, or an expiration in 1970.
 #[derive(Debug)]
-pub(super) struct WholeAnswer;
+pub(super) struct CompleteResponse;
 
-impl Intercept for WholeAnswer {
+impl Intercept for CompleteResponse {
     fn name(&self) -> &'static str {
         "WholeAnswer"
     }
@@ -46,11 +46,11 @@ impl Intercept for WholeAnswer {
 /// what is dropped is closed with HTTP/1.1; of HTTP/2 only the request would be: each exchange would go to the dead
 /// connection until TCP has given up too, a quarter of an hour later.
 #[derive(Debug)]
-pub(super) struct DeadConnection;
+pub(super) struct PoisonOnTimeout;
 
-impl Intercept for DeadConnection {
+impl Intercept for PoisonOnTimeout {
     fn name(&self) -> &'static str {
-        "DeadConnection"
+        "PoisonOnTimeout"
     }
 
     fn read_after_attempt(

@@ -7,7 +7,7 @@ use super::{
     scenario::{Played, Scenario, play},
 };
 use crate::{
-    cache::REFRESH,
+    cache::REFRESH_FRACTION,
     config::{EXCHANGES, START_WINDOW},
     kubernetes::watch,
 };
@@ -105,7 +105,7 @@ const SESSIONS: u64 = 5 * NODES as u64;
 #[test]
 fn in_steady_state_there_are_no_more_exchanges_than_refreshes() {
     let played = play(Scenario::Steady, &small(true), NODES, NODES);
-    let between = minutes(30).mul_f64((REFRESH.0 + REFRESH.1) / 2.0);
+    let between = minutes(30).mul_f64((REFRESH_FRACTION.0 + REFRESH_FRACTION.1) / 2.0);
     let least = SESSIONS as f64 * played.lasted.as_secs_f64() / between.as_secs_f64();
     let calls = played.in_all(Duration::ZERO..played.lasted) as f64;
     assert!((0.96..1.04).contains(&(calls / least)), "{calls} calls, {least:.0} refreshes are due");

@@ -11,7 +11,7 @@ const SESSION: &str = "kirsa-doctor";
 
 /// What the endpoint made of it.
 #[derive(Debug)]
-pub struct Knock {
+pub struct Reachability {
     /// Why it said no; `None` if it did not.
     pub reason: Option<Reason>,
     /// In its own words, or those of whatever came in between.
@@ -22,11 +22,11 @@ pub struct Knock {
 
 impl Sts {
     /// Asks for a session with a token that no STS may accept.
-    pub async fn knock(&self) -> Knock {
+    pub async fn check_reachable(&self) -> Reachability {
         let call = self.client.assume_role_with_web_identity();
         let call = call.role_arn(ROLE).role_session_name(SESSION).web_identity_token("no.web.identity-token");
         let error = match call.send().await {
-            Ok(_) => return Knock { reason: None, said: "it accepted a token that is none".into(), time: None },
+            Ok(_) => return Reachability { reason: None, said: "it accepted a token that is none".into(), time: None },
             Err(error) => error,
         };
         let (reason, said) = classified(&error);
@@ -35,7 +35,11 @@ impl Sts {
             SdkError::ResponseError(answer) => Some(answer.raw()),
             _ => None,
         };
-        Knock { reason: Some(reason), said, time: answer.and_then(|answer| http_date(answer.headers().get("date")?)) }
+        Reachability {
+            reason: Some(reason),
+            said,
+            time: answer.and_then(|answer| http_date(answer.headers().get("date")?)),
+        }
     }
 }
 
