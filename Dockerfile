@@ -1,17 +1,17 @@
 # The image: a static kirsa, and the nft and iptables that it runs with just the libraries that these load.
 #
-# FROM scratch and one COPY, because there is nothing to pull: no base image, no build stage, hence the same image
-# on a laptop, on a build machine without a registry, and under buildah as under docker. daemonset/image.sh prepares
-# the context (target/image/rootfs) from the build machine's Debian packages, builds the binary, runs this file and
-# prints the size. The package database entries of what was taken are in /var/lib/dpkg/status.d, where
-# vulnerability scanners look for them; the licences are in /usr/share/doc.
+# FROM scratch and one COPY: there is no base image to pull and nothing is executed, so every architecture is built the
+# same way, under buildah as under docker. release/rootfs.sh prepares rootfs/ from pinned Debian packages. Their database
+# entries are in /var/lib/dpkg/status.d, where vulnerability scanners look for them; licenses are in /usr/share/doc.
 FROM scratch
 
 ARG VERSION=dev
+ARG REVISION=
 LABEL org.opencontainers.image.title="kirsa" \
       org.opencontainers.image.description="IRSA for programs that only know the instance metadata service" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}"
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 
 COPY rootfs/ /
 

@@ -39,6 +39,7 @@ for name in "$@"; do
     kustomize) build "$name" "$here/tools" sigs.k8s.io/kustomize/kustomize/v5 "-s -w" ;;
     # Without its ways to discover targets, which are most of it.
     promtool) build "$name" "$here/tools" github.com/prometheus/prometheus/cmd/promtool "-s -w" remove_all_sd ;;
+    registry) build "$name" "$here/registry" github.com/distribution/distribution/v3/cmd/registry "-s -w" ;;
     *) echo "build.sh: no such binary: $name" >&2; exit 2 ;;
   esac
 done

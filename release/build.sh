@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Build the release's binaries and images into target/dist (not target/release, which is cargo's): kirsa-linux-ARCH for
+# each architecture, and image/, an OCI layout whose only name, the version, is an image index. Two builds of a commit
+# give the same digests, wherever the checkout is. Prints the digest of the index.
+#   ARCHS="amd64"          architectures, separated by spaces
+#   DIST=DIR               instead of target/dist; it is replaced
+#   PROFILE=release|quick  cargo's
+#   KIRSA_BINARY=PATH      a static binary that exists already, instead of building one; needs a single ARCHS
+#   LIMIT=10000000         bytes of an image, compressed; more is an error
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+dist=$(realpath -m "${DIST:-$repo/target/dist}")
+profile=${PROFILE:-release}
+limit=${LIMIT:-10000000}
+read -ra archs <<<"${ARCHS:-amd64}"
+[ -z "${KIRSA_BINARY:-}" ] || [ ${#archs[@]} = 1 ] || die "KIRSA_BINARY is one binary, and ARCHS are ${archs[*]}"
+need jq jq
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$repo" log -1 --format=%ct)}
+REVISION=${REVISION:-$(git -C "$repo" rev-parse HEAD)}
+export SOURCE_DATE_EPOCH
+# Release packages are exactly those of the lock.
+export STRICT=${STRICT-1}
+
+# Paths of this checkout, of cargo's home and of the build directory stay out of the binary: panic messages and the C
+# code's assertions would have them.
+binary() { # arch
+  if [ -n "${KIRSA_BINARY:-}" ]; then realpath "$KIRSA_BINARY"; return; fi
+  local triple target=$repo/target/dist-build cargo_home rust c
+  triple=$(triple_of "$1")
+  [ "$1" = "$(native_arch)" ] || die "$1: only this machine's architecture, $(native_arch), can be built so far"
+  need musl-gcc musl-tools
+  [ -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ] || die "Rust's $triple is missing: rustup target add $triple"
+  cargo_home=$(realpath -m "${CARGO_HOME:-$HOME/.cargo}")
+  # The last prefix that matches wins, for Rust and C alike.
+  rust=$(printf -- '--remap-path-prefix=%s\x1f' "$repo=/kirsa" "$target=/target" "$cargo_home=/cargo")
+  c="-ffile-prefix-map=$cargo_home=/cargo -ffile-prefix-map=$target=/target -ffile-prefix-map=$repo=/kirsa"
+  (cd "$repo" && env "CC_${triple//-/_}=musl-gcc" "CFLAGS_${triple//-/_}=$c" "CARGO_ENCODED_RUSTFLAGS=${rust%?}" \
+    cargo build --profile "$profile" --locked --target "$triple" --target-dir "$target" --bin kirsa >&2)
+  echo "$target/$triple/$profile/kirsa"
+}
+
+size() { # arch: bytes of the image in a registry
+  local manifest
+  manifest=$(jq -r --arg arch "$1" '.manifests[] | select(.annotations["org.opencontainers.image.ref.name"] == $arch).digest' "$dist/image/index.json")
+  jq '[.config.size, .layers[].size] | add' "$dist/image/blobs/sha256/${manifest#sha256:}"
+}
+
+rm -rf "$dist"; mkdir -p "$dist"
+for arch in "${archs[@]}"; do
+  kirsa=$(binary "$arch")
+  work=$(mktemp -d "$dist/work.XXXXXX")
+  "$repo/release/rootfs.sh" "$arch" "$kirsa" "$work/rootfs"
+  install -m 755 "$kirsa" "$dist/kirsa-linux-$arch"
+  build_image "$arch" "$work" "oci:$dist/image:$arch"
+  rm -rf "$work"
+  bytes=$(size "$arch")
+  say "$arch: $bytes bytes compressed, limit $limit"
+  [ "$bytes" -le "$limit" ] || die "the image for $arch is too large"
+done
+"$repo/release/index.sh" "$dist/image"
