@@ -1,6 +1,6 @@
 # Every target has a sentence; `make` prints them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test clients lint bench simulate soak fuzz e2e e2e-first-act e2e-shapes image setup fmt
+.PHONY: help demo test clients lint bench simulate soak fuzz e2e e2e-first-act e2e-shapes image release reproducible setup fmt
 
 # The lab's child processes get the agent's binary by this name.
 CARGO ?= cargo
@@ -66,6 +66,13 @@ e2e-shapes: ## Each shape of pods' network with each mode of kube-proxy, on clus
 
 image: ## Build the container image with buildah or docker, and print its size.
 	daemonset/image.sh
+
+release: ## Build the committed version and push image and chart: make release REGISTRY=registry.example.com/path
+	@REGISTRY='$(REGISTRY)' release/release.sh
+
+reproducible: ## Build the committed image twice, in different directories, and compare (two release builds).
+	@tests/setup.sh release
+	@release/reproducible.sh
 
 setup: ## Install what the tests need: Debian packages, and kube-apiserver, etcd, helm, ... built with Go.
 	tests/setup.sh

@@ -2,23 +2,23 @@
 # Build the release's binaries and images into target/dist (not target/release, which is cargo's): kirsa-linux-ARCH for
 # each architecture, and image/, an OCI layout whose only name, the version, is an image index. Two builds of a commit
 # give the same digests, wherever the checkout is. Prints the digest of the index.
-#   ARCHS="amd64"          architectures, separated by spaces
+#   ARCHS="amd64"          architectures, separated by spaces; default: this machine's
 #   DIST=DIR               instead of target/dist; it is replaced
 #   PROFILE=release|quick  cargo's
 #   KIRSA_BINARY=PATH      a static binary that exists already, instead of building one; needs a single ARCHS
+#   STRICT=0               take the present Debian packages where the mirror has lost the pinned ones
 #   LIMIT=10000000         bytes of an image, compressed; more is an error
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 dist=$(realpath -m "${DIST:-$repo/target/dist}")
 profile=${PROFILE:-release}
 limit=${LIMIT:-10000000}
-read -ra archs <<<"${ARCHS:-amd64}"
+read -ra archs <<<"${ARCHS:-$(native_arch)}"
 [ -z "${KIRSA_BINARY:-}" ] || [ ${#archs[@]} = 1 ] || die "KIRSA_BINARY is one binary, and ARCHS are ${archs[*]}"
 need jq jq
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$repo" log -1 --format=%ct)}
 REVISION=${REVISION:-$(git -C "$repo" rev-parse HEAD)}
 export SOURCE_DATE_EPOCH
-# Release packages are exactly those of the lock.
 export STRICT=${STRICT-1}
 
 # Paths of this checkout, of cargo's home and of the build directory stay out of the binary: panic messages and the C

@@ -10,6 +10,14 @@ need() { # command package
   command -v "$1" >/dev/null || die "$1 is missing: apt-get install $2"
 }
 
+# Dies unless REGISTRY names a place to publish to.
+check_registry() {
+  [ -n "${REGISTRY:-}" ] || die "REGISTRY is not set, and the project has no registry of its own: make release REGISTRY=registry.example.com/path"
+  local part='[a-z0-9]+([._-]+[a-z0-9]+)*'
+  [[ $REGISTRY =~ ^[A-Za-z0-9.-]+(:[0-9]+)?(/$part)+$ ]] ||
+    die "REGISTRY=$REGISTRY must be HOST[:PORT]/PATH in lower case, without a scheme or a tag: registry.example.com/path"
+}
+
 # Architectures by their names in images and in Debian: amd64, arm64.
 machine_of() {
   case $1 in

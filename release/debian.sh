@@ -39,36 +39,48 @@ pinned() { # arch: lines "PACKAGE VERSION SHA256"
   awk -v arch="$1" '$1 == arch { print $2, $3, $4 }' "$lock"
 }
 
-# Downloads NAME or NAME=VERSION to the cache, under the checksum of the file.
+# Downloads NAME or NAME=VERSION to the cache, under the checksum of the file; prints "PACKAGE SHA256" for each.
 download() { # arch package...
-  local arch=$1 into deb; shift
+  local arch=$1 into deb sum; shift
   into=$(mktemp -d "$cache/download.XXXXXX")
   if ! (cd "$into" && apt "$arch" apt-get download "$@") >&2; then rm -rf "$into"; return 1; fi
   for deb in "$into"/*.deb; do
-    ln -sfn "$(sha256sum "$deb" | cut -d' ' -f1).deb" "$cache/$(dpkg-deb -f "$deb" Package).$arch"
-    mv "$deb" "$cache/$(readlink "$cache/$(dpkg-deb -f "$deb" Package).$arch")"
+    sum=$(sha256sum "$deb" | cut -d' ' -f1)
+    echo "$(dpkg-deb -f "$deb" Package) $sum"
+    mv "$deb" "$cache/$sum.deb"
   done
   rmdir "$into"
 }
 
+# The file of a pinned package, or the one that a build that is not strict takes instead.
+cached() { # sha256
+  local file=$cache/$1.deb
+  [ -f "$file" ] || [ "${STRICT:-}" = 1 ] || file=$cache/$1.instead
+  [ -f "$file" ] && echo "$file"
+}
+
 fetch() { # arch
-  local arch=$1 package version sum missing=()
+  local arch=$1 package version sum file missing=()
+  local -A pins
   while read -r package version sum; do
-    [ -f "$cache/$sum.deb" ] || missing+=("$package=$version")
+    cached "$sum" >/dev/null || { missing+=("$package=$version"); pins[$package]=$sum; }
   done < <(pinned "$arch")
   if [ ${#missing[@]} -gt 0 ]; then
     need apt-get apt
     update "$arch"
-    if ! download "$arch" "${missing[@]}"; then
+    if ! download "$arch" "${missing[@]}" >"$cache/downloaded.$$"; then
       [ "${STRICT:-}" != 1 ] || die "the mirror lacks a version that release/packages.lock pins (above). Take the present ones: release/debian.sh pin; or name a snapshot in DEBIAN_MIRROR and DEBIAN_SECURITY_MIRROR"
       say "taking the present versions instead of those that release/packages.lock pins: fine for a test, not for a release"
-      download "$arch" "${missing[@]%%=*}" || die "cannot download ${missing[*]%%=*}"
+      download "$arch" "${missing[@]%%=*}" >"$cache/downloaded.$$" || die "cannot download ${missing[*]%%=*}"
     fi
+    while read -r package sum; do
+      [ "$sum" = "${pins[$package]}" ] || ln -sfn "$sum.deb" "$cache/${pins[$package]}.instead"
+    done <"$cache/downloaded.$$"
+    rm "$cache/downloaded.$$"
   fi
   while read -r package version sum; do
-    if [ -f "$cache/$sum.deb" ]; then echo "$package $cache/$sum.deb"; continue; fi
-    [ "${STRICT:-}" != 1 ] || die "$package $version for $arch is not the file that release/packages.lock has the checksum of"
-    echo "$package $cache/$(readlink "$cache/$package.$arch")"
+    file=$(cached "$sum") || die "$package $version for $arch is not the file that release/packages.lock has the checksum of"
+    echo "$package $file"
   done < <(pinned "$arch")
 }
 

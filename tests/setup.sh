@@ -5,6 +5,7 @@
 #   setup.sh            everything
 #   setup.sh packages   Debian packages only: all that the demo needs
 #   setup.sh e2e        these and what the cluster and the image need (tests/e2e.sh); it builds the cluster by itself
+#   setup.sh release    these packages, and what make release packs and publishes with
 #   setup.sh clients    Go, and the AWS clients of the matrix (tests/clients/install.sh)
 #   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd, and maybe the others: these are not built
 set -euo pipefail
@@ -25,11 +26,17 @@ need curl curl
 need cc gcc
 # For the static binary, which make bench and make image build.
 [ "${1:-}" = packages ] || need musl-gcc musl-tools
-if [ "${1:-}" = e2e ]; then
+if [ "${1:-}" = e2e ] || [ "${1:-}" = release ]; then
   need buildah buildah
+  need skopeo skopeo
+  need jq jq
+  # What release/debian.sh reads Debian's packages with, where this is not Debian.
+  need dpkg-deb dpkg
+  [ -r /usr/share/keyrings/debian-archive-keyring.gpg ] || missing+=(debian-archive-keyring)
+fi
+if [ "${1:-}" = e2e ]; then
   need runc runc
   need conntrack conntrack
-  need jq jq
   need openssl openssl
   [ -x /bin/busybox ] || missing+=(busybox-static)
   [ -x /usr/lib/cni/ptp ] || missing+=(containernetworking-plugins)
@@ -65,6 +72,10 @@ find_go() {
   "$repo/tests/cluster/find-go.sh" >/dev/null
 }
 if [ "${1:-}" = e2e ]; then find_go; exit; fi
+if [ "${1:-}" = release ]; then
+  [ -x "$repo/target/cluster/bin/helm" ] && [ -x "$repo/target/cluster/bin/kustomize" ] || find_go
+  exec "$repo/tests/cluster/build.sh" helm kustomize
+fi
 if [ "${1:-}" = clients ]; then
   (find_go) || say "the clients in Go cannot be built"
   exec "$repo/tests/clients/install.sh"
