@@ -77,10 +77,15 @@ IMAGE=localhost/kirsa:$(sed -n '/^\[package\]/,/^\[/s/^version = "\(.*\)"/\1/p' 
 export IMAGE
 archive=${IMAGE_ARCHIVE:-}
 if [ -z "$archive" ]; then step "$repo/daemonset/image.sh"; archive=$repo/target/image/kirsa.tar; fi
+# What the scenario `published` needs: no network reaches it.
+step "$cluster/build.sh" registry helm kustomize
+step "$repo/release/debian.sh" fetch "$(. "$repo/release/common.sh" && native_arch)" >/dev/null
 step cargo build --manifest-path "$repo/Cargo.toml" --quiet -p lab --bin lab-sts --bin lab-canary --bin e2e
 step "$cluster/up.sh"
 . "$state/settings"
 for n in $(seq "$nodes"); do step "$cluster/images.sh" "node$n" "$archive" ${FORMER:+"$FORMER"}; done
+# What the scenario `published` publishes.
+ln -s "$(realpath "$archive")" "$state/kirsa.tar"
 step "$cluster/stand-ins.sh"
 kubectl apply -k "$cluster/overlay" >/dev/null
 step "$repo/tests/e2e-run.sh" --first-act "${FIRST_ACT:-200}" --churn "${CHURN:-300}" "$@"

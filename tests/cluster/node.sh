@@ -52,6 +52,8 @@ cat >"$state/$name/containerd.toml" <<T
 version = 3
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "docker.io/library/kirsa-box:1"
+[plugins.'io.containerd.cri.v1.images'.registry]
+  config_path = "$state/registries"
 [plugins.'io.containerd.cri.v1.runtime']
   restrict_oom_score_adj = true
   [plugins.'io.containerd.cri.v1.runtime'.cni]
@@ -60,7 +62,12 @@ version = 3
     runtime_type = "io.containerd.runc.v2"
     runtime_path = "$bin/containerd-shim-runc-v2"
 T
+# The registry that registry.sh starts, which has no TLS.
+mkdir -p "$state/registries/10.250.0.254:5000"
+echo 'server = "http://10.250.0.254:5000"' >"$state/registries/10.250.0.254:5000/hosts.toml"
 cgroup_make "$cgroup/$name"
+# NeverVerify: after a pull from a registry, the kubelet would not let a pod use the same image by the name under which
+# images.sh imported it.
 cat >"$state/$name/kubelet.yaml" <<T
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -74,6 +81,7 @@ failSwapOn: false
 enforceNodeAllocatable: []
 evictionHard: {memory.available: "0%", nodefs.available: "0%", nodefs.inodesFree: "0%", imagefs.available: "0%"}
 imageGCHighThresholdPercent: 100
+imagePullCredentialsVerificationPolicy: NeverVerify
 localStorageCapacityIsolation: false
 clusterDomain: cluster.local
 resolvConf: /dev/null

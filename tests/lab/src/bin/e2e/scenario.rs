@@ -8,6 +8,7 @@ mod load;
 mod newcomer;
 mod pressure;
 mod privileges;
+mod published;
 mod reboot;
 mod removal;
 mod reuse;
@@ -42,6 +43,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("reuse", reuse::run),
     ("reboot", reboot::run),
     ("removal", removal::run),
+    ("published", published::run),
     ("newcomer", newcomer::run),
     ("startup-taint", startup_taint::run),
 ];
