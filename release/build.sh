@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the release's binaries and images into target/dist (not target/release, which is cargo's): kirsa-linux-ARCH for
-# each architecture, and image/, an OCI layout whose only name, the version, is an image index. Two builds of a commit
+# Build the release's binaries and images into target/dist (not target/release, which is cargo's): kirsa-linux-ARCH and
+# its bill of materials for each architecture, and image/, an OCI layout whose only name, the version, is an image index. Two builds of a commit
 # give the same digests, wherever the checkout is. Prints the digest of the index.
 #   ARCHS="amd64"          architectures, separated by spaces; default: this machine's
 #   DIST=DIR               instead of target/dist; it is replaced
@@ -51,6 +51,7 @@ for arch in "${archs[@]}"; do
   work=$(mktemp -d "$dist/work.XXXXXX")
   "$repo/release/rootfs.sh" "$arch" "$kirsa" "$work/rootfs"
   install -m 755 "$kirsa" "$dist/kirsa-linux-$arch"
+  "$repo/release/sbom.sh" "$arch" >"$dist/kirsa-linux-$arch.cdx.json"
   build_image "$arch" "$work" "oci:$dist/image:$arch"
   rm -rf "$work"
   bytes=$(size "$arch")

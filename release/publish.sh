@@ -70,6 +70,7 @@ skopeo copy -q --all --preserve-digests --dest-tls-verify=$tls "oci:$layout:$ver
 # shellcheck disable=SC2086
 (cd "$dist" && helm push $helm_http "$archive" "oci://$charts") >"$work/push" 2>&1 || { cat "$work/push" >&2; die "cannot push the chart"; }
 chart_digest=$(sed -n 's/^Digest: //p' "$work/push")
+[ -n "$chart_digest" ] || { cat "$work/push" >&2; die "helm printed no digest of the chart (above)"; }
 printf '%s\n' "$image:$version@$digest" "$charts/kirsa:$version@$chart_digest" >"$dist/digests"
 (cd "$dist" && sha256sum -- kirsa-* ./*.yaml digests | sed 's, \./, ,' >SHA256SUMS)
 cat "$dist/digests"

@@ -8,7 +8,7 @@ check_registry
 changes=$(git -C "$repo" status --porcelain)
 [ -z "$changes" ] || die "the tree has changes that are not committed, and a release is a commit:
 $changes"
-for file in daemonset/base/kustomization.yaml daemonset/uninstall/kustomization.yaml; do
+for file in daemonset/base/kustomization.yaml daemonset/uninstall/kustomization.yaml docs/install.md docs/migrate.md; do
   grep -q "^    newTag: $version\$" "$repo/$file" || die "Cargo.toml has version $version and $file another one"
 done
 grep -q "^version: $version\$" "$repo/daemonset/chart/Chart.yaml" && grep -q "^appVersion: $version\$" "$repo/daemonset/chart/Chart.yaml" ||

@@ -8,7 +8,7 @@ use std::{
     process::{Command, Output},
 };
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 9] = [
     "Cargo.toml",
     "CHANGELOG.md",
     "release/common.sh",
@@ -16,6 +16,8 @@ const FILES: [&str; 7] = [
     "daemonset/base/kustomization.yaml",
     "daemonset/uninstall/kustomization.yaml",
     "daemonset/chart/Chart.yaml",
+    "docs/install.md",
+    "docs/migrate.md",
 ];
 const REGISTRY: &str = "registry.example.com/path";
 
@@ -99,6 +101,8 @@ fn a_release_has_one_version_everywhere() {
         ("daemonset/uninstall/kustomization.yaml", format!("newTag: {version}")),
         ("daemonset/chart/Chart.yaml", format!("\nversion: {version}")),
         ("daemonset/chart/Chart.yaml", format!("appVersion: {version}")),
+        ("docs/install.md", format!("newTag: {version}")),
+        ("docs/migrate.md", format!("newTag: {version}")),
         ("CHANGELOG.md", format!("## [{version}]")),
     ];
     for (file, text) in differ {

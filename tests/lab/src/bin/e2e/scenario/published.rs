@@ -80,7 +80,7 @@ impl<'a> Release<'a> {
         self.dist.join(name).display().to_string()
     }
 
-    /// By digest, byte for byte; and the checksums are those of the files.
+    /// By digest, byte for byte; the checksums are those of the files; and the bill of materials names both kinds of parts.
     fn is_what_was_built(&self) -> anyhow::Result<()> {
         let pulled = self.file("pulled");
         let from = format!("docker://{}", self.image);
@@ -91,7 +91,15 @@ impl<'a> Release<'a> {
             ensure!(built.get(name) == Some(contents), "{name} is not what was built");
         }
         let check = format!("cd {} && sha256sum --quiet --check SHA256SUMS", self.dist.display());
-        run_command("sh", &["-c", &check]).map(drop)
+        run_command("sh", &["-c", &check])?;
+        let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        let bill: Value = serde_json::from_slice(&fs::read(self.file(&format!("kirsa-linux-{arch}.cdx.json")))?)?;
+        for part in ["pkg:cargo/hyper@", "pkg:cargo/aws-lc-sys@", "pkg:deb/debian/libc6@", "pkg:deb/debian/nftables@"] {
+            let names = |component: &Value| component["purl"].as_str().is_some_and(|purl| purl.starts_with(part));
+            let named = bill["components"].as_array().is_some_and(|components| components.iter().any(names));
+            ensure!(named, "the bill of materials lacks {part}");
+        }
+        Ok(())
     }
 
     /// The same again is no error; other contents under the same version are.
