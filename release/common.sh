@@ -1,4 +1,6 @@
 # Shared by the scripts that build and publish images; sourced.
+# A command that fails in $(...) ends the script: a failed build must not leave the binary of the one before.
+shopt -s inherit_errexit
 umask 022
 export LC_ALL=C
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -4,14 +4,16 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
-const FILES: [&str; 9] = [
+const FILES: [&str; 10] = [
     "Cargo.toml",
     "CHANGELOG.md",
     "release/common.sh",
+    "release/build.sh",
     "release/release.sh",
     "daemonset/base/kustomization.yaml",
     "daemonset/uninstall/kustomization.yaml",
@@ -114,6 +116,25 @@ fn a_release_has_one_version_everywhere() {
     // Nothing is wrong with it as it is: it goes on to what this tree does not have.
     let error = Tree::new("version").release(Some(REGISTRY));
     assert!(error.contains("tests/setup.sh"), "{error}");
+}
+
+/// The binary of an earlier build is still there.
+#[test]
+fn a_failed_build_makes_no_image() {
+    let tree = Tree::new("failed");
+    let stale =
+        tree.0.join("target/dist-build").join(format!("{}-unknown-linux-musl/release/kirsa", std::env::consts::ARCH));
+    fs::create_dir_all(stale.parent().unwrap()).unwrap();
+    fs::write(stale, "of before").unwrap();
+    let cargo = tree.0.join("bin/cargo");
+    fs::create_dir_all(cargo.parent().unwrap()).unwrap();
+    fs::write(&cargo, "#!/bin/sh\necho cannot compile >&2; exit 101\n").unwrap();
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", cargo.parent().unwrap().display(), std::env::var("PATH").unwrap());
+    let output = Command::new(tree.0.join("release/build.sh")).env("PATH", path).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("cannot compile"), "{error}");
+    assert!(!error.contains("rootfs"), "an image was begun: {error}");
 }
 
 #[test]
