@@ -3,7 +3,7 @@
 # its bill of materials for each architecture, and image/, an OCI layout whose only name, the version, is an image index. Two builds of a commit
 # give the same digests, wherever the checkout is. Prints the digest of the index.
 #   ARCHS="amd64"          architectures, separated by spaces; default: this machine's
-#   DIST=DIR               instead of target/dist; it is replaced
+#   DIST=DIR               instead of target/dist; an earlier build in it is removed
 #   PROFILE=release|quick  cargo's
 #   KIRSA_BINARY=PATH      a static binary that exists already, instead of building one; needs a single ARCHS
 #   STRICT=0               take the present Debian packages where the mirror has lost the pinned ones
@@ -27,14 +27,22 @@ binary() { # arch
   if [ -n "${KIRSA_BINARY:-}" ]; then realpath "$KIRSA_BINARY"; return; fi
   local triple target=$repo/target/dist-build cargo_home rust c
   triple=$(triple_of "$1")
-  [ "$1" = "$(native_arch)" ] || die "$1: only this machine's architecture, $(native_arch), can be built so far"
-  need musl-gcc musl-tools
+  local -a compiler
+  if [ "$1" = "$(native_arch)" ]; then
+    need musl-gcc musl-tools
+    compiler=("CC_${triple//-/_}=musl-gcc")
+  else
+    [ -x "$repo/target/zig/bin/python" ] || die "zig, the C compiler for $1, is missing: tests/setup.sh release installs it"
+    # Rust brings the linker, and musl's start files and libc, for its own targets.
+    compiler=("CC_${triple//-/_}=$repo/release/zig-cc.sh" "AR_${triple//-/_}=$repo/release/zig-ar.sh"
+      "ZIG_TARGET=$(machine_of "$1")-linux-musl" "CARGO_TARGET_$(tr a-z- A-Z_ <<<"$triple")_LINKER=rust-lld")
+  fi
   [ -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ] || die "Rust's $triple is missing: rustup target add $triple"
   cargo_home=$(realpath -m "${CARGO_HOME:-$HOME/.cargo}")
   # The last prefix that matches wins, for Rust and C alike.
   rust=$(printf -- '--remap-path-prefix=%s\x1f' "$repo=/kirsa" "$target=/target" "$cargo_home=/cargo")
   c="-ffile-prefix-map=$cargo_home=/cargo -ffile-prefix-map=$target=/target -ffile-prefix-map=$repo=/kirsa"
-  (cd "$repo" && env "CC_${triple//-/_}=musl-gcc" "CFLAGS_${triple//-/_}=$c" "CARGO_ENCODED_RUSTFLAGS=${rust%?}" \
+  (cd "$repo" && env "${compiler[@]}" "CFLAGS_${triple//-/_}=$c" "CARGO_ENCODED_RUSTFLAGS=${rust%?}" \
     cargo build --profile "$profile" --locked --target "$triple" --target-dir "$target" --bin kirsa >&2)
   echo "$target/$triple/$profile/kirsa"
 }
@@ -45,7 +53,9 @@ size() { # arch: bytes of the image in a registry
   jq '[.config.size, .layers[].size] | add' "$dist/image/blobs/sha256/${manifest#sha256:}"
 }
 
-rm -rf "$dist"; mkdir -p "$dist"
+mkdir -p "$dist"
+# Of an earlier build: nothing else, whatever DIST is.
+rm -rf "$dist"/{image,work.*,kirsa-*,install.yaml,uninstall.yaml,digests,SHA256SUMS}
 for arch in "${archs[@]}"; do
   kirsa=$(binary "$arch")
   work=$(mktemp -d "$dist/work.XXXXXX")

@@ -12,8 +12,8 @@ digests=()
 for tree in "$work/one" "$work/another/directory"; do
   mkdir -p "$tree/target"
   git -C "$repo" archive "$REVISION" | tar -x -C "$tree"
-  # Pinned by checksum: downloaded once.
-  [ ! -d "$repo/target/debian" ] || ln -s "$repo/target/debian" "$tree/target/debian"
+  # Pinned: downloaded once.
+  for tool in debian zig; do [ ! -d "$repo/target/$tool" ] || ln -s "$repo/target/$tool" "$tree/target/$tool"; done
   digests+=("$("$tree/release/build.sh")")
   rm -rf "$tree/target/dist-build"
 done

