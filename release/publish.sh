@@ -5,6 +5,7 @@
 #   target/dist                     chart, install.yaml, uninstall.yaml, digests, SHA256SUMS
 # A version that is published already with other contents is refused. Credentials are those of `skopeo login`, `helm
 # registry login` or `docker login`.
+#   publish.sh [check]     check: only whether the registry answers
 #   REGISTRY=HOST/PATH     required
 #   DIST=DIR               instead of target/dist
 #   PLAIN_HTTP=1           a registry without TLS
@@ -19,10 +20,6 @@ need skopeo skopeo
 need jq jq
 for tool in helm kustomize; do command -v "$tool" >/dev/null || die "$tool is missing: tests/setup.sh release builds it"; done
 layout=$dist/image image=$REGISTRY/kirsa charts=$REGISTRY/charts
-[ -f "$layout/index.json" ] || die "no image in $layout: release/build.sh makes it"
-digest=$(jq -r --arg version "$version" '.manifests[] | select(.annotations["org.opencontainers.image.ref.name"] == $version).digest' "$layout/index.json")
-[ -n "$digest" ] || die "$layout has no version $version: release/build.sh makes it"
-epoch=${SOURCE_DATE_EPOCH:-$(git -C "$repo" log -1 --format=%ct)}
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 
 published() { # repository: the digest of the version there, or nothing
@@ -33,6 +30,13 @@ published() { # repository: the digest of the version there, or nothing
     die "cannot ask $1 whether $version is published"
   fi
 }
+
+if [ "${1:-}" = check ]; then published "$image" >/dev/null; exit; fi
+
+[ -f "$layout/index.json" ] || die "no image in $layout: release/build.sh makes it"
+digest=$(jq -r --arg version "$version" '.manifests[] | select(.annotations["org.opencontainers.image.ref.name"] == $version).digest' "$layout/index.json")
+[ -n "$digest" ] || die "$layout has no version $version: release/build.sh makes it"
+epoch=${SOURCE_DATE_EPOCH:-$(git -C "$repo" log -1 --format=%ct)}
 
 # The manifests with the image by digest; kustomize reads daemonset/ through a relative path.
 manifests() { # folder of daemonset/

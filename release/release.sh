@@ -16,5 +16,7 @@ grep -q "^version: $version\$" "$repo/daemonset/chart/Chart.yaml" && grep -q "^a
 grep -qE "^## \[${version//./\\.}\] - [0-9]{4}-[0-9]{2}-[0-9]{2}\$" "$repo/CHANGELOG.md" ||
   die "CHANGELOG.md has no heading \"## [$version] - YYYY-MM-DD\""
 "$repo/tests/setup.sh" release
+# Before the build, which takes minutes.
+"$repo/release/publish.sh" check
 "$repo/release/build.sh" >&2
 "$repo/release/publish.sh"
