@@ -67,8 +67,8 @@ e2e-shapes: ## Each shape of pods' network with each mode of kube-proxy, on clus
 image: ## Build the container image with buildah or docker, and print its size.
 	daemonset/image.sh
 
-release: ## Build the committed version and push image and chart: make release REGISTRY=registry.example.com/path
-	@REGISTRY='$(REGISTRY)' release/release.sh
+release: ## Build the committed version and push image and chart: make release REGISTRY=registry.example.com/path ARCHS="amd64 arm64"
+	@REGISTRY='$(REGISTRY)' ARCHS='$(ARCHS)' release/release.sh
 
 reproducible: ## Build the committed image twice, in different directories, and compare (two release builds).
 	@tests/setup.sh release

@@ -21,11 +21,11 @@ REVISION=${REVISION:-$(git -C "$repo" rev-parse HEAD)}
 export SOURCE_DATE_EPOCH
 export STRICT=${STRICT-1}
 
-# Paths of this checkout, of cargo's home and of the build directory stay out of the binary: panic messages and the C
+# Paths of this checkout, of cargo's home, of the build directory and of the toolchain stay out of the binary: panic messages and the C
 # code's assertions would have them.
 binary() { # arch
   if [ -n "${KIRSA_BINARY:-}" ]; then realpath "$KIRSA_BINARY"; return; fi
-  local triple target=$repo/target/dist-build cargo_home rust c
+  local triple target=$repo/target/dist-build cargo_home sysroot std rust c
   triple=$(triple_of "$1")
   local -a compiler
   if [ "$1" = "$(native_arch)" ]; then
@@ -37,10 +37,13 @@ binary() { # arch
     compiler=("CC_${triple//-/_}=$repo/release/zig-cc.sh" "AR_${triple//-/_}=$repo/release/zig-ar.sh"
       "ZIG_TARGET=$(machine_of "$1")-linux-musl" "CARGO_TARGET_$(tr a-z- A-Z_ <<<"$triple")_LINKER=rust-lld")
   fi
-  [ -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ] || die "Rust's $triple is missing: rustup target add $triple"
+  sysroot=$(cd "$repo" && rustc --print sysroot)
+  [ -d "$sysroot/lib/rustlib/$triple" ] || die "Rust's $triple is missing: rustup target add $triple"
   cargo_home=$(realpath -m "${CARGO_HOME:-$HOME/.cargo}")
+  # The standard library's paths are /rustc/COMMIT where the component rust-src is not installed.
+  std=$sysroot/lib/rustlib/src/rust=/rustc/$(cd "$repo" && rustc -vV | sed -n 's/^commit-hash: //p')
   # The last prefix that matches wins, for Rust and C alike.
-  rust=$(printf -- '--remap-path-prefix=%s\x1f' "$repo=/kirsa" "$target=/target" "$cargo_home=/cargo")
+  rust=$(printf -- '--remap-path-prefix=%s\x1f' "$repo=/kirsa" "$target=/target" "$cargo_home=/cargo" "$std")
   c="-ffile-prefix-map=$cargo_home=/cargo -ffile-prefix-map=$target=/target -ffile-prefix-map=$repo=/kirsa"
   (cd "$repo" && env "${compiler[@]}" "CFLAGS_${triple//-/_}=$c" "CARGO_ENCODED_RUSTFLAGS=${rust%?}" \
     cargo build --profile "$profile" --locked --target "$triple" --target-dir "$target" --bin kirsa >&2)

@@ -5,7 +5,8 @@
 #   setup.sh            everything
 #   setup.sh packages   Debian packages only: all that the demo needs
 #   setup.sh e2e        these and what the cluster and the image need (tests/e2e.sh); it builds the cluster by itself
-#   setup.sh release    these packages, and what make release packs and publishes with
+#   setup.sh release    these packages, and what make release packs and publishes with; ARCHS="amd64 arm64" adds a cross
+#                       compiler for the architecture that this machine does not have
 #   setup.sh clients    Go, and the AWS clients of the matrix (tests/clients/install.sh)
 #   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd, and maybe the others: these are not built
 set -euo pipefail
@@ -87,7 +88,9 @@ cross() {
   "$repo/target/zig/bin/pip" install --quiet --disable-pip-version-check "$zig_wheel" >&2 || die "make release needs $zig_wheel from PyPI"
 }
 if [ "${1:-}" = release ]; then
-  cross
+  for arch in ${ARCHS:-}; do
+    case $(uname -m)/$arch in x86_64/arm64 | aarch64/amd64) cross ;; esac
+  done
   [ -x "$repo/target/cluster/bin/helm" ] && [ -x "$repo/target/cluster/bin/kustomize" ] || find_go
   exec "$repo/tests/cluster/build.sh" helm kustomize
 fi
