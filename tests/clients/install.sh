@@ -58,6 +58,18 @@ go_build() {
   rm -r "$folder/source"
 }
 
+# A module's own integration tests, which are meant for an instance: a program NAME.test for each package.
+go_tests_build() {
+  local go folder=$1 package
+  go=$("$here/../cluster/find-go.sh") || return
+  mkdir "$folder/source" && cp "${@:2}" "$folder/source" || return
+  for package in "${go_packages[@]}"; do
+    (cd "$folder/source" && CGO_ENABLED=0 "$go" test -mod=mod -c -trimpath -ldflags "-s -w" -tags "integration ec2env" \
+      -o "$folder/${package##*/}.test" "$package") || return
+  done
+  rm -r "$folder/source"
+}
+
 rust_build() {
   command -v cargo >/dev/null || missing cargo || return
   cargo build --quiet --release --locked --manifest-path "$2" --target-dir "$1/build" || return
@@ -86,7 +98,8 @@ debian() {
   for package in "$folder"/*.deb; do
     dpkg-deb --fsys-tarfile "$package" | tar -x -C "$folder/root" --keep-directory-symlink || return
   done
-  echo "${packages[0]} $(dpkg-deb --field "$folder/${packages[0]}"_*.deb Version), Debian" >"$folder/version"
+  package=${packages[0]%%=*}
+  echo "$package $(dpkg-deb --field "$folder/$package"_*.deb Version), Debian" >"$folder/version"
   rm -rf "$folder"/*.deb "$folder"/partial "$folder"/lock
   printf '#!/bin/sh\n' | cat - "$launcher" >"$folder/client"
   chmod +x "$folder/client"
@@ -143,6 +156,10 @@ debian_client() {
   local packages=("${@:2}")
   install "$1" "$2, Debian" debian "$here/debian/${launcher:-$1}.sh"
 }
+# pinned_debian_client NAME: the package and version in the first line of the launcher debian/NAME.sh.
+pinned_debian_client() {
+  debian_client "$1" "$(sed -n '1s/^# Debian: //p' "$here/debian/$1.sh")"
+}
 # old_python_client NAME PYTHON: of the release in $suite.
 old_python_client() {
   local packages=("$2") pins
@@ -180,6 +197,17 @@ quick() {
   install curl "curl, as AWS documents IMDSv2" nothing "$here/curl.sh"
 }
 
+# What tests/judges runs. They ask for more than credentials, and none is in the matrix.
+judges() {
+  local pins sdk=github.com/aws/aws-sdk-go-v2
+  pins=$(pins go go2)
+  go_packages=("$sdk/feature/ec2/imds" "$sdk/credentials/ec2rolecreds")
+  install go2-own-tests "$(sed -n "s:^\t\($sdk/feature/ec2/imds v[^ ]*\).*:\1:p" "$pins/go.mod")" \
+    go_tests_build "$pins/go.mod" "$pins/go.sum"
+  pinned_debian_client amazon-ec2-utils
+  pinned_debian_client cloud-guest-utils
+}
+
 heavy() {
   pip_client botocore-1.13
   pip_client s3cmd-2.3
@@ -202,6 +230,7 @@ heavy() {
 }
 
 quick
+judges
 [ "${1:-}" = quick ] || heavy
 # Their lists are of one day.
 rm -rf "$target"/apt-*
