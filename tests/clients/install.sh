@@ -206,6 +206,8 @@ judges() {
     go_tests_build "$pins/go.mod" "$pins/go.sum"
   pinned_debian_client amazon-ec2-utils
   pinned_debian_client cloud-guest-utils
+  pinned_debian_client cloud-init
+  pip_client ec2-metadata
 }
 
 heavy() {

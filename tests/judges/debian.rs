@@ -56,8 +56,11 @@ fn ec2metadata_prints_what_is_served() -> Result<()> {
     let lab = Lab::start()?;
     let instance = Instance::default();
     for pod in [&lab.reader, &lab.idle] {
-        let placement =
-            [("availability-zone", instance.availability_zone.clone()), ("region", instance.region.clone())];
+        let placement = [
+            ("availability-zone", instance.availability_zone.clone()),
+            ("availability-zone-id", instance.availability_zone_id.clone()),
+            ("region", instance.region.clone()),
+        ];
         expect(&ask(&tool, pod, &[])?, &["unavailable"], &placement)?;
         let region = ask(&tool, pod, &["--region"])?;
         ensure!(region == [&*instance.region], "{region:?}");

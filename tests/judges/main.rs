@@ -5,6 +5,7 @@
 
 mod debian;
 mod go_sdk;
+mod python;
 
 use std::io::Write;
 use std::process::{Command, ExitStatus};
@@ -74,7 +75,8 @@ fn judge(name: &str) -> Option<Installed> {
 
 /// Runs a program in a pod to its end. Nothing that it prints may be the node's own.
 fn run(pod: &Pod, command: Command) -> Result<Said> {
-    let what = format!("{command:?}");
+    let arguments = command.get_args().collect::<Vec<_>>();
+    let what = format!("{} {arguments:?}", command.get_program().display());
     let mut process = Process::spawn(Some(pod.netns()), &what, command)?;
     let status = process.wait(DEADLINE).with_context(|| format!("{what}: {:#?}", process.lines()))?;
     poll("the end of its output", DEADLINE, || process.ended().then_some(()))?;

@@ -73,7 +73,7 @@ fn root_listings_name_what_is_served() -> Result<()> {
         expect("/latest", &["dynamic", "meta-data"])?;
         expect("/latest/dynamic", &["instance-identity/"])?;
         expect("/latest/dynamic/instance-identity", &["document"])?;
-        let nodes = ["ami-id", "hostname", "instance-id", "instance-type", "local-hostname", "placement/"];
+        let nodes = ["ami-id", "hostname", "instance-id", "instance-type", "local-hostname", "placement/", "services/"];
         let mut entries = [&pods_own[..], &nodes].concat();
         entries.sort_unstable();
         expect("/latest/meta-data", &entries)?;
