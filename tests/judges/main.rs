@@ -5,7 +5,9 @@
 
 mod debian;
 mod go_sdk;
+mod metadata_mock;
 mod python;
+mod sdk_cases;
 
 use std::io::Write;
 use std::process::{Command, ExitStatus};
