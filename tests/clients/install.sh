@@ -208,6 +208,7 @@ judges() {
   pinned_debian_client cloud-guest-utils
   pinned_debian_client cloud-init
   pip_client ec2-metadata
+  go_package=k8s.io/cloud-provider-aws/cmd/ecr-credential-provider go_client ecr-credential-provider k8s.io/cloud-provider-aws
 }
 
 heavy() {

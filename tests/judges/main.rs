@@ -4,6 +4,7 @@
 //! `tests/clients/install.sh` gets the programs, in pinned versions. What cannot be had is skipped, and says so.
 
 mod debian;
+mod ecr;
 mod go_sdk;
 mod metadata_mock;
 mod python;

@@ -43,6 +43,13 @@ impl Installed {
         self.isolated(command)
     }
 
+    /// A line for `sh`, which finds the folder as `$CLIENT`.
+    pub fn shell(&self, line: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", line]);
+        self.isolated(command)
+    }
+
     fn isolated(&self, mut command: Command) -> Command {
         isolate(&mut command, &self.folder);
         command
