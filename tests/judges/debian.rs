@@ -7,7 +7,7 @@ use lab::clients::Installed;
 use lab::imds::Instance;
 use lab::net::Pod;
 
-use super::{Lab, judge, run};
+use super::{Lab, run};
 
 /// Never served: what a node starts with, and what its instance is made of and reached by.
 const WITHHELD: [&str; 12] = [
@@ -29,7 +29,7 @@ const WITHHELD: [&str; 12] = [
 /// Source: <https://github.com/amazonlinux/amazon-ec2-utils/blob/main/ec2-metadata>
 #[test]
 fn ec2_metadata_prints_what_is_served() -> Result<()> {
-    let Some(tool) = judge("amazon-ec2-utils") else { return Ok(()) };
+    let Some(tool) = Installed::find_or_skip("amazon-ec2-utils") else { return Ok(()) };
     let lab = Lab::start()?;
     for pod in [&lab.reader, &lab.idle] {
         let zone = ("placement", Instance::default().availability_zone);
@@ -52,7 +52,7 @@ fn ec2_metadata_prints_what_is_served() -> Result<()> {
 /// Source: <https://github.com/canonical/cloud-utils/blob/main/bin/ec2metadata>
 #[test]
 fn ec2metadata_prints_what_is_served() -> Result<()> {
-    let Some(tool) = judge("cloud-guest-utils") else { return Ok(()) };
+    let Some(tool) = Installed::find_or_skip("cloud-guest-utils") else { return Ok(()) };
     let lab = Lab::start()?;
     let instance = Instance::default();
     for pod in [&lab.reader, &lab.idle] {

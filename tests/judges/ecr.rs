@@ -5,18 +5,19 @@ use std::net::TcpListener;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use lab::clients::Installed;
 use lab::namespace::BASE;
 use lab::site::ACCOUNT;
 use lab::sts::{PASSWORD, Registry};
 use serde_json::{Value, json};
 
-use super::{Lab, judge, run};
+use super::{Lab, run};
 
 const REGISTRY: &str = "111122223333.dkr.ecr.eu-central-1.amazonaws.com";
 
 /// The provider, which reads its request from standard input as the kubelet writes it.
 fn provider(registry: &Registry) -> Option<Command> {
-    let provider = judge("ecr-credential-provider")?;
+    let provider = Installed::find_or_skip("ecr-credential-provider")?;
     let request = json!({
         "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
         "kind": "CredentialProviderRequest",

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use lab::clients::Installed;
 use lab::net::Pod;
 
-use super::{Lab, judge, run};
+use super::{Lab, run};
 
 const IAM_INFO: &str = "TestInteg_GetIAMInfo";
 const CREDENTIALS: &str = "TestInteg_RetrieveCredentials";
@@ -23,7 +23,7 @@ const OTHERS: [&str; 4] = [
 
 #[test]
 fn go_sdk_tests_pass_but_for_user_data() -> Result<()> {
-    let Some(sdk) = judge("go2-own-tests") else { return Ok(()) };
+    let Some(sdk) = Installed::find_or_skip("go2-own-tests") else { return Ok(()) };
     let lab = Lab::start()?;
     let (results, _) = go_test(&sdk, "imds", &lab.reader)?;
     expect(&results, &[&OTHERS[..], &[IAM_INFO]].concat(), &[USER_DATA])?;
@@ -37,7 +37,7 @@ fn go_sdk_tests_pass_but_for_user_data() -> Result<()> {
 
 #[test]
 fn without_role_go_sdk_tests_find_no_profile() -> Result<()> {
-    let Some(sdk) = judge("go2-own-tests") else { return Ok(()) };
+    let Some(sdk) = Installed::find_or_skip("go2-own-tests") else { return Ok(()) };
     let lab = Lab::start()?;
     let (results, _) = go_test(&sdk, "imds", &lab.idle)?;
     expect(&results, &OTHERS, &[IAM_INFO, USER_DATA])?;

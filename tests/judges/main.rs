@@ -10,13 +10,11 @@ mod metadata_mock;
 mod python;
 mod sdk_cases;
 
-use std::io::Write;
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, field};
-use lab::clients::Installed;
 use lab::imds::{Instance, NODE_ROLE};
 use lab::net::Pod;
 use lab::poll::poll;
@@ -66,14 +64,6 @@ impl Said {
         ensure!(self.status.success(), "{}: {:#?}", self.status, self.lines);
         Ok(self.lines)
     }
-}
-
-/// The program of that name; without it a test prints the reason and ends.
-fn judge(name: &str) -> Option<Installed> {
-    Installed::find(name)
-        // Not by a macro: what those print is shown with failures only.
-        .inspect_err(|reason| drop(writeln!(std::io::stderr(), "skipped: {name}: {reason}")))
-        .ok()
 }
 
 /// Runs a program in a pod to its end. Nothing that it prints may be the node's own.

@@ -1,18 +1,19 @@
 //! Programs in Python that read all the metadata they can find.
 
 use anyhow::{Context, Result, ensure};
+use lab::clients::Installed;
 use lab::imds::Instance;
 use lab::poll::poll;
 use lab::site::ACCOUNT;
 use serde_json::{Value, json};
 
-use super::{DEADLINE, Lab, judge, run};
+use super::{DEADLINE, Lab, run};
 
 /// cloud-init fetches everything that a listing names, and throws all of it away if one document fails.
 /// Source: <https://github.com/canonical/cloud-init/blob/main/cloudinit/sources/DataSourceEc2.py>
 #[test]
 fn cloud_init_finds_all_that_is_listed() -> Result<()> {
-    let Some(tool) = judge("cloud-init") else { return Ok(()) };
+    let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
     let lab = Lab::start()?;
     let instance = Instance::default();
     for (pod, account) in [(&lab.reader, ACCOUNT), (&lab.idle, "")] {
@@ -35,7 +36,7 @@ fn cloud_init_finds_all_that_is_listed() -> Result<()> {
 /// A role that cannot be had fails one document, and with it all: within the retries of cloud-init.
 #[test]
 fn cloud_init_ends_when_a_document_fails() -> Result<()> {
-    let Some(tool) = judge("cloud-init") else { return Ok(()) };
+    let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
     let lab = Lab::start()?;
     let wrong = lab.site.stranger("wrong")?;
     lab.site.put(lab.site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
@@ -49,7 +50,7 @@ fn cloud_init_ends_when_a_document_fails() -> Result<()> {
 /// Source: <https://github.com/adamchainz/ec2-metadata/blob/main/src/ec2_metadata/__init__.py>
 #[test]
 fn ec2_metadata_package_reads_what_is_served() -> Result<()> {
-    let Some(package) = judge("ec2-metadata") else { return Ok(()) };
+    let Some(package) = Installed::find_or_skip("ec2-metadata") else { return Ok(()) };
     let lab = Lab::start()?;
     let read = |pod| last_line(run(pod, package.python("with_ec2_metadata.py"))?.ok()?);
     let (reader, idle) = (read(&lab.reader)?, read(&lab.idle)?);

@@ -2,6 +2,7 @@
 
 use std::{
     env, fs,
+    io::Write as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -29,6 +30,14 @@ impl Installed {
             Ok(reason) => bail!("{}", reason.trim()),
             Err(_) => bail!("not installed: make clients"),
         }
+    }
+
+    /// The same for a test, which is skipped without the program: prints why.
+    pub fn find_or_skip(name: &str) -> Option<Self> {
+        Self::find(name)
+            // Not by a macro: what those print is shown with failures only.
+            .inspect_err(|reason| drop(writeln!(std::io::stderr(), "skipped: {name}: {reason}")))
+            .ok()
     }
 
     /// The file `client` of the folder, which the installation made.
