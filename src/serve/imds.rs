@@ -89,11 +89,12 @@ impl Server {
         entries
     }
 
-    /// Returns false only for a pod that is known to have no role: EC2 lists no `iam/` without an instance profile.
+    /// Returns false only for a pod that is known to get no role: EC2 lists no `iam/` without an instance profile, and
+    /// programs that read all that is listed, such as cloud-init, fail as a whole where an entry is refused.
     async fn may_have_role(&self, asked: &Asked<'_>) -> bool {
         let Ok(workload) = self.attributor.peek(&asked.caller.peer) else { return true };
         let grant = self.authorise(&workload, asked.at + LIST_HOLD).await;
-        !grant.is_err_and(|refusal| refusal.reason == Reason::NoRole)
+        !grant.is_err_and(|refusal| matches!(refusal.reason.info().status, 403 | 404))
     }
 
     /// The node's, with the account of the pod's role. Programs take their region from it: whatever is wrong with that

@@ -33,9 +33,9 @@ fn cloud_init_finds_all_that_is_listed() -> Result<()> {
     lab.stop()
 }
 
-/// A role that cannot be had fails one document, and with it all: within the retries of cloud-init.
+/// Where `iam/info` is refused, nothing lists it: the rest is found.
 #[test]
-fn cloud_init_ends_when_a_document_fails() -> Result<()> {
+fn cloud_init_finds_the_rest_without_usable_role() -> Result<()> {
     let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
     let lab = Lab::start()?;
     let wrong = lab.site.stranger("wrong")?;
@@ -43,6 +43,18 @@ fn cloud_init_ends_when_a_document_fails() -> Result<()> {
     let failing = || wrong.imds().get("/latest/meta-data/iam/info").send().ok().filter(|info| info.status == 403);
     poll("the role to be known", DEADLINE, failing)?;
     let found = last_line(run(&wrong, tool.command())?.ok()?)?;
+    ensure!(found["meta-data"]["instance-id"] == Instance::default().instance_id, "{found:#}");
+    ensure!(found["meta-data"]["iam"] == Value::Null, "{found:#}");
+    lab.stop()
+}
+
+/// An answer that is no answer yet fails one document, and with it all of them: after the retries of cloud-init.
+#[test]
+fn cloud_init_ends_in_a_pod_that_is_not_known() -> Result<()> {
+    let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
+    let lab = Lab::start()?;
+    let stranger = lab.site.stranger("stranger")?;
+    let found = last_line(run(&stranger, tool.command())?.ok()?)?;
     ensure!(found["meta-data"] == json!({}), "{found:#}");
     lab.stop()
 }

@@ -60,9 +60,13 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
 #[test]
 fn root_listings_name_what_is_served() -> Result<()> {
     let site = site()?;
-    let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
+    let (reader, idle, wrong) = (site.pod_with_role("reader")?, site.pod("idle")?, site.stranger("wrong")?);
+    site.put(site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
     let agent = start(&site, &[])?;
-    for (pod, pods_own) in [(&reader, vec!["iam/"]), (&idle, vec![])] {
+    // Whatever keeps a pod from its role: where `iam/info` is refused, `iam/` is not listed.
+    ensure!(get(&wrong, "/latest/meta-data/iam/info")?.status == 403);
+    ensure!(get(&wrong, "/latest/meta-data/iam/")?.status == 404);
+    for (pod, pods_own) in [(&reader, vec!["iam/"]), (&idle, vec![]), (&wrong, vec![])] {
         let expect = |path: &str, entries: &[&str]| -> Result<()> {
             for slash in ["", "/"] {
                 let listing = get(pod, &format!("{path}{slash}"))?.ok()?;
