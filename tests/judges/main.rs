@@ -24,7 +24,7 @@ use lab::site::Site;
 lab::enter!();
 
 /// Longer than any judge takes on a busy machine. One that is made to retry for ever fails by this.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// A node with an agent that has read the node's metadata.
 struct Lab {

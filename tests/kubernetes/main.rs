@@ -8,6 +8,7 @@ mod container_sdk;
 mod exchange;
 mod lifecycle;
 mod memory;
+mod minio;
 mod minting;
 mod outage;
 mod records;

@@ -195,7 +195,7 @@ pub(crate) fn wait_for_metric(agent: &Agent, name: &str, labels: &[(&str, &str)]
 }
 
 /// The first answer that is no "try again", or else the last.
-fn decided(ask: impl Fn() -> Result<Response>) -> Result<Response> {
+pub(crate) fn decided(ask: impl Fn() -> Result<Response>) -> Result<Response> {
     let mut last = ask();
     let _ = poll("another answer than 503", SOON, || {
         let again = last.as_ref().is_ok_and(|answer| answer.status == 503);
