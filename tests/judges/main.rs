@@ -6,6 +6,7 @@
 mod debian;
 mod ecr;
 mod go_sdk;
+mod groups;
 mod metadata_mock;
 mod python;
 mod sdk_cases;
@@ -38,7 +39,10 @@ struct Lab {
 
 impl Lab {
     fn start() -> Result<Self> {
-        let site = Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
+        Self::of(Site::new(env!("CARGO_BIN_EXE_kirsa"))?)
+    }
+
+    fn of(site: Site) -> Result<Self> {
         let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
         let agent = site.start()?;
         agent.wait_for_log(|entry| field(entry, "message") == Some("node metadata read"))?;

@@ -25,16 +25,16 @@ use Is::{Served, Withheld};
 
 const SECRET: Is = Withheld("proves who the node is, or holds what it starts with");
 const NODES_OWN: Is = Withheld("describes the node; no pod needs it to find its region or to detect EC2");
-const ON_REQUEST: Is = Withheld("served where --node-metadata allows it");
+const ON_REQUEST: Is = Withheld("served where --node-metadata allows it, by itself or in a group");
 
 const ROOT: &[(&str, Is)] = &[
     ("ami-id", Served),
     ("ami-launch-index", NODES_OWN),
     ("ami-manifest-path", NODES_OWN),
-    ("autoscaling/", NODES_OWN),
-    ("block-device-mapping/", NODES_OWN),
+    ("autoscaling/", ON_REQUEST),
+    ("block-device-mapping/", ON_REQUEST),
     ("elastic-inference/", NODES_OWN),
-    ("events/", NODES_OWN),
+    ("events/", ON_REQUEST),
     ("hostname", Served),
     ("iam/", Served),
     ("instance-action", NODES_OWN),
@@ -45,18 +45,18 @@ const ROOT: &[(&str, Is)] = &[
     ("local-hostname", Served),
     ("local-ipv4", ON_REQUEST),
     ("mac", ON_REQUEST),
-    ("network/", NODES_OWN),
+    ("network/", ON_REQUEST),
     ("placement/", Served),
     ("product-codes", NODES_OWN),
-    ("public-hostname", NODES_OWN),
-    ("public-ipv4", NODES_OWN),
+    ("public-hostname", ON_REQUEST),
+    ("public-ipv4", ON_REQUEST),
     ("public-keys/", SECRET),
     ("ramdisk-id", NODES_OWN),
     ("reservation-id", NODES_OWN),
     ("security-groups", NODES_OWN),
     ("services/", Served),
-    ("spot/", NODES_OWN),
-    ("tags/", NODES_OWN),
+    ("spot/", ON_REQUEST),
+    ("tags/", ON_REQUEST),
 ];
 const DYNAMIC: &[(&str, Is)] = &[("fws/", NODES_OWN), ("instance-identity/", Served)];
 const IDENTITY: &[(&str, Is)] = &[("document", Served), ("pkcs7", SECRET), ("signature", SECRET)];

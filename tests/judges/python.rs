@@ -91,7 +91,7 @@ fn ec2_metadata_package_reads_what_is_served() -> Result<()> {
 }
 
 /// The JSON at the end of what a program printed; warnings may come before.
-fn last_line(lines: Vec<String>) -> Result<Value> {
+pub(super) fn last_line(lines: Vec<String>) -> Result<Value> {
     let line = lines.last().context("nothing printed")?;
     serde_json::from_str(line).with_context(|| format!("{lines:#?}"))
 }

@@ -2,13 +2,14 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 
-from ec2_metadata import EC2Metadata, ec2_metadata
+from ec2_metadata import EC2Metadata, NetworkInterface, ec2_metadata
 
 
-def read(name):
+def read(owner, name):
     try:
-        return getattr(ec2_metadata, name)
+        return getattr(owner, name)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -17,5 +18,14 @@ def is_property(member):
     return isinstance(member, property) or type(member).__name__ == "cached_property"
 
 
-names = [name for name, _ in inspect.getmembers(EC2Metadata, is_property)]
-print(json.dumps({name: read(name) for name in names}, default=str))
+def properties(owner):
+    return {name: read(owner, name) for name, _ in inspect.getmembers(type(owner), is_property)}
+
+
+def plain(value):
+    if isinstance(value, NetworkInterface):
+        return properties(value)
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+print(json.dumps(properties(ec2_metadata), default=plain))
