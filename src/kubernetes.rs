@@ -43,6 +43,7 @@ pub enum Mint {
     Auto,
     /// Impersonating this node (constrained impersonation, KEP-5284; Kubernetes >= 1.36): the API server itself refuses
     /// tokens for pods of other nodes.
+    #[value(name = "impersonation")]
     Impersonate,
     /// As the agent itself, fenced by a ValidatingAdmissionPolicy.
     Direct,
@@ -191,17 +192,17 @@ impl Granted {
             (Mint::Auto | Mint::Impersonate, true, _) => Ok(Identity::Node),
             (Mint::Auto | Mint::Direct, _, true) => Ok(Identity::Agent),
             (Mint::Impersonate, false, _) => bail!(
-                "--mint impersonate: the agent may not {}; apply daemonset/components/constrained-impersonation \
+                "--minting impersonation: the agent may not {}; apply daemonset/components/constrained-impersonation \
                  (Kubernetes >= 1.36)",
                 IMPERSONATE.0
             ),
             (Mint::Direct, ..) => {
                 bail!(
-                    "--mint direct: the agent may not create serviceaccounts/token; apply daemonset/components/direct-minting"
+                    "--minting direct: the agent may not create serviceaccounts/token; apply daemonset/components/direct-minting"
                 )
             }
             (Mint::Auto, ..) => bail!(
-                "--mint auto: the agent may neither {} nor create serviceaccounts/token; apply one of \
+                "--minting auto: the agent may neither {} nor create serviceaccounts/token; apply one of \
                  daemonset/components/constrained-impersonation and direct-minting",
                 IMPERSONATE.0
             ),

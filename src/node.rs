@@ -63,7 +63,7 @@ pub fn main(command: Command) -> ExitCode {
             }
         },
         Command::Doctor(config, options) => doctor::main(&config, options),
-        Command::Probe(socket, health) => doctor::probe(&socket, health),
+        Command::Health(socket, health) => doctor::health(&socket, health),
         Command::Run(config) => match start(*config) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

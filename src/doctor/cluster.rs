@@ -64,7 +64,7 @@ pub(super) async fn check(
             Some(identity)
         }
         Ok(Err(error)) => {
-            let fix = "apply that component of daemonset/, or choose the other --mint";
+            let fix = "apply that component of daemonset/, or choose the other --minting";
             findings.push(Finding::failed(MINTING, error.to_string(), fix));
             None
         }

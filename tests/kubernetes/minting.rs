@@ -49,10 +49,10 @@ fn by_direct_minting_pods_get_credentials_of_their_service_accounts() -> Result<
 fn with_both_rights_impersonation_is_preferred() -> Result<()> {
     for (wanted, used) in [("auto", "impersonate"), ("direct", "direct")] {
         let mut site = Site::with(Way::Either)?;
-        site.options = site.options.flag("--mint", wanted);
+        site.options = site.options.flag("--minting", wanted);
         site.account("app")?;
         let agent = site.start()?;
-        ensure!(way_in_the_log(&agent)? == used, "--mint {wanted}");
+        ensure!(way_in_the_log(&agent)? == used, "--minting {wanted}");
         let pod = site.run("app-0", "app")?;
         site.serves(&pod, "app")?;
         agent.stop()?;
@@ -87,21 +87,21 @@ fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
 #[test]
 fn without_the_right_the_agent_ends_and_names_the_component() -> Result<()> {
     for (way, mint, named) in [
-        (Way::Neither, "auto", &[IMPERSONATION, "direct-minting", "--mint auto"][..]),
-        (Way::Neither, "impersonate", &[IMPERSONATION, "--mint impersonate"]),
-        (Way::Neither, "direct", &[DIRECT, "--mint direct"]),
-        (Way::Direct, "impersonate", &[IMPERSONATION, "--mint impersonate"]),
-        (Way::Impersonate, "direct", &[DIRECT, "--mint direct"]),
+        (Way::Neither, "auto", &[IMPERSONATION, "direct-minting", "--minting auto"][..]),
+        (Way::Neither, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
+        (Way::Neither, "direct", &[DIRECT, "--minting direct"]),
+        (Way::Direct, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
+        (Way::Impersonate, "direct", &[DIRECT, "--minting direct"]),
     ] {
         let mut site = Site::with(way)?;
-        site.options = site.options.flag("--mint", mint);
+        site.options = site.options.flag("--minting", mint);
         let agent = Agent::spawn(&site.node, &site.options)?;
         let said = agent.process().wait_for_line(PATIENCE, |line| line.starts_with("error: "))?;
         for named in named {
-            ensure!(said.contains(named), "{way:?}, --mint {mint}: {said}");
+            ensure!(said.contains(named), "{way:?}, --minting {mint}: {said}");
         }
         let status = agent.wait()?;
-        ensure!(status.code() == Some(1), "{way:?}, --mint {mint}: {status}");
+        ensure!(status.code() == Some(1), "{way:?}, --minting {mint}: {status}");
     }
     Ok(())
 }
