@@ -114,13 +114,12 @@ impl Server {
 
     /// Answers the first request with a refusal, whatever it asks for, and closes.
     async fn turn_away(&self, turned_away: TurnedAway) {
-        let TurnedAway { stream, source, service, refusal, place: _place } = turned_away;
+        let TurnedAway { stream, peer, refusal, place: _place } = turned_away;
+        let service = peer.service();
         let answer = |request: Request<Incoming>| {
             let route = route(service, request.uri());
             self.metrics.request(route.label(), Outcome::Refused(refusal.reason), Duration::ZERO);
-            if self.refusals.is_news(refusal.reason, source) {
-                log_refusal(&refusal, "", "", "");
-            }
+            self.log(&peer, &refusal);
             std::future::ready(Ok::<_, Infallible>(answer::refuse(service, refusal.reason)))
         };
         let connection = http1::Builder::new()
@@ -140,7 +139,7 @@ impl Server {
         self.metrics.request(route.label(), Outcome::of(&result), arrived.elapsed());
         caller.step();
         result.unwrap_or_else(|refusal| {
-            self.log(caller, &refusal);
+            self.log(&caller.peer, &refusal);
             answer::refuse(service, refusal.reason)
         })
     }
@@ -191,9 +190,9 @@ impl Server {
         }
     }
 
-    fn log(&self, caller: &Caller, refusal: &Refusal) {
-        if self.refusals.is_news(refusal.reason, caller.peer.source().ip()) {
-            match self.attributor.peek(&caller.peer) {
+    fn log(&self, peer: &Peer, refusal: &Refusal) {
+        if self.refusals.is_news(refusal.reason, peer.source().ip()) {
+            match self.attributor.peek(peer) {
                 Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
                 Err(_) => log_refusal(refusal, "", "", ""),
             }

@@ -2,7 +2,7 @@
 
 use std::{
     future::Future,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -65,8 +65,7 @@ pub struct Accepted {
 #[derive(Debug)]
 pub struct TurnedAway {
     pub stream: TcpStream,
-    pub source: IpAddr,
-    pub service: Service,
+    pub peer: Peer,
     pub refusal: Refusal,
     /// Must be kept for as long as the connection is open.
     pub place: Place,
@@ -142,8 +141,8 @@ impl Acceptor {
         debug!(source = %source.ip(), limit = no.limit, "turned away");
         // What is over this too is closed without a word.
         let place = Place(no.queue.clone().try_acquire_owned().ok()?);
-        let service = service.unwrap_or(Service::Metadata);
-        Some(Arrival::TurnedAway(TurnedAway { stream, source: source.ip(), service, refusal: no.refusal, place }))
+        let peer = Peer { source, service: service.unwrap_or(Service::Metadata) };
+        Some(Arrival::TurnedAway(TurnedAway { stream, peer, refusal: no.refusal, place }))
     }
 
     fn room(&self, source: SocketAddr, service: Option<Service>) -> Result<(Peer, Share, Place), No<'_>> {

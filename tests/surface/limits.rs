@@ -1,7 +1,7 @@
 //! What one pod may take, and that it takes nothing from the others.
 
 use anyhow::{Result, ensure};
-use lab::agent::Agent;
+use lab::agent::{Agent, field};
 use lab::http::{CREDENTIALS_PATH, Client, Wire};
 use lab::poll::poll;
 
@@ -32,6 +32,8 @@ fn connections_beyond_the_limit_are_answered_503_and_other_pods_notice_nothing()
         ensure!(counted == f64::from(turned_away), "{counted}");
         opens_the_session_of(&site, "other", &get(&other, &credentials("other"))?)?;
     }
+    let refused = agent.wait_for_log(|entry| field(entry, "reason") == Some("too_many_connections"))?;
+    ensure!(field(&refused, "pod") == Some("greedy"), "{refused}");
     for wire in &mut open {
         wire.send(request())?;
         ensure!(wire.response()?.status == 200, "those that are open stay usable");
