@@ -23,7 +23,7 @@ use nix::{
 };
 use tracing::warn;
 
-pub use accept::{Accepted, Acceptor, Arrival, Direct, Limits, TurnedAway};
+pub use accept::{Accepted, Acceptor, Arrival, Direct, Limits, PodOf, TurnedAway};
 pub use handover::{Duties, Duty, Handover, Predecessor};
 pub use monitor::RuleChanges;
 pub use probe::{Probe, connect_marked};
@@ -31,8 +31,9 @@ pub use rule::{Backend, HostAddresses};
 pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, Service};
 pub use source::{MAX_DELAY, Share};
 
-/// File descriptors for all but pods' connections: STS, the API server, CNI records, `nft`.
-const OTHER_DESCRIPTORS: usize = 256;
+/// File descriptors for all but the connections that are served: 256 for STS, the API server, CNI records and `nft`,
+/// and those of connections that are closing or refused, or to the admin port.
+const OTHER_DESCRIPTORS: usize = 256 + 64 + 64 + 16 + 3 * 64;
 
 /// A connection as the kernel sees it, where from and where to: the only evidence of who is calling. Nothing that a
 /// client sends is in here.

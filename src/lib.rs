@@ -8,7 +8,7 @@
 //! Each arrow is a stage, and only that stage can construct the type it leads to: only [`intercept`] makes a `Peer`,
 //! only [`attribute`] a `Workload`, only [`authorise`] a `Grant`; what [`cache`] gives away, a `Credential`, only
 //! [`exchange`] makes. Code that would serve a credential without having passed every stage does not compile. A stage
-//! names the types of the stages before it and of [`refusal`], [`observe`] and [`clock`], never those after it;
+//! names the types of the stages before it and of [`refusal`], [`observe`], [`connections`] and [`clock`], never those after it;
 //! `tests/stages.rs` holds that.
 
 #![forbid(unsafe_code)]
@@ -18,6 +18,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod doctor;
 pub mod kubernetes;
 pub mod node;

@@ -33,7 +33,7 @@ use crate::{
     doctor,
     exchange::{Exchange, sts::Sts},
     intercept::{
-        self, Acceptor, Direct, Duties, Duty, Handover, Predecessor, Probe,
+        self, Acceptor, Direct, Duties, Duty, Handover, Peer, Predecessor, Probe,
         rule::{self, Installed},
     },
     observe::{self, Admin, Metrics, Readiness},
@@ -168,7 +168,7 @@ pub async fn run(
     let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed);
     tasks.spawn(always(metadata.clone().follow()));
     let server = Arc::new(Server {
-        attributor,
+        attributor: attributor.clone(),
         authoriser,
         cache,
         sessions,
@@ -182,7 +182,8 @@ pub async fn run(
     let graceful = Arc::new(GracefulShutdown::new());
     let probe = Arc::new(Probe::default());
     let direct = if installed.is_some() { Direct::Refuse } else { Direct::Accept };
-    let acceptor = Acceptor::new(config.limits, direct, probe.clone(), metrics.clone());
+    let pod_of = move |peer: &Peer| attributor.peek(peer).ok().map(|workload| workload.uid().0.clone());
+    let acceptor = Acceptor::new(config.limits, direct, Box::new(pod_of), probe.clone(), metrics.clone());
     let mut listening = JoinSet::new();
     for listener in listeners.pods {
         let (server, graceful, acceptor, duties) = (server.clone(), graceful.clone(), acceptor.clone(), duties.clone());

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 /// From left to right, as in ARCHITECTURE.md.
 const STAGES: [&str; 6] = ["intercept", "attribute", "authorise", "exchange", "cache", "serve"];
 /// May be named by every stage, and name none.
-const SHARED: [&str; 3] = ["clock", "observe", "refusal"];
+const SHARED: [&str; 4] = ["clock", "connections", "observe", "refusal"];
 /// May name the way to the API server, which knows no stage.
 const ASK_KUBERNETES: [&str; 2] = ["attribute", "authorise"];
 /// Sees every stage.

@@ -129,15 +129,17 @@ pub(super) struct InterceptionArgs {
     #[arg(long, env = "KIRSA_PORT", default_value_t = DEFAULT_PORT, value_parser = clap::value_parser!(u16).range(1..))]
     #[arg(value_name = "PORT")]
     pub(super) port: u16,
-    /// Maximum number of open connections of all pods.
+    /// Maximum number of open connections of all pods. Another one evicts the longest-idle connection of the pod that
+    /// holds most, or is refused with 503.
     #[arg(long, env = "KIRSA_MAX_CONNECTIONS", default_value_t = 2_048, value_name = "N")]
     #[arg(value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_CONNECTIONS))]
     pub(super) max_connections: usize,
-    /// Maximum number of open connections of one pod.
+    /// Maximum number of open connections of one pod, or of one address while its pod is unknown. Another one evicts
+    /// that pod's longest-idle connection, or is refused with 503.
     #[arg(long, env = "KIRSA_MAX_CONNECTIONS_PER_SOURCE", default_value_t = 64, value_name = "N")]
     #[arg(value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_CONNECTIONS))]
     pub(super) max_connections_per_source: usize,
-    /// Rate limit per source address, in requests per second; the burst is the same number. Excess requests are delayed
+    /// Rate limit per pod, or per address while its pod is unknown, in requests per second; the burst is the same number. Excess requests are delayed
     /// up to 300 ms, then refused with 503.
     #[arg(long, env = "KIRSA_MAX_REQUESTS_PER_SOURCE", default_value_t = 500, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]

@@ -64,6 +64,7 @@ pub struct Metrics {
     rule_verified: IntGaugeVec,
     pub connections: IntGauge,
     connections_refused: IntCounterVec,
+    connections_closed: IntCounterVec,
     cni_records: IntGaugeVec,
     cni_skipped: IntCounterVec,
     pub cni_followed: IntGauge,
@@ -159,6 +160,14 @@ impl Metrics {
                 Opts::new("kirsa_connections_refused_total", "Connections that were turned away, by reason"),
                 &["reason"]
             )),
+            connections_closed: register!(IntCounterVec::new(
+                Opts::new(
+                    "kirsa_connections_closed_total",
+                    "Connections that the agent closed: evicted for another one (per_source, total), or timed out \
+                     (silent, stalled, idle)"
+                ),
+                &["reason"]
+            )),
             cni_records: register!(IntGaugeVec::new(
                 Opts::new("kirsa_cni_records", "CNI records, by what they are good for"),
                 &["state"]
@@ -213,6 +222,10 @@ impl Metrics {
 
     pub fn connection_refused(&self, reason: &'static str) {
         self.connections_refused.with_label_values(&[reason]).inc();
+    }
+
+    pub fn connection_closed(&self, reason: &'static str) {
+        self.connections_closed.with_label_values(&[reason]).inc();
     }
 
     pub fn cni_skipped(&self, reason: &'static str) {

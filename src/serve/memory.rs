@@ -18,6 +18,7 @@ use crate::{
     authorise::{Accounts, Authoriser, Defaults},
     cache::{Cache, ExchangeLimiter},
     clock::UnixTime,
+    connections::Permit,
     exchange::Issuer,
     intercept::{Peer, Share},
     observe::{Metrics, RefusalLog},
@@ -86,7 +87,7 @@ impl Memory {
             }
             client.read_to_end(&mut answers).await.unwrap();
         };
-        tokio::join!(self.server.converse(stream, peer, share, graceful.watcher()), talk);
+        tokio::join!(self.server.converse(stream, peer, share, Permit::sample(), graceful.watcher()), talk);
         String::from_utf8(answers).unwrap()
     }
 }

@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use lab::agent::{Agent, field};
 use lab::http::{CREDENTIALS_PATH, Client, Wire};
 use lab::poll::poll;
+use lab::sts::{Effect, Fault};
 
 use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
 
@@ -11,37 +12,40 @@ fn request() -> String {
     format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n")
 }
 
+/// While all connections of a pod are being answered, none of them is given up for one more.
 #[test]
-fn connections_beyond_the_limit_are_answered_503_and_other_pods_notice_nothing() -> Result<()> {
+fn busy_connections_are_kept_and_more_get_503() -> Result<()> {
     let site = site()?;
     let (greedy, other) = (site.pod_with_role("greedy")?, site.pod_with_role("other")?);
+    site.sts.inject(Fault::always(Effect::NoAnswer).of_role(&site.arn("greedy")));
     let agent = Agent::start(&site.node, &site.options.clone().flag("--max-connections-per-source", "3"))?;
-    let mut open = Vec::new();
-    for _ in 0..3 {
-        let mut wire = Wire::open(&greedy, request())?;
-        ensure!(wire.response()?.body == role("greedy"));
-        open.push(wire);
-    }
-    for turned_away in 1..=5 {
+    ensure!(get(&other, &credentials("other"))?.status == 200);
+    let held = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", credentials("greedy"));
+    let mut open = (0..3).map(|_| Wire::open(&greedy, &held)).collect::<Result<Vec<_>>>()?;
+    poll("the requests to be held", PATIENCE, || {
+        agent.metric("kirsa_cache_misses_total", &[]).is_ok_and(|misses| misses >= 3.0).then_some(())
+    })?;
+    for refused in 1..=2 {
         let mut wire = Wire::open(&greedy, request())?;
         let answer = wire.response()?;
         ensure!(answer.status == 503 && answer.body.contains("503 - Service Unavailable"), "{answer:?}");
         ensure!(answer.header("connection") == Some("close"), "{answer:?}");
         wire.closed()?;
         let counted = agent.metric("kirsa_connections_refused_total", &[("reason", "per_source")])?;
-        ensure!(counted == f64::from(turned_away), "{counted}");
+        ensure!(counted == f64::from(refused), "{counted}");
         opens_the_session_of(&site, "other", &get(&other, &credentials("other"))?)?;
     }
     let refused = agent.wait_for_log(|entry| field(entry, "reason") == Some("too_many_connections"))?;
     ensure!(field(&refused, "pod") == Some("greedy"), "{refused}");
     for wire in &mut open {
-        wire.send(request())?;
-        ensure!(wire.response()?.status == 200, "those that are open stay usable");
+        let answer = wire.response()?;
+        ensure!(answer.status == 503 && answer.header("connection").is_none(), "held to the end: {answer:?}");
     }
-    drop(open);
-    poll("the closed connections to be given back", PATIENCE, || {
-        get(&greedy, CREDENTIALS_PATH).is_ok_and(|answer| answer.status == 200).then_some(())
-    })?;
+    // Now that they are idle, one of them makes room.
+    site.sts.heal();
+    poll("the role", PATIENCE, || get(&greedy, CREDENTIALS_PATH).is_ok_and(|list| list.status == 200).then_some(()))?;
+    ensure!(agent.metric("kirsa_connections_closed_total", &[("reason", "per_source")])? >= 1.0);
+    ensure!(open.iter().filter(|wire| wire.is_open()).count() >= 2);
     agent.stop()
 }
 
