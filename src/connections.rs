@@ -5,6 +5,7 @@
 //! Used for pods' connections and for those of the admin port. Knows neither pods nor HTTP.
 
 mod activity;
+mod buffers;
 mod table;
 mod tracked;
 
@@ -25,6 +26,7 @@ use activity::Connection;
 use table::Table;
 
 pub use activity::Timeout;
+pub use buffers::Buffers;
 pub use tracked::{Socket, Tracked};
 
 /// Whom a connection counts for.

@@ -16,7 +16,7 @@ use crate::{
     serve::node_metadata,
 };
 
-/// More than any node has memory for: each connection may need 32 KiB.
+/// More than any node has memory for: each connection may need 60 KiB.
 const MAX_CONNECTIONS: u64 = 1 << 20;
 /// SDKs fetch credentials again when a quarter of an hour is left.
 const MAX_START_WINDOW: u64 = 900;

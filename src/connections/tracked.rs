@@ -2,33 +2,60 @@
 //! its way.
 
 use std::{
-    io::{self, IoSlice},
+    io,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
+use rustix::{
+    io::ioctl_fionread,
+    net::{SendFlags, send},
+};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
 };
 
 use super::Permit;
 
-/// A stream that can tell whether bytes have arrived that were not read.
+/// Maximum size of a single write in bytes. The kernel takes a write whole once the send buffer has any room, so this
+/// bounds by how much it exceeds the buffer. Responses are smaller, except metrics.
+const MAX_WRITE: usize = 4 << 10;
+
+/// A stream that knows what its kernel buffers hold.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin {
+    /// Returns whether bytes have arrived that were not read.
     fn has_unread(&self) -> bool;
+
+    /// Writes no more than the send buffer holds.
+    fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(self).poll_write(cx, bytes)
+    }
 }
 
 impl Socket for TcpStream {
     fn has_unread(&self) -> bool {
-        rustix::io::ioctl_fionread(self).is_ok_and(|unread| unread > 0)
+        ioctl_fionread(self).is_ok_and(|unread| unread > 0)
+    }
+
+    /// Ends each write with the flag MSG_EOR. Without it, the kernel appends writes to the last packet in its queue and
+    /// ignores the limit of the send buffer until that packet is as large as segmentation offload allows (64 KiB).
+    fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let write = || Ok(send(&*self, bytes, SendFlags::EOR | SendFlags::NOSIGNAL)?);
+        loop {
+            ready!(self.poll_write_ready(cx))?;
+            match self.try_io(Interest::WRITABLE, write) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
     }
 }
 
 impl Socket for UnixStream {
     fn has_unread(&self) -> bool {
-        rustix::io::ioctl_fionread(self).is_ok_and(|unread| unread > 0)
+        ioctl_fionread(self).is_ok_and(|unread| unread > 0)
     }
 }
 
@@ -86,21 +113,8 @@ impl<S: Socket> AsyncRead for Tracked<S> {
 
 impl<S: Socket> AsyncWrite for Tracked<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        let written = self.stream.poll_send(cx, &bytes[..bytes.len().min(MAX_WRITE)]);
         self.wrote(written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bytes);
-        self.wrote(written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
