@@ -83,6 +83,13 @@ impl ConnectionLimiter {
         Ok((Arc::new(Permit { limiter: self.clone(), owner: Mutex::new(owner), connection }), limit))
     }
 
+    /// Lets the tasks of evicted connections run, if there are any: a burst of new connections must not outrun them.
+    pub async fn let_evicted_end(&self) {
+        if self.table().is_closing() {
+            tokio::task::yield_now().await;
+        }
+    }
+
     fn now(&self) -> Duration {
         self.epoch.elapsed()
     }

@@ -82,6 +82,10 @@ impl Table {
         Some((owner.clone(), connection.clone()))
     }
 
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing > 0
+    }
+
     fn held(&self, owner: &Owner) -> usize {
         self.owners.get(owner).map_or(0, Vec::len)
     }

@@ -173,6 +173,7 @@ impl Acceptor {
                     if let Some(arrival) = self.admit(stream, source) {
                         tokio::spawn(serve(arrival));
                     }
+                    self.places.let_evicted_end().await;
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: without a pause this loop would spin until some come back.

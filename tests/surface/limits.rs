@@ -1,8 +1,12 @@
 //! What one pod may take, and that it takes nothing from the others.
 
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpStream};
+
 use anyhow::{Result, ensure};
 use lab::agent::{Agent, field};
 use lab::http::{CREDENTIALS_PATH, Client, Wire};
+use lab::net::Pod;
 use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
@@ -86,11 +90,26 @@ fn what_pods_can_read_of_the_admin_port_names_nobody_and_they_cannot_keep_the_no
     ensure!(slots.status == 403 && !slots.body.contains("reader"), "{slots:?}");
     ensure!(agent.admin("/debug/sessions")?.body.contains("reader-role"), "the node's own processes may");
 
-    let held: Vec<_> =
-        (0..64).map(|_| reader.netns().connect(admin.into(), PATIENCE)).collect::<std::io::Result<_>>()?;
-    poll("all places to be taken", PATIENCE, || ask("/metrics").is_err().then_some(()))?;
-    ensure!(agent.admin("/healthz")?.status == 200, "the kubelet has places of its own");
-    drop(held);
-    poll("a place", PATIENCE, || ask("/metrics").is_ok().then_some(()))?;
+    let crowd = (0..8).map(|number| site.pod(&format!("crowd{number}"))).collect::<Result<Vec<_>>>()?;
+    for sent in ["", "GET /metrics HTTP/1.1\r\nX-Slow: ", "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"] {
+        let held = crowd.iter().map(|pod| hold(pod, admin, sent)).collect::<Result<Vec<_>>>()?;
+        let mut prometheus = Client::new(reader.netns(), admin);
+        for _ in 0..3 {
+            ensure!(prometheus.get("/metrics").send()?.status == 200, "places are given up by whoever holds most");
+        }
+        ensure!(agent.admin("/healthz")?.status == 200, "the kubelet has places of its own");
+        drop(held);
+    }
     agent.stop()
+}
+
+/// Opens as many connections as the admin port has in all, each having sent these bytes.
+fn hold(pod: &Pod, admin: (Ipv4Addr, u16), sent: &str) -> Result<Vec<TcpStream>> {
+    let connect = || {
+        let mut stream = TcpStream::connect(admin)?;
+        // What is above the limit is closed at once.
+        let _ = stream.write_all(sent.as_bytes());
+        Ok(stream)
+    };
+    pod.netns().run(|| (0..32).map(|_| connect()).collect())
 }
