@@ -5,8 +5,10 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use super::{Bounds, Limit, Owner, activity::Connection};
 
 /// Maximum number of evicted connections that have not ended yet, which come on top of the limits. An idle one ends at
-/// once, one that is being answered after its response.
+/// once.
 pub(super) const MAX_CLOSING: usize = 64;
+/// The same for evicting one that is being answered: it ends after its response, and must not block idle ones.
+pub(super) const MAX_CLOSING_BUSY: usize = MAX_CLOSING / 2;
 
 #[derive(Debug, Default)]
 pub(super) struct Table {
@@ -58,9 +60,10 @@ impl Table {
         let (from, connection) = match limit {
             Limit::PerOwner => self.choose(now, |other, _| other == owner, idle)?,
             // Where all are busy, the place goes to whoever has fewer, and the other one gets its response first.
-            Limit::Total => self
-                .choose(now, |other, count| other == owner || count > held, idle)
-                .or_else(|| self.choose(now, |_, count| count > held + 1, |_| true))?,
+            Limit::Total => self.choose(now, |other, count| other == owner || count > held, idle).or_else(|| {
+                let may = self.closing < MAX_CLOSING_BUSY;
+                self.choose(now, |_, count| may && count > held + 1, |_| true)
+            })?,
         };
         self.remove(&from, &connection);
         self.closing += 1;

@@ -1,6 +1,17 @@
+use std::{
+    future::poll_fn,
+    io::Write,
+    net::{TcpListener, TcpStream},
+    pin::Pin,
+    task::Poll,
+};
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{table::MAX_CLOSING, *};
+use super::{
+    table::{MAX_CLOSING, MAX_CLOSING_BUSY},
+    *,
+};
 
 const GRACE: Duration = Duration::from_millis(100);
 const SECOND: Duration = Duration::from_secs(1);
@@ -96,6 +107,48 @@ async fn evicted_connections_are_bounded_too() {
     assert_eq!(others.len(), MAX_CLOSING);
     drop(hoard);
     assert!(admit(&limiter, "other").is_ok());
+}
+
+/// Requests that take long to answer do not keep idle connections from making room.
+#[tokio::test(start_paused = true)]
+async fn busy_evictions_leave_room_for_idle_ones() {
+    let limiter = limiter(2 * MAX_CLOSING, 2 * MAX_CLOSING);
+    let hoard: Vec<_> = (0..2 * MAX_CLOSING).map(|_| admit(&limiter, "hoarder").unwrap()).collect();
+    hoard.iter().for_each(|permit| permit.busy());
+    let others: Vec<_> = (0..MAX_CLOSING).map_while(|_| admit(&limiter, "other").ok()).collect();
+    assert_eq!(others.len(), MAX_CLOSING_BUSY);
+    hoard.iter().for_each(|permit| permit.idle());
+    pass(GRACE).await;
+    assert!(admit(&limiter, "other").is_ok());
+}
+
+async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
+}
+
+/// What the kernel has and this process was not told of yet counts as sent.
+#[tokio::test]
+async fn request_on_its_way_is_not_cut_off() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    accepted.set_nonblocking(true).unwrap();
+    let stream = tokio::net::TcpStream::from_std(accepted.try_clone().unwrap()).unwrap();
+    let limiter = ConnectionLimiter::new(Bounds { total: 1, per_owner: 1, grace: Duration::ZERO });
+    let permit = admit(&limiter, "a").unwrap();
+    let mut stream = Tracked::new(stream, permit.clone());
+    let mut buffer = [0; 4];
+    let mut read = pin!(stream.read_exact(&mut buffer));
+    assert!(poll_once(read.as_mut()).await.is_pending());
+    client.write_all(b"late").unwrap();
+    while accepted.peek(&mut [0; 4]).unwrap_or(0) < 4 {
+        std::thread::yield_now();
+    }
+    let _next = admit(&limiter, "a").unwrap();
+    match poll_once(read.as_mut()).await {
+        Poll::Ready(read) => assert!(read.is_ok()),
+        Poll::Pending => assert_eq!(read.await.unwrap(), 4),
+    }
 }
 
 #[tokio::test(start_paused = true)]
