@@ -235,14 +235,30 @@ impl Attributor {
         self.doubt.notified().await;
     }
 
-    /// What a live read found. A pod that nobody had told of casts doubt on the watch.
-    fn found(&self, pod: Pod) {
-        let untold = !self.directory.read().unwrap_or_else(PoisonError::into_inner).knows(&pod.uid);
-        self.apply(Event::Pod(pod));
+    /// How often pods were removed: to be read before a live read begins.
+    fn removals(&self) -> u64 {
+        self.directory.read().unwrap_or_else(PoisonError::into_inner).removals()
+    }
+
+    /// Applies what a live read found, and returns whether it counted: not if a pod was removed after it `began`. A pod
+    /// that nobody had told of casts doubt on the watch.
+    fn found(&self, began: u64, pods: Vec<Pod>) -> bool {
+        if pods.is_empty() {
+            return true;
+        }
+        let untold = {
+            let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
+            if directory.removals() != began {
+                return false;
+            }
+            pods.iter().any(|pod| !directory.knows(&pod.uid))
+        };
+        self.apply(Event::Read { began, pods });
         if untold {
             // After that, so that a list which begins by it does not count the pod among its own.
             self.doubt.notify_one();
         }
+        true
     }
 
     fn is_announced(&self, address: IpAddr) -> bool {
@@ -344,10 +360,15 @@ mod tests {
         assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
 
         attributor.apply(Event::Pod(Pod::sample("b", "uid-b", "sa", &[])));
-        attributor.found(Pod::sample("b", "uid-b", "sa", &["10.0.0.2"]));
+        attributor.found(attributor.removals(), vec![Pod::sample("b", "uid-b", "sa", &["10.0.0.2"])]);
         assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_err(), "its address may come later");
-        attributor.found(Pod::sample("c", "uid-c", "sa", &["10.0.0.3"]));
+        attributor.found(attributor.removals(), vec![Pod::sample("c", "uid-c", "sa", &["10.0.0.3"])]);
         assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
+
+        let began = attributor.removals();
+        attributor.apply(Event::PodGone(PodUid("uid-d".into())));
+        assert!(!attributor.found(began, vec![Pod::sample("d", "uid-d", "sa", &["10.0.0.4"])]), "to be read again");
+        assert!(attributor.peek(&peer("10.0.0.4")).is_err());
     }
 
     #[tokio::test(start_paused = true)]

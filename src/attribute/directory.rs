@@ -13,6 +13,7 @@
 //!   but what the API server shows of another pod alone is no proof of that, since that may be older than the record.
 //!   A static pod's record names it by the kubelet's UID, which its mirror in the API server refers to.
 //! - Two live claimants of an address: neither gets it.
+//! - A live read is void once a pod was removed after it began, so that no late answer brings back a deleted pod.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque, hash_map::Entry},
@@ -32,6 +33,11 @@ pub enum Event {
     ListStarted,
     /// A pod is as told.
     Pod(Pod),
+    /// A live read found these pods. It began when [`Directory::removals`] was `began`.
+    Read {
+        began: u64,
+        pods: Vec<Pod>,
+    },
     /// Every pod has been told of: those that were not are gone.
     ListDone,
     PodGone(PodUid),
@@ -98,6 +104,8 @@ pub struct Directory {
     synced: bool,
     /// Pods that the list under way has told of.
     listing: Option<HashSet<PodUid>>,
+    /// How often pods were removed.
+    removals: u64,
 }
 
 #[derive(Debug)]
@@ -159,7 +167,13 @@ impl Directory {
                 }
                 self.put_pod(pod)
             }
+            // The list under way may be older or newer than the read: it decides about pods that it does not name.
+            Event::Read { began, pods } if began == self.removals => {
+                pods.into_iter().flat_map(|pod| self.put_pod(pod)).collect()
+            }
+            Event::Read { .. } => Vec::new(),
             Event::ListDone => {
+                self.removals += 1;
                 let listed = self.listing.take().unwrap_or_default();
                 let missing: Vec<_> = self.pods.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
                 let changes = missing.into_iter().filter_map(|uid| self.remove_pod(&uid)).collect();
@@ -169,7 +183,10 @@ impl Directory {
                 self.synced = true;
                 changes
             }
-            Event::PodGone(uid) => self.remove_pod(&uid).into_iter().collect(),
+            Event::PodGone(uid) => {
+                self.removals += 1;
+                self.remove_pod(&uid).into_iter().collect()
+            }
             Event::Record(record) => {
                 self.put_record(record);
                 Vec::new()
@@ -213,6 +230,11 @@ impl Directory {
         let in_use = self.records.values().filter(|held| self.is_live(&held.record.pod)).count();
         let pending = self.records.values().filter(|held| self.is_pending(held)).count();
         (in_use, pending, self.records.len() - in_use - pending)
+    }
+
+    /// How often pods were removed: a live read that began before the last removal is out of date.
+    pub fn removals(&self) -> u64 {
+        self.removals
     }
 
     pub fn owner(&self, address: IpAddr) -> Owner {

@@ -12,6 +12,10 @@ fn record(id: &str, uid: &str, address: &str, written: i64) -> Event {
     Event::Record(Record { written: (written, 0), ..Record::sample(id, uid, address) })
 }
 
+fn pod_gone(uid: &str) -> Event {
+    Event::PodGone(PodUid(uid.into()))
+}
+
 fn ip(address: &str) -> IpAddr {
     address.parse().unwrap()
 }
@@ -109,6 +113,44 @@ fn records_left_behind_by_a_crash_do_not_stand_in_the_way() {
     assert_eq!(owner(&directory, "10.0.0.1"), "a");
     assert_eq!(owner(&directory, "10.0.0.2"), "nobody");
     assert_eq!(directory.record_states(), (1, 0, 2));
+}
+
+#[test]
+fn read_overtaken_by_a_deletion_revives_nobody() {
+    for deletion in [vec![pod_gone("a")], vec![Event::ListStarted, Event::ListDone]] {
+        let mut directory = synced([pod("a", &["10.0.0.1"])]);
+        let began = directory.removals();
+        deletion.into_iter().for_each(|event| drop(directory.apply(event)));
+        let read = |began| Event::Read { began, pods: vec![pod("a", &["10.0.0.1"])] };
+        // However many pods are deleted after it.
+        for number in 0..10_000 {
+            directory.apply(pod_gone(&number.to_string()));
+        }
+        assert_eq!(directory.apply(read(began)), []);
+        assert_eq!(owner(&directory, "10.0.0.1"), "nobody");
+        directory.apply(read(directory.removals()));
+        assert_eq!(owner(&directory, "10.0.0.1"), "a", "a read that began later tells the truth");
+    }
+}
+
+/// Deleted before it was ever shown.
+#[test]
+fn read_of_a_pod_that_was_never_shown_revives_nobody() {
+    let mut directory = synced([]);
+    let began = directory.removals();
+    directory.apply(pod_gone("a"));
+    assert_eq!(directory.apply(Event::Read { began, pods: vec![pod("a", &["10.0.0.1"])] }), []);
+    assert_eq!(owner(&directory, "10.0.0.1"), "nobody");
+}
+
+/// A list that is under way may be newer than the read.
+#[test]
+fn read_during_a_list_does_not_outlast_it() {
+    let mut directory = synced([pod("a", &["10.0.0.1"])]);
+    directory.apply(Event::ListStarted);
+    directory.apply(Event::Read { began: directory.removals(), pods: vec![pod("a", &["10.0.0.1"])] });
+    assert_eq!(directory.apply(Event::ListDone), [Change::Gone(PodUid("a".into()))]);
+    assert_eq!(owner(&directory, "10.0.0.1"), "nobody");
 }
 
 /// An API server's cache may lag behind the node: the list then has the former pod, and the next one not yet.

@@ -18,6 +18,8 @@ use crate::kubernetes::watch::{Listing, Watch};
 
 /// At once: a new pod's must not wait for a stranger's that is slow.
 const LIVE_READS: usize = 4;
+/// A read is void when a pod is removed meanwhile, and repeated: its answer may show that pod.
+const LIVE_READ_TRIES: usize = 3;
 
 /// A watch that is in doubt, and says nothing, is started anew; at most this often.
 const DOUBT: Duration = Duration::from_secs(5);
@@ -69,17 +71,24 @@ pub fn live_read(client: Client, node: String, attributor: Arc<Attributor>) -> L
             // Closed never; whoever waits for too long gives up by itself.
             let Ok(_turn) = turns.acquire().await else { return };
             let query = ListParams::default().fields(&format!("spec.nodeName={node},status.podIP={address}"));
-            let mut found = pods.list(&query).await;
-            if matches!(found, Err(ref error) if !matches!(error, kube::Error::Api(_))) {
-                // A connection of the pool that died in silence: the next one is new.
-                found = pods.list(&query).await;
-            }
-            match found {
-                Ok(found) => {
-                    let pods = found.items.into_iter().filter_map(SlimPod::into_pod);
-                    pods.for_each(|pod| attributor.found(pod));
+            for _ in 0..LIVE_READ_TRIES {
+                let began = attributor.removals();
+                let mut found = pods.list(&query).await;
+                if matches!(found, Err(ref error) if !matches!(error, kube::Error::Api(_))) {
+                    // A connection of the pool that died in silence: the next one is new.
+                    found = pods.list(&query).await;
                 }
-                Err(error) => warn!(%address, %error, "the API server could not be asked who has this address"),
+                match found {
+                    Ok(found) => {
+                        if attributor.found(began, found.items.into_iter().filter_map(SlimPod::into_pod).collect()) {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        warn!(%address, %error, "the API server could not be asked who has this address");
+                        return;
+                    }
+                }
             }
         })
     })
