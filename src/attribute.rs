@@ -163,11 +163,19 @@ impl Attributor {
         let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
         match directory.owner(address) {
             Owner::Pod(pod) => Ok(Workload(pod)),
-            Owner::Nobody if !directory.synced() => Err(Reason::Starting.into()),
+            Owner::Nobody | Owner::Unproven(_) if !directory.synced() => Err(Reason::Starting.into()),
             Owner::Nobody => Err(Refusal::new(Reason::UnknownPod, format!("nobody has {address}"))),
             Owner::NotYet(uid) => Err(Refusal::new(
                 Reason::UnknownPod,
                 format!("{address} belongs to pod UID {uid} by its CNI record; the API server has not shown it yet"),
+            )),
+            Owner::Unproven(pod) => Err(Refusal::new(
+                Reason::UnknownPod,
+                format!(
+                    "no single CNI record proves that {address} is that of pod {}/{}: check that --cni-results is the \
+                     runtime's folder, and recreate the pod",
+                    pod.account.namespace, pod.name
+                ),
             )),
             Owner::Several(claimants) => {
                 Err(Refusal::new(Reason::AmbiguousAddress, format!("{address} is claimed by {claimants}")))

@@ -127,6 +127,15 @@ impl Site {
         Ok(pod)
     }
 
+    /// The same with a CNI record, as on a node whose runtime writes them.
+    pub(crate) fn run_recorded(&self, name: &str, account: &str) -> Result<(Pod, Sandbox)> {
+        let sandbox = self.sandbox(name, &self.bind(name, account)?);
+        let pod = self.join(name)?;
+        self.records()?.add(&sandbox, &pod)?;
+        self.show(&pod)?;
+        Ok((pod, sandbox))
+    }
+
     pub(crate) fn records(&self) -> Result<Results> {
         self.node.cni_results()
     }
