@@ -163,7 +163,7 @@ fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
     let document = format!("{}={{}}", DOCUMENT.trim_start_matches("/latest/"));
     let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata-value", document))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2) && said.contains("made of the other values"), "{output:?}");
+    ensure!(output.status.code() == Some(2) && said.contains("generated from the other values"), "{output:?}");
     for path in ["meta-data/iam/info", "user-data", "dynamic/instance-identity/signature", "meta-data"] {
         let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata", path))?;
         let said = String::from_utf8_lossy(&output.stderr);
