@@ -29,7 +29,7 @@ use crate::connections::Buffers;
 pub use accept::{Accepted, Acceptor, Arrival, Direct, Limits, PodOf, TurnedAway};
 pub use handover::{Duties, Duty, Handover, Predecessor};
 pub use monitor::RuleChanges;
-pub use probe::{Probe, connect_marked};
+pub use probe::{Probe, connect_marked, has_route};
 pub use rule::{Backend, HostAddresses};
 pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, Service};
 pub use source::{MAX_DELAY, Share};

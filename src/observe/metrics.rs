@@ -145,7 +145,7 @@ impl Metrics {
             )),
             rule_repaired: register!(IntCounter::new(
                 "kirsa_redirect_repaired_total",
-                "Times that the redirect was found broken and applied again"
+                "Times that the redirect or its policy routing was found broken or changed, and applied again"
             )),
             rule_verified: register!(IntGaugeVec::new(
                 Opts::new(
