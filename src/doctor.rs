@@ -8,6 +8,7 @@ mod agent;
 mod clock;
 mod cluster;
 mod disk;
+mod fence;
 mod finding;
 mod http;
 mod listeners;
@@ -61,6 +62,7 @@ async fn examine(config: &Config, options: DoctorOptions) -> anyhow::Result<Vec<
     findings.extend(redirect::check(config).await);
     let rules = Ruleset::read();
     findings.extend(rules::check(config, &rules));
+    findings.extend(fence::check(config));
     findings.extend(others::check(config, &rules));
     findings.push(hop_limit());
     findings.push(disk::state_dir(&config.state_dir));

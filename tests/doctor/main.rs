@@ -33,7 +33,14 @@ fn a_healthy_node_passes(backend: &str) -> Result<()> {
     let report = doctor(&site.node, &site.options)?;
     let well =
         ["agent", "agent-repairs", "rules", "rules-first", "forwarding-drop", "port", "other-agents", "state-dir"];
-    let well = well.iter().chain(families(&site)).chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
+    let well = well.iter().chain(&["policy-routing"]).chain(families(&site)).chain(&[
+        "sts",
+        "clock-sts",
+        "pods",
+        "token",
+        "issuer",
+        "exchange",
+    ]);
     for check in well {
         ensure!(report.verdicts(check) == ["ok"], "{check}: {report:#?}");
     }
@@ -98,10 +105,35 @@ fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result
     }
     ensure!(report.failed("rules")?.fix.contains("flushes"), "{report:#?}");
     ensure!(report.failed("forwarding-drop")?.detail.contains("169.254.169.254"), "{report:#?}");
+    ensure!(report.verdicts("policy-routing") == ["ok"], "no flush of rule sets removes it: {report:#?}");
     // Nothing is in its own way any more.
     let (by_doctor, others): (Vec<_>, Vec<_>) = site.hits().into_iter().partition(|hit| hit.path == "/");
     let of_node = |hit: &Hit| hit.method == "GET" && site.node.host_ips().contains(&hit.from.ip());
     ensure!(by_doctor.iter().all(of_node) && others == by_agent, "{by_doctor:?} {others:?}");
+    Ok(())
+}
+
+#[test]
+fn missing_policy_routing_is_listed() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    agent.stop()?;
+    site.node.netns().shell("ip rule del pref 6")?;
+    let report = doctor(&site.node, &site.options)?;
+    let rule = "missing rules: ip -4 rule add pref 6 to 169.254.169.254 ipproto tcp dport 80 prohibit";
+    ensure!(report.failed("policy-routing")?.detail == rule, "{report:#?}");
+    site.node.netns().shell(rule.trim_start_matches("missing rules: "))?;
+    ensure!(doctor(&site.node, &site.options)?.verdicts("policy-routing") == ["ok"]);
+    Ok(())
+}
+
+#[test]
+fn emptied_iptables_mangle_chain_is_found() -> Result<()> {
+    let (site, agent) = site("iptables")?;
+    agent.kill()?;
+    site.node.netns().shell("iptables -t mangle -F KIRSA-POSTROUTING")?;
+    let report = doctor(&site.node, &site.options)?;
+    let detail = &report.failed("forwarding-drop")?.detail;
+    ensure!(detail == "nothing drops what leaves the node to 169.254.169.254 port 80", "{report:#?}");
     Ok(())
 }
 
