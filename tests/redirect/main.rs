@@ -27,6 +27,8 @@ macro_rules! with_nft_and_iptables {
     };
 }
 
+mod leaks;
+
 with_nft_and_iptables! {
     pods_of_every_shape_are_redirected_attributed_and_answered,
     the_nodes_own_traffic_is_left_alone,
