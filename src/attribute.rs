@@ -4,6 +4,7 @@
 //! the node's own CNI records say of their addresses. The answer is the current owner or a refusal, never someone else.
 //! Knows no HTTP and no AWS; nothing after it knows how the answer came about.
 
+mod attachment;
 pub mod cni;
 pub mod directory;
 pub mod file;
@@ -11,7 +12,7 @@ pub mod pod;
 pub mod watch;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     fmt,
     future::Future,
     net::IpAddr,
@@ -28,6 +29,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
+pub use attachment::{Attachment, pod_ports};
 pub use directory::{Change, Directory, Event};
 pub use pod::{PodUid, ServiceAccountName};
 
@@ -284,6 +286,16 @@ impl Attributor {
     pub fn uses(&self, account: &ServiceAccountName) -> bool {
         let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
         directory.pods_of(account).next().is_some()
+    }
+
+    /// Where the node's pods are attached to it, by their CNI records.
+    pub fn attachments(&self) -> BTreeSet<Attachment> {
+        self.directory.read().unwrap_or_else(PoisonError::into_inner).attachments()
+    }
+
+    /// Changes with every event of the directory.
+    pub fn changes(&self) -> signal::Receiver<()> {
+        self.changed.subscribe()
     }
 
     /// Whether the pod is one of this node's live ones still.

@@ -5,6 +5,7 @@
 //! agent, reviews and a TokenRequest to the API server, and to STS a token that must be refused and one that must not.
 
 mod agent;
+mod bridge;
 mod clock;
 mod cluster;
 mod disk;
@@ -64,6 +65,7 @@ async fn examine(config: &Config, options: DoctorOptions) -> anyhow::Result<Vec<
     findings.extend(rules::check(config, &rules));
     findings.extend(fence::check(config));
     findings.extend(others::check(config, &rules));
+    findings.push(bridge::check(config));
     findings.push(hop_limit());
     findings.push(disk::state_dir(&config.state_dir));
 

@@ -2,6 +2,7 @@
 
 mod admin;
 mod ahead;
+pub(crate) mod bridge;
 mod container;
 mod follow;
 mod redirect;
@@ -33,12 +34,13 @@ use crate::{
     doctor,
     exchange::{Exchange, sts::Sts},
     intercept::{
-        self, Acceptor, Direct, Duties, Duty, Handover, Peer, Predecessor, Probe,
+        self, Acceptor, Direct, Duties, Duty, Handover, Peer, Predecessor, Probe, RuleChanges,
         rule::{self, Installed},
     },
     observe::{self, Admin, Metrics, Readiness},
     serve::{Server, node_metadata::NodeMetadata, session_token::Sessions},
 };
+use bridge::BridgePorts;
 use redirect::Redirect;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -167,6 +169,11 @@ pub async fn run(
     tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
     let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed);
     tasks.spawn(always(metadata.clone().follow()));
+    let changes = RuleChanges::subscribe();
+    let bridge = BridgePorts::new(attributor.clone(), installed.as_ref(), changes.clone(), metrics.clone());
+    if listeners.predecessor.is_none() {
+        bridge.begin().await;
+    }
     let server = Arc::new(Server {
         attributor: attributor.clone(),
         authoriser,
@@ -196,7 +203,7 @@ pub async fn run(
     match installed {
         Some(installed) => {
             let others = listeners.predecessor.is_some();
-            let redirect = Redirect::new(installed, others, probe, redirected, metrics.clone());
+            let redirect = Redirect::new(installed, others, changes, probe, redirected, metrics.clone());
             let duties = duties.clone();
             tasks.spawn(always(async move { duties.during(Duty::Redirect, || redirect.keep()).await }));
         }
@@ -205,6 +212,8 @@ pub async fn run(
             metrics.redirect_verified(true);
         }
     }
+    let of_redirect = duties.clone();
+    tasks.spawn(always(async move { of_redirect.during(Duty::Redirect, || bridge.keep()).await }));
     // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.
     listening.spawn(async move {
         let _taken = match listeners.predecessor {

@@ -5,7 +5,7 @@
 //! unreadable, huge or foreign, is skipped and counted, never fatal.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     fs::{DirEntry, File},
     io::{self, BufReader, Read},
@@ -24,7 +24,11 @@ use serde_json::error::Category;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
-use super::{Attributor, Event, PodUid, directory::Record};
+use super::{
+    Attributor, Event, PodUid,
+    attachment::{self, Attachment, CniInterface},
+    directory::Record,
+};
 use crate::observe::Metrics;
 
 /// Records carry the pod's annotations (256 KiB, which JSON may write as six times that) and host ports, as many as
@@ -220,6 +224,17 @@ impl Records {
     }
 }
 
+/// Where the pods of a folder's records are attached to the node, as the records say now.
+///
+/// # Errors
+/// The folder cannot be listed.
+pub fn attachments(folder: &Path) -> io::Result<BTreeSet<Attachment>> {
+    let boot = boot_time();
+    let names = std::fs::read_dir(folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let records = names.filter_map(|name| read(&folder.join(&name), &name, boot).ok());
+    Ok(records.filter_map(|record| Attachment::of(&record)).collect())
+}
+
 fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
     let file = File::open(path).map_err(|error| unread(&error))?;
     let metadata = file.metadata().map_err(|error| unread(&error))?;
@@ -256,6 +271,8 @@ struct CacheEntry {
 struct CniResult {
     #[serde(default)]
     ips: Vec<CniIp>,
+    #[serde(default)]
+    interfaces: Option<Vec<CniInterface>>,
 }
 
 #[derive(Deserialize)]
@@ -283,10 +300,13 @@ pub(crate) fn parse(json: impl Read, id: &str) -> Result<Record, Skip> {
     if addresses.is_empty() || addresses.iter().all(IpAddr::is_loopback) {
         return Err(Skip::Loopback);
     }
+    let (interfaces, mac) = attachment::ends(entry.result.interfaces.as_deref().unwrap_or_default(), &entry.if_name);
     Ok(Record {
         id: id.into(),
         pod: PodUid(pod.1.as_str().into()),
         interface: entry.if_name.into(),
+        interfaces,
+        mac,
         addresses: addresses.into_iter().filter(|address| !address.is_loopback()).collect(),
         before_boot: false,
     })

@@ -29,6 +29,7 @@ use std::{
 
 use super::{
     Workload,
+    attachment::Attachment,
     pod::{Pod, PodUid, ServiceAccountName},
 };
 
@@ -64,6 +65,10 @@ pub struct Record {
     pub id: Arc<str>,
     pub pod: PodUid,
     pub interface: Arc<str>,
+    /// The node's interfaces that belong to it.
+    pub interfaces: Vec<Arc<str>>,
+    /// MAC address of the pod's interface.
+    pub mac: Option<[u8; 6]>,
     pub addresses: Vec<IpAddr>,
     /// Dated before the node booted: left behind by the reboot, or written before the clock was set forward.
     pub before_boot: bool,
@@ -76,6 +81,8 @@ impl Record {
             id: id.into(),
             pod: PodUid(uid.into()),
             interface: "eth0".into(),
+            interfaces: Vec::new(),
+            mac: None,
             addresses: vec![address.parse().unwrap()],
             before_boot: false,
         }
@@ -232,6 +239,10 @@ impl Directory {
     /// How often pods were removed: a live read that began before the last removal is out of date.
     pub fn removals(&self) -> u64 {
         self.removals
+    }
+
+    pub fn attachments(&self) -> BTreeSet<Attachment> {
+        self.records.values().filter_map(|held| Attachment::of(&held.record)).collect()
     }
 
     pub fn owner(&self, address: IpAddr) -> Owner {

@@ -28,8 +28,9 @@ use super::rule::{CHAINS, TABLE};
 const NFTABLES: u32 = 1 << (7 - 1);
 /// NFNL_SUBSYS_NFTABLES, the high byte of message types.
 const SUBSYSTEM: u16 = 10;
-/// NFPROTO_INET, the family of our table.
+/// NFPROTO_INET and NFPROTO_BRIDGE, the families of our tables.
 const INET: u8 = 1;
+const BRIDGE: u8 = 7;
 /// Message types of linux/netfilter/nf_tables.h.
 const NEW_TABLE: u16 = 0;
 const DELETE_TABLE: u16 = 2;
@@ -44,13 +45,14 @@ const BURST: Duration = Duration::from_millis(10);
 const RECEIVE_BUFFER: usize = 1 << 20;
 
 /// Changes of nftables rules in this network namespace.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RuleChanges(Arc<Signals>);
 
 #[derive(Debug, Default)]
 struct Signals {
     changed: Notify,
     removed: Notify,
+    bridge_removed: Notify,
     overran: AtomicBool,
 }
 
@@ -78,6 +80,11 @@ impl RuleChanges {
     /// Returns at once after another process removed or changed rules of ours.
     pub async fn removed(&self) {
         self.0.removed.notified().await;
+    }
+
+    /// Returns at once after another process changed the guard of bridge ports.
+    pub async fn bridge_removed(&self) {
+        self.0.bridge_removed.notified().await;
     }
 
     /// Whether announcements were lost since the last call, and with them, possibly, a removal.
@@ -114,6 +121,7 @@ fn listen(socket: &OwnedFd, signals: &Signals) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     Removed,
+    BridgeRemoved,
     Other,
 }
 
@@ -121,14 +129,21 @@ impl Change {
     fn signal(self, signals: &Signals) {
         match self {
             Self::Removed => signals.removed.notify_one(),
+            Self::BridgeRemoved => signals.bridge_removed.notify_one(),
             Self::Other => signals.changed.notify_one(),
         }
     }
 }
 
-/// The effect of the current transaction on our rules, so far.
+/// The effects of the current transaction on our rules, so far.
 #[derive(Debug, Default)]
 struct Transaction {
+    redirect: Effect,
+    bridge: Effect,
+}
+
+#[derive(Debug, Default)]
+struct Effect {
     rebuilt: bool,
     removed: bool,
 }
@@ -144,29 +159,41 @@ impl Transaction {
                 self.take(kind & 0xff, body);
                 continue;
             }
-            let Self { removed, .. } = std::mem::take(self);
-            changed(if removed { Change::Removed } else { Change::Other });
+            let Self { redirect, bridge } = std::mem::take(self);
+            if bridge.removed {
+                changed(Change::BridgeRemoved);
+            }
+            changed(if redirect.removed { Change::Removed } else { Change::Other });
         }
     }
 
     fn take(&mut self, kind: u16, body: &[u8]) {
         // The header nfgenmsg: family, version and resource. Attribute 1 of tables, chains and rules is the table's name.
         let (family, attributes) = (body.first(), body.get(4..).unwrap_or_default());
-        if family == Some(&INET) && name(attributes, 1) == Some(TABLE.as_bytes()) {
-            match kind {
-                NEW_TABLE => *self = Self { rebuilt: true, removed: false },
-                DELETE_TABLE | DELETE_CHAIN | DELETE_RULE => self.removed = true,
-                NEW_RULE | NEW_CHAIN if !self.rebuilt => self.removed = true,
-                _ => {}
-            }
+        let is_ours = name(attributes, 1) == Some(TABLE.as_bytes());
+        if is_ours && family == Some(&INET) {
+            self.redirect.take(kind);
+        } else if is_ours && family == Some(&BRIDGE) {
+            self.bridge.take(kind);
         } else if CHAINS.iter().any(|(.., own)| contains(body, own.as_bytes())) {
             // A rule of a chain of ours, or a jump to it. iptables-restore deletes them and adds them again in one
             // transaction.
             match kind {
-                DELETE_RULE | DELETE_CHAIN => self.removed = true,
-                NEW_RULE => self.removed = false,
+                DELETE_RULE | DELETE_CHAIN => self.redirect.removed = true,
+                NEW_RULE => self.redirect.removed = false,
                 _ => {}
             }
+        }
+    }
+}
+
+impl Effect {
+    fn take(&mut self, kind: u16) {
+        match kind {
+            NEW_TABLE => *self = Self { rebuilt: true, removed: false },
+            DELETE_TABLE | DELETE_CHAIN | DELETE_RULE => self.removed = true,
+            NEW_RULE | NEW_CHAIN if !self.rebuilt => self.removed = true,
+            _ => {}
         }
     }
 }
@@ -237,10 +264,11 @@ mod tests {
         }
         assert_eq!(changes(&[(NEW_RULE, "kube-proxy"), (NEW_GENERATION, "")]), [Change::Other]);
         let mut bridge = announce(DELETE_RULE, TABLE);
-        bridge[16] = INET + 6;
-        let mut transaction = Transaction::default();
-        transaction.read(&bridge, |_| {});
-        assert!(!transaction.removed, "a table of another family");
+        bridge[16] = BRIDGE;
+        bridge.extend(announce(NEW_GENERATION, ""));
+        let mut seen = Vec::new();
+        Transaction::default().read(&bridge, |change| seen.push(change));
+        assert_eq!(seen, [Change::BridgeRemoved, Change::Other], "of another family");
     }
 
     #[test]

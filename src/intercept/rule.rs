@@ -10,6 +10,7 @@
 //! the node's own packets never pass prerouting.
 
 mod apply;
+mod bridge;
 mod fence;
 
 use std::{
@@ -22,6 +23,7 @@ use clap::ValueEnum;
 use super::{METADATA_PORT, Service, probe::MARK};
 
 pub use apply::{Installed, drop_privileges, install, uninstall};
+pub use bridge::{BridgeGuard, PodPort};
 pub use fence::listing as fence_listing;
 
 /// How connections are brought here.

@@ -39,6 +39,7 @@ impl Redirect {
     pub(super) fn new(
         installed: Installed,
         others: bool,
+        changes: RuleChanges,
         probe: Arc<Probe>,
         verified: Condition,
         metrics: Metrics,
@@ -46,7 +47,7 @@ impl Redirect {
         metrics.rule_applied.inc();
         let others = AtomicBool::new(others);
         let applying = Arc::default();
-        Self { installed, changes: RuleChanges::subscribe(), probe, verified, metrics, others, applying }
+        Self { installed, changes, probe, verified, metrics, others, applying }
     }
 
     /// Keeps the redirect: applies it at once when another process changed our rules, and when the self-test fails.

@@ -68,6 +68,7 @@ pub struct Metrics {
     cni_records: IntGaugeVec,
     cni_skipped: IntCounterVec,
     pub cni_followed: IntGauge,
+    bridge_ports: IntGaugeVec,
     pub directory_pods: IntGauge,
     pub clock_skew: IntGauge,
 }
@@ -180,6 +181,13 @@ impl Metrics {
                 "kirsa_cni_records_followed",
                 "1 if the kernel tells of changes of CNI records; 0 while the folder is looked at again and again"
             )),
+            bridge_ports: register!(IntGaugeVec::new(
+                Opts::new(
+                    "kirsa_bridge_ports",
+                    "Ports of Linux bridges that belong to pods, by whether a pod there can pass for its neighbors"
+                ),
+                &["state"]
+            )),
             directory_pods: register!(IntGauge::new("kirsa_directory_pods", "Live pods of this node")),
             clock_skew: register!(IntGauge::new(
                 "kirsa_sts_clock_skew_seconds",
@@ -235,6 +243,14 @@ impl Metrics {
     pub fn cni_records(&self, in_use: usize, pending: usize, stale: usize) {
         for (state, count) in [("in_use", in_use), ("pending", pending), ("stale", stale)] {
             self.cni_records.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    pub fn bridge_ports(&self, ports: usize, guarded: bool) {
+        let ports = i64::try_from(ports).unwrap_or(i64::MAX);
+        for (state, count) in [("guarded", if guarded { ports } else { 0 }), ("open", if guarded { 0 } else { ports })]
+        {
+            self.bridge_ports.with_label_values(&[state]).set(count);
         }
     }
 

@@ -2,6 +2,7 @@
 //! an STS and a Kubernetes namespace of its own, and an agent that has the rights of the manifests and nothing more.
 
 mod annotations;
+mod bridge;
 mod container;
 mod container_redirect;
 mod container_sdk;

@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use caps::{CapSet, Capability, CapsHashSet};
 use tracing::{debug, info, warn};
 
-use super::{Backend, CHAINS, RuleSet, TABLE, fence};
+use super::{Backend, BridgeGuard, CHAINS, RuleSet, TABLE, bridge::INGRESS, fence};
 
 /// For the lock that all iptables tools share: one that hangs must not hang the agent, which says so and tries again.
 const WAIT: &str = "--wait=10";
@@ -33,6 +33,11 @@ impl Installed {
 
     pub fn listed(&self) -> Option<Arc<str>> {
         self.listed.clone()
+    }
+
+    /// The guard of bridge ports, which iptables cannot carry.
+    pub fn bridge_guard(&self) -> Option<BridgeGuard> {
+        (self.backend == Backend::Nft).then(|| self.rules.bridge_guard())
     }
 
     /// # Errors
@@ -120,11 +125,13 @@ pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Instal
 pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     if matches!(backend, Backend::Auto | Backend::Nft) && available("nft", backend)? {
-        let tables = run("nft", &["list", "tables", "inet"], "")?;
-        let table = format!("table inet {TABLE}");
-        if tables.lines().any(|line| line.trim() == table) {
-            run("nft", &["delete", "table", "inet", TABLE], "")?;
-            removed.push(format!("nftables {table}"));
+        let tables = run("nft", &["list", "tables"], "")?;
+        for (family, name) in [("inet", TABLE), ("bridge", TABLE), ("netdev", INGRESS)] {
+            let table = format!("table {family} {name}");
+            if tables.lines().any(|line| line.trim() == table) {
+                run("nft", &["delete", "table", family, name], "")?;
+                removed.push(format!("nftables {table}"));
+            }
         }
     }
     if matches!(backend, Backend::Auto | Backend::Iptables) {
@@ -189,7 +196,7 @@ fn available(tool: &str, asked: Backend) -> anyhow::Result<bool> {
 }
 
 /// Runs a tool to its end.
-fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
+pub(super) fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
     let child =
         Command::new(tool).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut child = match child {
