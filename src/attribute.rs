@@ -15,7 +15,7 @@ use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
     fmt,
     future::Future,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
@@ -40,6 +40,11 @@ use crate::{
 };
 use directory::Owner;
 use pod::Pod;
+
+/// Addresses that the AWS VPC CNI gives pods of IPv6 clusters for IPv4: only its plugin knows whose they are.
+pub fn is_eks_egress(address: IpAddr) -> bool {
+    matches!(address.to_canonical(), IpAddr::V4(v4) if v4.to_bits() >> 10 == Ipv4Addr::new(169, 254, 172, 0).to_bits() >> 10)
+}
 
 /// Many SDKs give up after 1 s, so a pod that is not known by now gets its answer before that.
 pub const PATIENCE: Duration = Duration::from_millis(800);
@@ -166,6 +171,13 @@ impl Attributor {
         match directory.owner(address) {
             Owner::Pod(pod) => Ok(Workload(pod)),
             Owner::Nobody | Owner::Unproven(_) if !directory.synced() => Err(Reason::Starting.into()),
+            Owner::Nobody if is_eks_egress(address) => Err(Refusal::new(
+                Reason::UnknownPod,
+                format!(
+                    "{address} is an IPv4 address that only the CNI plugin of an IPv6 EKS cluster knows: set \
+                     AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod"
+                ),
+            )),
             Owner::Nobody => Err(Refusal::new(Reason::UnknownPod, format!("nobody has {address}"))),
             Owner::NotYet(uid) => Err(Refusal::new(
                 Reason::UnknownPod,
@@ -389,6 +401,18 @@ mod tests {
         attributor.apply(Event::PodGone(PodUid("uid-d".into())));
         assert!(!attributor.found(began, vec![Pod::sample("d", "uid-d", "sa", &["10.0.0.4"])]), "to be read again");
         assert!(attributor.peek(&peer("10.0.0.4")).is_err());
+    }
+
+    #[test]
+    fn egress_addresses_are_refused_with_their_fix() {
+        let attributor = attributor();
+        for (address, is_egress) in
+            [("169.254.172.0", true), ("169.254.175.255", true), ("169.254.171.255", false), ("169.254.176.0", false)]
+        {
+            let refusal = attributor.peek(&peer(address)).unwrap_err();
+            assert_eq!(refusal.reason, Reason::UnknownPod);
+            assert_eq!(refusal.detail.contains("ENDPOINT_MODE=IPv6"), is_egress, "{}", refusal.detail);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,6 +20,7 @@ mod health;
 mod redirect;
 mod report;
 mod rights;
+mod routes;
 mod rules;
 mod ruleset;
 mod sample;
@@ -65,6 +66,7 @@ async fn examine(config: &Config, options: DoctorOptions) -> anyhow::Result<Vec<
     findings.extend(rules::check(config, &rules));
     findings.extend(fence::check(config));
     findings.extend(others::check(config, &rules));
+    findings.extend(routes::check(config));
     findings.push(bridge::check(config));
     findings.push(hop_limit());
     findings.push(disk::state_dir(&config.state_dir));

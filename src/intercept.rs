@@ -6,6 +6,7 @@
 pub mod handover;
 pub mod rule;
 mod accept;
+mod around;
 mod monitor;
 mod netlink;
 pub mod port;

@@ -158,7 +158,8 @@ impl Reason {
                 None,
                 Level::WARN,
                 "the connection did not come through the redirect from the metadata address; ask 169.254.169.254:80. A pod \
-                 that does so and is refused has a route of its own, as with security groups for pods in strict mode",
+                 that does so and is refused is routed around it, as with security groups for pods in strict mode: \
+                 use POD_SECURITY_GROUP_ENFORCING_MODE=standard, or IRSA or EKS Pod Identity in that pod",
             ),
             Self::Starting => row(
                 "starting",
@@ -173,7 +174,8 @@ impl Reason {
                 None,
                 Level::WARN,
                 "no live pod of this node has the source address: a hostNetwork pod or a process of the node, a CNI \
-                 that translates source addresses, or a watch that lags (kirsa_watch_silence_seconds)",
+                 that translates source addresses, a watch that lags (kirsa_watch_silence_seconds), or IPv4 in an IPv6 \
+                 EKS cluster (set AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod)",
             ),
             Self::AmbiguousAddress => row(
                 "ambiguous_address",

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{MAX_DELAY, Peer, Probe, Service, Share, source::Sources};
+use super::{MAX_DELAY, Peer, Probe, Service, Share, around::Around, source::Sources};
 use crate::{
     connections::{Bounds, ConnectionLimiter, Limit, Owner, Permit},
     observe::Metrics,
@@ -136,6 +136,7 @@ pub struct Acceptor {
     direct: Direct,
     pod_of: PodOf,
     probe: Arc<Probe>,
+    around: Around,
     metrics: Metrics,
 }
 
@@ -156,6 +157,7 @@ impl Acceptor {
             direct,
             pod_of,
             probe,
+            around: Around::default(),
             metrics,
         })
     }
@@ -234,8 +236,8 @@ impl Acceptor {
     }
 
     fn turn_away_bypassing(&self, stream: TcpStream, peer: Peer) -> Option<Arrival> {
-        let detail = "connected to an address of the node";
-        let refusal = self.refuse(&peer, "not_redirected", Reason::NotRedirected, detail);
+        let detail = self.around.detail();
+        let refusal = self.refuse(&peer, "not_redirected", Reason::NotRedirected, &detail);
         let (permit, _) = self.bypassing.try_admit(Owner::Address(peer.source.ip())).ok()?;
         Some(Arrival::TurnedAway(TurnedAway { stream, peer, refusal, permit }))
     }

@@ -33,14 +33,9 @@ fn a_healthy_node_passes(backend: &str) -> Result<()> {
     let report = doctor(&site.node, &site.options)?;
     let well =
         ["agent", "agent-repairs", "rules", "rules-first", "forwarding-drop", "port", "other-agents", "state-dir"];
-    let well = well.iter().chain(&["policy-routing"]).chain(families(&site)).chain(&[
-        "sts",
-        "clock-sts",
-        "pods",
-        "token",
-        "issuer",
-        "exchange",
-    ]);
+    let routes = ["policy-routing", "interface-routes", "egress-ipv4"];
+    let well = well.iter().chain(&routes).chain(families(&site));
+    let well = well.chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
     for check in well {
         ensure!(report.verdicts(check) == ["ok"], "{check}: {report:#?}");
     }
@@ -171,6 +166,28 @@ fn a_redirect_of_somebody_elses_that_comes_first_fails() -> Result<()> {
     ensure!(finding.fix.contains("nft delete rule ip other early handle"), "{finding:?}");
     ensure!(report.one("rules-first")?.detail.contains("ip other chain early (priority -150)"), "{report:#?}");
     ensure!(report.verdicts("redirect-ipv4") == ["ok"], "which the node's own connection cannot show");
+    agent.stop()
+}
+
+/// As on nodes of EKS with security groups for pods in strict mode, and of its IPv6 clusters.
+#[test]
+fn pods_that_rules_cannot_serve_are_warned_of() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    site.node.netns().shell(
+        "ip rule add pref 10 iif vlan.eth.1 lookup 101; ip -6 rule add pref 10 iif vlan0123456789a lookup 101; \
+         ip rule add pref 20 iif mgmt lookup 101; ip addr add 169.254.172.1/32 dev mgmt",
+    )?;
+    let report = doctor(&site.node, &site.options)?;
+    let routes = report.one("interface-routes")?;
+    ensure!(routes.verdict == "warning" && routes.fix.contains("ENFORCING_MODE=standard"), "{routes:?}");
+    ensure!(
+        routes.detail.contains("iif vlan.eth.1 lookup 101") && routes.detail.contains("iif vlan0123456789a lookup 101"),
+        "{routes:?}"
+    );
+    ensure!(!routes.detail.contains("iif mgmt"), "{routes:?}");
+    let egress = report.one("egress-ipv4")?;
+    ensure!(egress.detail.contains("169.254.172.1 on mgmt") && egress.fix.contains("ENDPOINT_MODE=IPv6"), "{egress:?}");
+    ensure!(report.code == 0, "{report:#?}");
     agent.stop()
 }
 

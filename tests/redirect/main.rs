@@ -2,6 +2,7 @@
 //! or nobody, in every shape of pod network, with nft and with iptables, over IPv4 and IPv6.
 
 mod addresses;
+mod policy;
 mod site;
 
 use std::io::ErrorKind;
