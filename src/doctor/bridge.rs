@@ -13,19 +13,30 @@ use crate::{
 };
 
 const CHECK: &str = "bridge-ports";
+const NONE: &str = "no pod of this node is on a shared Linux bridge";
 const DROP: &str = "drop NET_RAW in pods (the restricted Pod Security level does), or use a CNI that checks source \
                     addresses";
 
 pub(super) fn check(config: &Config) -> Finding {
     let Source::Kubernetes { cni_results: Some(folder), .. } = &config.source else {
-        let detail = "no CNI records are read, so ports of Linux bridges are not guarded";
-        return Finding::skipped(CHECK, detail).with_fix(format!("where pods share a bridge: {DROP}"));
+        return without_records();
     };
     match ports(folder) {
-        Ok(ports) if ports.is_empty() => Finding::ok(CHECK, "no pod of this node is on a shared Linux bridge"),
+        Ok(ports) if ports.is_empty() => Finding::ok(CHECK, NONE),
         Ok(ports) => guarded(config, &ports),
         Err(error) => Finding::skipped(CHECK, format!("{}: {error}", folder.display())),
     }
+}
+
+/// Which ports are pods' cannot be told.
+fn without_records() -> Finding {
+    let bridges: BTreeSet<String> = bridge_ports().unwrap_or_default().into_values().collect();
+    if bridges.is_empty() {
+        return Finding::ok(CHECK, NONE);
+    }
+    let bridges = bridges.into_iter().collect::<Vec<_>>().join(" and ");
+    let detail = format!("no CNI records are read, so no port of {bridges} is guarded");
+    Finding::skipped(CHECK, detail).with_fix(format!("where these are pods' ports: {DROP}"))
 }
 
 fn ports(folder: &Path) -> std::io::Result<BTreeSet<PodPort>> {
