@@ -60,8 +60,7 @@ pub struct Key {
     pub role: RoleArn,
     pub session_name: String,
     pub audience: String,
-    /// Seconds.
-    pub duration: u32,
+    pub duration: Duration,
     pub policy: Option<String>,
     pub policy_arns: Vec<String>,
     /// Where a workload that Kubernetes does not know has its token.

@@ -99,8 +99,8 @@ impl Config {
         Defaults {
             prefix: self.annotation_prefix.clone(),
             audience: self.audience.clone(),
-            duration: self.session_duration,
-            durations: MIN_SESSION..=MAX_SESSION,
+            duration: Duration::from_secs(self.session_duration.into()),
+            durations: Duration::from_secs(MIN_SESSION.into())..=Duration::from_secs(MAX_SESSION.into()),
             scope: self.session_scope,
             foreign_arns: self.sts.endpoint.is_some(),
         }

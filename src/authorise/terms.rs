@@ -1,6 +1,8 @@
 //! What a service account's annotations say, as IRSA defines them (amazon-eks-pod-identity-webhook, README) and as
 //! kirsa adds to them. A malformed one is a refusal: nothing is guessed.
 
+use std::{ops::RangeInclusive, time::Duration};
+
 use super::{Account, RoleArn, Scope};
 
 const KIRSA: &str = "kirsa.dev";
@@ -11,9 +13,9 @@ pub struct Defaults {
     /// What IRSA's annotations begin with.
     pub prefix: String,
     pub audience: String,
-    /// Seconds, and what an annotation may choose from.
-    pub duration: u32,
-    pub durations: std::ops::RangeInclusive<u32>,
+    pub duration: Duration,
+    /// Durations that an annotation may choose from.
+    pub durations: RangeInclusive<Duration>,
     pub scope: Scope,
     /// Whether role ARNs of S3-compatible stores are allowed.
     pub foreign_arns: bool,
@@ -23,7 +25,7 @@ pub struct Defaults {
 pub(super) struct Terms {
     pub role: RoleArn,
     pub audience: String,
-    pub duration: u32,
+    pub duration: Duration,
     pub scope: Scope,
     pub policy: Option<String>,
     pub policy_arns: Vec<String>,
@@ -61,7 +63,8 @@ impl Terms {
         // IRSA's lifetime of the token in the pod and its choice of endpoint: kirsa's token lives for one exchange, at
         // the regional endpoint. Both must be well-formed all the same, since a typing error is worth knowing of.
         if let Some(value) = irsa("token-expiration") {
-            seconds(value, &(600..=86_400)).map_err(irsa_wrong("token-expiration"))?;
+            seconds(value, &(Duration::from_secs(600)..=Duration::from_secs(86_400)))
+                .map_err(irsa_wrong("token-expiration"))?;
         }
         if let Some(value) = irsa("sts-regional-endpoints") {
             one_of(value, &[("true", ()), ("false", ())]).map_err(irsa_wrong("sts-regional-endpoints"))?;
@@ -90,9 +93,12 @@ impl Terms {
     }
 }
 
-fn seconds(value: &str, range: &std::ops::RangeInclusive<u32>) -> Result<u32, String> {
-    let number = value.parse().ok().filter(|number| range.contains(number));
-    number.ok_or_else(|| format!("{value:?} must be a number of seconds from {} to {}", range.start(), range.end()))
+fn seconds(value: &str, range: &RangeInclusive<Duration>) -> Result<Duration, String> {
+    let duration = value.parse().ok().map(Duration::from_secs).filter(|duration| range.contains(duration));
+    duration.ok_or_else(|| {
+        let (min, max) = (range.start().as_secs(), range.end().as_secs());
+        format!("{value:?} must be a number of seconds from {min} to {max}")
+    })
 }
 
 fn one_of<T: Copy>(value: &str, choices: &[(&str, T)]) -> Result<T, String> {
@@ -150,8 +156,8 @@ impl Defaults {
         Self {
             prefix: "eks.amazonaws.com".into(),
             audience: "sts.amazonaws.com".into(),
-            duration: 3_600,
-            durations: 1_800..=43_200,
+            duration: Duration::from_secs(3_600),
+            durations: Duration::from_secs(1_800)..=Duration::from_secs(43_200),
             scope: Scope::ServiceAccount,
             foreign_arns: false,
         }
@@ -185,7 +191,10 @@ mod tests {
         ])
         .unwrap()
         .unwrap();
-        assert_eq!((terms.audience.as_str(), terms.duration, terms.scope), ("my-sts", 7_200, Scope::Pod));
+        assert_eq!(
+            (terms.audience.as_str(), terms.duration, terms.scope),
+            ("my-sts", Duration::from_secs(7_200), Scope::Pod)
+        );
         assert_eq!((terms.policy.is_some(), terms.policy_arns.len()), (true, 2));
     }
 

@@ -80,7 +80,7 @@ pub(super) async fn of_cluster(
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }
     let minting = Arc::new(TokenMinter::default());
-    minting.set(client);
+    minting.set_client(client);
     Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(minting)).await)
 }
 
@@ -123,13 +123,13 @@ impl Pods {
             Ok(token) => token,
             Err(refusal) => return vec![failed(TOKEN, &refusal)],
         };
-        let Some(claims) = Claims::of(&token) else {
+        let Some(claims) = Claims::decode_unverified(&token) else {
             let fix = "what is in the workload's tokenFile must be a JWT";
             return vec![Finding::failed(TOKEN, format!("that of {} is no JWT", grant.workload()), fix)];
         };
         let mut findings = vec![about_token(grant, &claims)];
         let exchanged = match sts {
-            Some(sts) => Some(sts.assume(grant, &token).await),
+            Some(sts) => Some(sts.assume_role(grant, &token).await),
             None => None,
         };
         findings.push(match &exchanged {
@@ -153,7 +153,7 @@ fn failed(check: &'static str, refusal: &Refusal) -> Finding {
 fn about_token(grant: &Grant, claims: &Claims) -> Finding {
     let (wanted, audiences) = (&grant.key().audience, claims.audiences());
     let shown = format!("that of {} has audience {}", grant.workload(), audiences.join(", "));
-    if claims.expires.is_some_and(|expires| expires <= UnixTime::now().0) {
+    if claims.expires.is_some_and(|expires| expires <= UnixTime::now()) {
         return Finding::failed(TOKEN, format!("{shown} and has expired"), "see what renews the workload's tokenFile");
     }
     if audiences.contains(wanted) {

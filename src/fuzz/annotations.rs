@@ -21,7 +21,7 @@ pub fn check(data: &[u8]) {
                 assert_eq!(grant.role().as_str(), value, "the role that is written there, and no other");
                 let allowed = |c: char| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c);
                 assert!((2..=64).contains(&key.session_name.len()) && key.session_name.chars().all(allowed), "{key:?}");
-                assert!((1_800..=43_200).contains(&key.duration), "{key:?}");
+                assert!((1_800..=43_200).contains(&key.duration.as_secs()), "{key:?}");
                 assert!(!key.audience.is_empty() && key.audience.bytes().all(|b| b.is_ascii_graphic()), "{key:?}");
                 assert!(key.policy_arns.len() <= 10 && key.policy.as_ref().is_none_or(|policy| policy.len() <= 2_048));
                 let scope = annotations.iter().rev().find(|(name, _)| *name == "kirsa.dev/session-scope");

@@ -133,7 +133,7 @@ impl Follow {
             let mut identity = self.kubernetes.choose(self.mint).await?;
             loop {
                 let calls = self.kubernetes.calls(identity)?;
-                minting.set(calls);
+                minting.set_client(calls);
                 let reads = self.kubernetes.reads(identity, pod::keep())?;
                 let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
                 attributor.set_live_read(attribute::watch::live_read(reads, node.clone(), attributor.clone()));
@@ -152,7 +152,7 @@ impl Follow {
     /// Returns when tokens can be minted in another name than until now: rights may be exchanged while agents run.
     async fn another_way(&self, current: Identity, minting: &TokenMinter) -> Identity {
         loop {
-            minting.forbidden().await;
+            minting.wait_forbidden().await;
             // What is forbidden for a reason of one pod's is no matter of the agent's rights.
             if let Ok(other) = self.kubernetes.granted(self.mint).await
                 && other != current

@@ -29,7 +29,7 @@ use crate::{
     cache::{Cache, ExchangeLimiter},
     clock,
     config::EXCHANGES,
-    exchange::{Credential, DEADLINE, Issuer},
+    exchange::{Credential, EXCHANGE_TIMEOUT, Issuer},
     observe::{Metrics, Readiness},
     refusal::{Reason, Refusal},
 };
@@ -163,7 +163,7 @@ async fn sdk(cache: Arc<Cache>, grant: Grant, first: Duration, outcome: Rc<Cell<
     sleep(first).await;
     loop {
         let asked = Instant::now();
-        let answer = cache.get(&grant, asked + DEADLINE).await;
+        let answer = cache.get(&grant, asked + EXCHANGE_TIMEOUT).await;
         let (refused, longest) = outcome.get();
         outcome.set((refused + u64::from(answer.is_err()), longest.max(asked.elapsed())));
         let enough = answer.map_or(asked, |credential| credential.expires_at() - SDK_REFETCHES);
