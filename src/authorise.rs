@@ -1,12 +1,12 @@
-//! Third stage: [`Workload`] → [`Grant`]: which role the pod's service account may have, and on what terms.
+//! Third stage: [`Workload`] → [`Grant`]: the role that the pod's service account may assume, and the session parameters.
 //!
-//! The service account's annotations decide, read now, not when the pod was made. There is no default role. Knows no
-//! HTTP and no AWS calls.
+//! The service account's current annotations decide, not those at the creation of the pod. There is no default role.
+//! This stage depends on neither HTTP serving nor AWS calls.
 
+mod account_store;
 pub mod accounts;
+mod annotations;
 mod arn;
-mod known;
-mod terms;
 
 use std::{
     fmt,
@@ -18,43 +18,43 @@ use std::{
 use clap::ValueEnum;
 use tokio::time::{Duration, Instant};
 
-pub use accounts::{Account, Accounts, Told};
+pub use accounts::{Account, AccountEvent, Accounts};
+pub use annotations::Defaults;
 pub use arn::RoleArn;
-pub use terms::Defaults;
 
 use crate::{
     attribute::{PodUid, ServiceAccountName, Workload},
     refusal::{Reason, Refusal},
 };
-use terms::Terms;
+use annotations::SessionAnnotations;
 
-/// By how much the watch of service accounts may lag behind a live read.
-const WATCH_LAG: Duration = Duration::from_secs(60);
+/// Maximum lag of the service-account watch behind a live read.
+const MAX_WATCH_LAG: Duration = Duration::from_secs(60);
 
-/// Who shares a session.
+/// Which pods share a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum)]
-pub enum Scope {
-    /// The pods of one service account on this node.
+pub enum SessionScope {
+    /// The pods of one service account on this node share a session.
     ServiceAccount,
-    /// Nobody: every pod has one of its own.
+    /// Each pod has its own session.
     Pod,
 }
 
-/// What STS is to be asked for on behalf of a pod. Only this stage makes one.
+/// Permission for a pod to assume a role, with the parameters of the session. Only this stage constructs it.
 #[derive(Debug, Clone)]
 pub struct Grant {
     workload: Workload,
-    key: Arc<Key>,
+    key: Arc<SessionKey>,
     require_imdsv2: bool,
-    made: Instant,
+    created: Instant,
 }
 
-/// Everything that changes what STS would return, and so tells sessions apart. Never the role alone: two service
-/// accounts with one role are two principals.
+/// Identifies a session by everything that changes what STS returns. The role alone does not: two service accounts with
+/// the same role are two principals.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Key {
+pub struct SessionKey {
     pub account: ServiceAccountName,
-    /// A service account that was deleted and made anew is another one.
+    /// Tells a recreated service account from the deleted one.
     pub account_uid: Arc<str>,
     pub pod: Option<PodUid>,
     pub role: RoleArn,
@@ -63,12 +63,12 @@ pub struct Key {
     pub duration: Duration,
     pub policy: Option<String>,
     pub policy_arns: Vec<String>,
-    /// Where a workload that Kubernetes does not know has its token.
+    /// Token file of a workload outside Kubernetes.
     pub token_file: Option<PathBuf>,
 }
 
-/// Enough to tell nearly all keys apart; equality looks at everything.
-impl Hash for Key {
+/// Hashes the fields that nearly always differ; equality compares all of them.
+impl Hash for SessionKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.account.hash(state);
         self.pod.hash(state);
@@ -81,7 +81,7 @@ impl Grant {
         &self.workload
     }
 
-    pub fn key(&self) -> &Arc<Key> {
+    pub fn key(&self) -> &Arc<SessionKey> {
         &self.key
     }
 
@@ -89,30 +89,30 @@ impl Grant {
         &self.key.role
     }
 
-    /// A session keeps the first grant of each of its pods: this is how long the pod has been known to it.
+    /// Returns the age of this grant. A session keeps the first grant of each of its pods.
     pub fn age(&self) -> Duration {
-        self.made.elapsed()
+        self.created.elapsed()
     }
 
-    /// The service account wants none of its pods to be answered without a session token.
+    /// Returns whether the service account requires IMDSv2 for its pods.
     pub fn requires_imdsv2(&self) -> bool {
         self.require_imdsv2
     }
 
-    /// For tests of later stages.
+    /// Returns a grant for tests of later stages.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(workload: Workload, role: &str) -> Self {
-        let account = Account::of_annotations("sa-uid", [("eks.amazonaws.com/role-arn", role)]);
-        Self::of_account(workload, &account, &Defaults::sample()).unwrap()
+        let account = Account::from_annotations("sa-uid", [("eks.amazonaws.com/role-arn", role)]);
+        Self::from_account(workload, &account, &Defaults::sample()).unwrap()
     }
 
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn of_account(workload: Workload, account: &Account, defaults: &Defaults) -> Result<Self, Refusal> {
+    pub(crate) fn from_account(workload: Workload, account: &Account, defaults: &Defaults) -> Result<Self, Refusal> {
         grant(workload, account, defaults)
     }
 }
 
-/// Decides what a workload may have.
+/// Decides which role a workload may assume.
 #[derive(Debug)]
 pub struct Authoriser {
     accounts: Accounts,
@@ -128,35 +128,36 @@ impl Authoriser {
         &self.accounts
     }
 
-    /// For as long as it is the same, so is every answer of [`Authoriser::foresee`]. To be read before the answer.
-    pub fn edition(&self) -> u64 {
-        self.accounts.edition()
+    /// Returns a number that changes with every change of the known accounts. While it is the same, so are the results of
+    /// [`Authoriser::grant_if_cached`]. Read it before the result.
+    pub fn generation(&self) -> u64 {
+        self.accounts.generation()
     }
 
-    /// What the workload is going to be granted as far as that is known without asking anybody.
-    pub fn foresee(&self, workload: &Workload) -> Option<Grant> {
-        let account = self.accounts.annotated(workload)?;
+    /// Returns the workload's grant if its service account is known, without a call to the API server.
+    pub fn grant_if_cached(&self, workload: &Workload) -> Option<Grant> {
+        let account = self.accounts.get(workload)?;
         grant(workload.clone(), &account, &self.defaults).ok()
     }
 
-    /// Whether a grant of earlier would be made now, as far as that is known without asking anybody. An account that
-    /// was read live a moment ago may not be known by the watch yet.
-    pub fn still(&self, grant: &Grant) -> bool {
-        match self.foresee(&grant.workload) {
+    /// Returns whether the grant still holds, as far as is known without a call to the API server. After a live read of an
+    /// account, the watch may not have shown it yet.
+    pub fn is_current(&self, grant: &Grant) -> bool {
+        match self.grant_if_cached(&grant.workload) {
             Some(now) => now.key == grant.key,
-            None => grant.age() < WATCH_LAG,
+            None => grant.age() < MAX_WATCH_LAG,
         }
     }
 
-    /// Returns whether the workload's service account must be [learned](Authoriser::learn) before the workload can be
-    /// foreseen. The caller that gets `true` has to call that.
-    pub fn begin_learning(&self, workload: &Workload) -> bool {
-        self.accounts.begin_learning(workload)
+    /// Returns whether the workload's service account is unknown and nobody fetches it yet. A caller that gets `true` must
+    /// call [`Authoriser::fetch_account`].
+    pub fn begin_fetch(&self, workload: &Workload) -> bool {
+        self.accounts.begin_fetch(workload)
     }
 
     /// Reads a service account until it is known, or until no pod uses it any more.
-    pub async fn learn(&self, account: &ServiceAccountName) {
-        self.accounts.learn(account, &self.defaults.role_annotation()).await;
+    pub async fn fetch_account(&self, account: &ServiceAccountName) {
+        self.accounts.fetch(account, &self.defaults.role_annotation()).await;
     }
 
     /// Drops the service accounts that no pod uses any more.
@@ -164,72 +165,74 @@ impl Authoriser {
         self.accounts.forget_unused();
     }
 
-    /// Whether the service accounts have been read.
+    /// Returns whether the service accounts have been listed.
     pub fn is_ready(&self) -> bool {
-        self.accounts.are_read()
+        self.accounts.is_synced()
     }
 
-    /// Waits while they are not.
+    /// Returns the workload's grant. Waits until the service accounts have been listed.
     ///
     /// # Errors
-    /// The service account has no role, or an annotation of it is malformed; or it is not known yet.
+    /// `NoRole` if the service account has no role; `BadAnnotation` if one of its annotations is malformed;
+    /// `AccountUnavailable` if it cannot be read.
     pub async fn authorise(&self, workload: &Workload) -> Result<Grant, Refusal> {
-        let account = match self.accounts.annotated(workload) {
+        let account = match self.accounts.get(workload) {
             Some(account) => account,
-            None => self.accounts.find(workload, &self.defaults.role_annotation()).await?,
+            None => self.accounts.get_or_read(workload, &self.defaults.role_annotation()).await?,
         };
         grant(workload.clone(), &account, &self.defaults)
     }
 }
 
 fn grant(workload: Workload, account: &Account, defaults: &Defaults) -> Result<Grant, Refusal> {
-    let (key, require_imdsv2) = match account.shared.get() {
+    let (key, require_imdsv2) = match account.shared_key.get() {
         Some(shared) => shared.clone(),
         None => {
-            let read = key(&workload, account, defaults)?;
-            if read.0.pod.is_none() {
-                // The same for all its pods until its annotations change, which makes another account of it.
-                let _ = account.shared.set(read.clone());
+            let parsed = parse_key(&workload, account, defaults)?;
+            if parsed.0.pod.is_none() {
+                // The key is the same for all pods of the account. A change of its annotations creates a new `Account`.
+                let _ = account.shared_key.set(parsed.clone());
             }
-            read
+            parsed
         }
     };
-    Ok(Grant { workload, key, require_imdsv2, made: Instant::now() })
+    Ok(Grant { workload, key, require_imdsv2, created: Instant::now() })
 }
 
-/// With whether the account requires IMDSv2.
-fn key(workload: &Workload, account: &Account, defaults: &Defaults) -> Result<(Arc<Key>, bool), Refusal> {
+/// Returns the session key, and whether the account requires IMDSv2.
+fn parse_key(workload: &Workload, account: &Account, defaults: &Defaults) -> Result<(Arc<SessionKey>, bool), Refusal> {
     let name = workload.service_account().clone();
-    let terms = Terms::read(account, defaults)
-        .map_err(|wrong| Refusal::new(Reason::BadAnnotation, format!("service account {name}: {wrong}")))?;
-    let Some(terms) = terms else {
+    let annotations = SessionAnnotations::parse(account, defaults)
+        .map_err(|error| Refusal::new(Reason::BadAnnotation, format!("service account {name}: {error}")))?;
+    let Some(annotations) = annotations else {
         return Err(Refusal::new(
             Reason::NoRole,
             format!("service account {name} has no annotation {}", defaults.role_annotation()),
         ));
     };
-    let per_pod = terms.scope == Scope::Pod;
-    let session = if per_pod { format!("{name}/{}", workload.pod()) } else { name.to_string() };
-    let key = Key {
+    let per_pod = annotations.scope == SessionScope::Pod;
+    let owner = if per_pod { format!("{name}/{}", workload.pod()) } else { name.to_string() };
+    let key = SessionKey {
         account_uid: account.uid.clone(),
         pod: per_pod.then(|| workload.uid().clone()),
-        role: terms.role,
-        session_name: session_name(&session),
-        audience: terms.audience,
-        duration: terms.duration,
-        policy: terms.policy,
-        policy_arns: terms.policy_arns,
+        role: annotations.role,
+        session_name: session_name(&owner),
+        audience: annotations.audience,
+        duration: annotations.duration,
+        policy: annotations.policy,
+        policy_arns: annotations.policy_arns,
         token_file: account.token_file.clone(),
         account: name,
     };
-    Ok((Arc::new(key), terms.require_imdsv2))
+    Ok((Arc::new(key), annotations.require_imdsv2))
 }
 
-/// `namespace/name[/pod]` as STS allows it (`[\w+=,.@-]{2,64}`), the same at every refresh: services such as MSK drop
-/// a client whose principal changes. What does not fit is cut, and told apart by a hash of the whole.
-fn session_name(of: &str) -> String {
+/// Converts `namespace/name[/pod]` to a session name (`[\w+=,.@-]{2,64}`). A name that is too long is truncated, with a
+/// hash of the whole appended. The name is the same at every refresh: services such as MSK drop a client whose principal
+/// changes. See <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html>.
+fn session_name(owner: &str) -> String {
     const MAX: usize = 64;
-    let name: String = of
+    let name: String = owner
         .chars()
         .map(|c| match c {
             '/' => '.',
@@ -240,7 +243,7 @@ fn session_name(of: &str) -> String {
     if name.len() <= MAX {
         return name;
     }
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, of.as_bytes());
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, owner.as_bytes());
     let suffix: String = digest.as_ref().iter().take(5).map(|byte| format!("{byte:02x}")).collect();
     format!("{}-{suffix}", &name[..MAX - suffix.len() - 1])
 }
@@ -258,31 +261,31 @@ mod tests {
     const ROLE: &str = "arn:aws:iam::111122223333:role/reader";
 
     #[test]
-    fn session_names_are_stable_and_fit() {
+    fn session_names_are_stable_and_bounded() {
         assert_eq!(session_name("default/reader"), "default.reader");
         let long = |pod: &str| session_name(&format!("{}/{}/{pod}", "n".repeat(63), "s".repeat(63)));
         assert_eq!(long("a").len(), 64);
         assert_eq!(long("a"), long("a"));
-        assert_ne!(long("a"), long("b"), "the hash covers what was cut");
+        assert_ne!(long("a"), long("b"), "the hash covers the truncated part");
     }
 
     #[test]
-    fn service_accounts_with_one_role_do_not_share_a_session() {
+    fn service_accounts_do_not_share_sessions() {
         let one = Grant::sample(Workload::sample("p", "u1", "reader"), ROLE);
         let two = Grant::sample(Workload::sample("q", "u2", "writer"), ROLE);
         let three = Grant::sample(Workload::sample("r", "u3", "reader"), ROLE);
         assert_ne!(one.key(), two.key());
-        assert_eq!(one.key(), three.key(), "the pods of one service account do");
+        assert_eq!(one.key(), three.key(), "pods of one service account share a session");
     }
 
     #[test]
-    fn scope_pod_keeps_pods_apart() {
-        let of = |pod: &str, uid: &str| {
+    fn pod_scope_separates_pods() {
+        let grant_for = |pod: &str, uid: &str| {
             let annotations = [("eks.amazonaws.com/role-arn", ROLE), ("kirsa.dev/session-scope", "pod")];
-            let account = Account::of_annotations("sa", annotations);
+            let account = Account::from_annotations("sa", annotations);
             grant(Workload::sample(pod, uid, "reader"), &account, &Defaults::sample()).unwrap()
         };
-        assert_ne!(of("a-0", "u1").key(), of("a-1", "u2").key());
-        assert_eq!(of("a-0", "u1").key().session_name, "default.reader.a-0");
+        assert_ne!(grant_for("a-0", "u1").key(), grant_for("a-1", "u2").key());
+        assert_eq!(grant_for("a-0", "u1").key().session_name, "default.reader.a-0");
     }
 }

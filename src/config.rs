@@ -12,7 +12,7 @@ use clap::{CommandFactory, Parser, error::ErrorKind};
 use self::args::{Cli, CliCommand};
 pub use self::args::{Health, Output};
 use crate::{
-    authorise::{Defaults, Scope},
+    authorise::{Defaults, SessionScope},
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
     kubernetes::Mint,
     observe::LogFormat,
@@ -60,7 +60,7 @@ pub struct Config {
     pub annotation_prefix: String,
     pub audience: String,
     pub session_duration: u32,
-    pub session_scope: Scope,
+    pub session_scope: SessionScope,
     pub exchange_rate: u32,
     pub exchange_burst: u32,
     pub start_window: Duration,
@@ -102,7 +102,7 @@ impl Config {
             duration: Duration::from_secs(self.session_duration.into()),
             durations: Duration::from_secs(MIN_SESSION.into())..=Duration::from_secs(MAX_SESSION.into()),
             scope: self.session_scope,
-            foreign_arns: self.sts.endpoint.is_some(),
+            store_arns: self.sts.endpoint.is_some(),
         }
     }
 }

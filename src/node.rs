@@ -149,7 +149,7 @@ pub async fn run(
     let exchange = Exchange::new(tokens, sts, metrics.clone());
     let limiter = ExchangeLimiter::new(config.exchange_rate, config.exchange_burst, metrics.clone());
     let (live, roles) = (attributor.clone(), authoriser.clone());
-    let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.still(grant);
+    let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.is_current(grant);
     let cache = Arc::new(Cache::new(Arc::new(exchange), limiter, check, metrics.clone()));
     let (described, expiring) = (cache.clone(), cache.clone());
     metrics.ask_credentials_left(move || expiring.first_expiry());

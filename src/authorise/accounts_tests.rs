@@ -7,20 +7,20 @@ use http::{Request, Response};
 use kube::client::Body;
 
 use super::*;
-use crate::authorise::terms::{Defaults, Terms};
+use crate::authorise::annotations::{Defaults, SessionAnnotations};
 
-/// An API server that takes 50 ms, and says 500 as often as it is told to.
+/// Returns an API server that takes 50 ms and fails the first `failures` requests with 500.
 fn server(failures: usize) -> (Arc<AtomicUsize>, Client) {
-    answering(move |number| if number < failures { None } else { Some(Some("role")) })
+    server_with_role(move |number| if number < failures { None } else { Some(Some("role")) })
 }
 
-/// An API server that takes 50 ms, with one service account whose role depends on the number of the request. `None`:
-/// 500. `Some(None)`: the account has no role.
-fn answering(
+/// Returns an API server that takes 50 ms, with one service account whose role depends on the number of the request.
+/// `None`: status 500. `Some(None)`: the account has no role.
+fn server_with_role(
     role: impl Fn(usize) -> Option<Option<&'static str>> + Send + Sync + 'static,
 ) -> (Arc<AtomicUsize>, Client) {
-    let asked = Arc::new(AtomicUsize::new(0));
-    let (counted, role) = (asked.clone(), Arc::new(role));
+    let requests = Arc::new(AtomicUsize::new(0));
+    let (counted, role) = (requests.clone(), Arc::new(role));
     let service = tower::service_fn(move |_: Request<Body>| {
         let (number, role) = (counted.fetch_add(1, Ordering::SeqCst), role.clone());
         async move {
@@ -29,11 +29,11 @@ fn answering(
                 None => (500, serde_json::json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "code": 500})),
                 Some(role) => (200, serde_json::to_value(object(role)).unwrap()),
             };
-            let answer = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
-            Ok::<_, Infallible>(answer.unwrap())
+            let response = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
+            Ok::<_, Infallible>(response.unwrap())
         }
     });
-    (asked, Client::new(service, "default"))
+    (requests, Client::new(service, "default"))
 }
 
 fn object(role: Option<&str>) -> PartialObjectMeta<ServiceAccount> {
@@ -44,13 +44,13 @@ fn object(role: Option<&str>) -> PartialObjectMeta<ServiceAccount> {
     .unwrap()
 }
 
-/// Accounts after an empty list, and whether pods use them.
+/// Returns accounts after an empty list, and a flag for whether pods use them.
 fn accounts(client: Client) -> (Arc<Accounts>, Arc<AtomicBool>) {
     let used = Arc::new(AtomicBool::new(true));
     let in_use = used.clone();
-    let accounts = Arc::new(Accounts::of_kubernetes(client, move |_| in_use.load(Ordering::SeqCst)));
+    let accounts = Arc::new(Accounts::for_kubernetes(client, move |_| in_use.load(Ordering::SeqCst)));
     accounts.apply(watcher::Event::Init, ROLE);
-    assert_eq!(accounts.apply(watcher::Event::InitDone, ROLE), Told::All(Vec::new()));
+    assert_eq!(accounts.apply(watcher::Event::InitDone, ROLE), AccountEvent::Synced(Vec::new()));
     (accounts, used)
 }
 
@@ -65,80 +65,80 @@ fn name() -> ServiceAccountName {
 }
 
 async fn role(accounts: &Accounts) -> Result<String, Reason> {
-    let found = accounts.find(&workload(), ROLE).await;
-    found.map(|account| account.annotations[ROLE].clone()).map_err(|refusal| refusal.reason)
+    let account = accounts.get_or_read(&workload(), ROLE).await;
+    account.map(|account| account.annotations[ROLE].clone()).map_err(|refusal| refusal.reason)
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_live_read_is_one_whoever_waits_and_goes_on_when_all_of_them_hang_up() {
-    let (asked, client) = server(0);
+async fn live_read_is_shared_and_survives_hang_ups() {
+    let (requests, client) = server(0);
     let (accounts, _) = accounts(client);
     for _ in 0..3 {
-        let patience = Duration::from_millis(10);
-        assert!(tokio::time::timeout(patience, role(&accounts)).await.is_err(), "hangs up");
+        let timeout = Duration::from_millis(10);
+        assert!(tokio::time::timeout(timeout, role(&accounts)).await.is_err(), "hangs up");
     }
     assert_eq!(role(&accounts).await.as_deref(), Ok("role"));
-    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    assert_eq!(requests.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_live_read_that_failed_is_the_answer_to_all_for_a_moment() {
-    let (asked, client) = server(1);
+async fn failed_live_read_is_cached_briefly() {
+    let (requests, client) = server(1);
     let (accounts, _) = accounts(client);
     for answer in futures::future::join_all((0..20).map(|_| role(&accounts))).await {
         assert_eq!(answer, Err(Reason::AccountUnavailable));
     }
     assert!(role(&accounts).await.is_err());
-    assert_eq!(asked.load(Ordering::SeqCst), 1, "each of them would have asked in its turn");
-    tokio::time::advance(FAILURE_HOLDS).await;
+    assert_eq!(requests.load(Ordering::SeqCst), 1, "all callers share one read");
+    tokio::time::advance(FAILURE_TTL).await;
     assert!(role(&accounts).await.is_ok());
 }
 
-/// Where nobody polled it, one that failed was remembered as if it had not.
+/// A shared future that nobody polls never shows its failure.
 #[tokio::test(start_paused = true)]
-async fn a_live_read_that_failed_after_all_hung_up_is_not_the_answer_for_long() {
-    let (asked, client) = server(1);
+async fn failure_after_hang_ups_expires_too() {
+    let (requests, client) = server(1);
     let (accounts, _) = accounts(client);
-    let patience = Duration::from_millis(10);
-    assert!(tokio::time::timeout(patience, role(&accounts)).await.is_err(), "hangs up");
-    tokio::time::sleep(FAILURE_HOLDS).await;
+    let timeout = Duration::from_millis(10);
+    assert!(tokio::time::timeout(timeout, role(&accounts)).await.is_err(), "hangs up");
+    tokio::time::sleep(FAILURE_TTL).await;
     assert!(role(&accounts).await.is_ok());
-    assert_eq!(asked.load(Ordering::SeqCst), 2);
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
 }
 
-/// A session whose account is known by a live read alone would be dropped after a minute.
+/// Otherwise a session whose account only a live read has shown would be dropped after a minute.
 #[tokio::test(start_paused = true)]
-async fn a_live_read_makes_an_account_known() {
-    let (asked, client) = server(0);
+async fn live_read_stores_the_account() {
+    let (requests, client) = server(0);
     let (accounts, used) = accounts(client);
     assert!(role(&accounts).await.is_ok());
-    assert!(accounts.annotated(&workload()).is_some());
+    assert!(accounts.get(&workload()).is_some());
     used.store(false, Ordering::SeqCst);
     accounts.forget_unused();
-    assert!(accounts.annotated(&workload()).is_none());
-    // The former answer is not for the next pod, which would not make the account known again.
+    assert!(accounts.get(&workload()).is_none());
+    // The next pod causes a new read: a cached result would not store the account again.
     used.store(true, Ordering::SeqCst);
-    assert!(role(&accounts).await.is_ok() && accounts.annotated(&workload()).is_some());
-    assert_eq!(asked.load(Ordering::SeqCst), 2);
+    assert!(role(&accounts).await.is_ok() && accounts.get(&workload()).is_some());
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_read_that_an_event_overtakes_is_repeated() {
-    // The role goes while the first answer is on its way.
-    let (asked, client) = answering(|number| Some((number == 0).then_some("stale")));
+async fn superseded_read_is_repeated() {
+    // The role is removed while the first response is in flight.
+    let (requests, client) = server_with_role(|number| Some((number == 0).then_some("stale")));
     let (accounts, _) = accounts(client);
     let deletes = async {
         tokio::time::sleep(Duration::from_millis(10)).await;
-        assert_eq!(accounts.apply(watcher::Event::Delete(object(Some("stale"))), ROLE), Told::Nothing);
+        assert_eq!(accounts.apply(watcher::Event::Delete(object(Some("stale"))), ROLE), AccountEvent::Unchanged);
     };
     assert_eq!(tokio::join!(role(&accounts), deletes).0, Err(Reason::NoRole));
-    assert_eq!(asked.load(Ordering::SeqCst), 2);
-    assert_eq!(accounts.annotated(&workload()), None);
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
+    assert_eq!(accounts.get(&workload()), None);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_account_that_keeps_changing_is_no_endless_loop() {
-    let (asked, client) = answering(|_| Some(None));
+async fn reads_of_a_changing_account_are_bounded() {
+    let (requests, client) = server_with_role(|_| Some(None));
     let (accounts, _) = accounts(client);
     let changes = async {
         loop {
@@ -148,64 +148,63 @@ async fn an_account_that_keeps_changing_is_no_endless_loop() {
     };
     let answer = tokio::select! { answer = role(&accounts) => answer, () = changes => unreachable!() };
     assert_eq!(answer, Err(Reason::AccountUnavailable), "never a 404, which is final");
-    assert_eq!(asked.load(Ordering::SeqCst), READS);
+    assert_eq!(requests.load(Ordering::SeqCst), MAX_READS);
 }
 
-/// Without a pod of the account, an event is no news, and leaves nothing behind.
 #[tokio::test(start_paused = true)]
-async fn events_of_unused_accounts_are_no_news() {
+async fn events_of_unused_accounts_are_ignored() {
     let (accounts, used) = accounts(server(0).1);
     used.store(false, Ordering::SeqCst);
-    assert_eq!(accounts.apply(watcher::Event::Apply(object(Some("role"))), ROLE), Told::Nothing);
-    assert_eq!(accounts.annotated(&workload()), None);
+    assert_eq!(accounts.apply(watcher::Event::Apply(object(Some("role"))), ROLE), AccountEvent::Unchanged);
+    assert_eq!(accounts.get(&workload()), None);
     used.store(true, Ordering::SeqCst);
-    assert_eq!(accounts.apply(watcher::Event::Apply(object(Some("role"))), ROLE), Told::Changed(name()));
-    assert!(accounts.annotated(&workload()).is_some());
+    assert_eq!(accounts.apply(watcher::Event::Apply(object(Some("role"))), ROLE), AccountEvent::Changed(name()));
+    assert!(accounts.get(&workload()).is_some());
 }
 
 #[tokio::test(start_paused = true)]
-async fn accounts_of_new_pods_are_read_until_known() {
-    let (asked, client) = server(3);
+async fn fetch_retries_until_the_account_is_known() {
+    let (requests, client) = server(3);
     let (accounts, _) = accounts(client);
-    assert!(accounts.begin_learning(&workload()) && !accounts.begin_learning(&workload()));
-    accounts.learn(&name(), ROLE).await;
-    assert!(accounts.annotated(&workload()).is_some() && !accounts.begin_learning(&workload()));
-    assert_eq!(asked.load(Ordering::SeqCst), 4);
+    assert!(accounts.begin_fetch(&workload()) && !accounts.begin_fetch(&workload()));
+    accounts.fetch(&name(), ROLE).await;
+    assert!(accounts.get(&workload()).is_some() && !accounts.begin_fetch(&workload()));
+    assert_eq!(requests.load(Ordering::SeqCst), 4);
 }
 
 #[tokio::test(start_paused = true)]
-async fn learning_ends_with_the_last_pod() {
-    let (asked, client) = server(usize::MAX);
+async fn fetch_ends_with_the_last_pod() {
+    let (requests, client) = server(usize::MAX);
     let (accounts, used) = accounts(client);
-    assert!(accounts.begin_learning(&workload()));
-    let goes = async {
+    assert!(accounts.begin_fetch(&workload()));
+    let last_pod_ends = async {
         tokio::time::sleep(Duration::from_secs(600)).await;
         used.store(false, Ordering::SeqCst);
     };
     let name = name();
-    tokio::join!(accounts.learn(&name, ROLE), goes);
-    let asked = asked.load(Ordering::SeqCst);
-    assert!((20..60).contains(&asked), "{asked} reads in ten minutes of an outage");
+    tokio::join!(accounts.fetch(&name, ROLE), last_pod_ends);
+    let reads = requests.load(Ordering::SeqCst);
+    assert!((20..60).contains(&reads), "{reads} reads in ten minutes of an outage");
     used.store(true, Ordering::SeqCst);
-    assert!(accounts.begin_learning(&workload()), "the next pod's turn");
+    assert!(accounts.begin_fetch(&workload()), "the next pod starts a new fetch");
 }
 
-/// That a read for a prefetch found no role is not the answer to a request that comes later.
+/// A request starts its own read even if a prefetch has just found no role.
 #[tokio::test(start_paused = true)]
-async fn learning_answers_no_request() {
-    let (asked, client) = answering(|number| Some((number > 0).then_some("added")));
+async fn fetch_result_is_not_cached_for_requests() {
+    let (requests, client) = server_with_role(|number| Some((number > 0).then_some("added")));
     let (accounts, _) = accounts(client);
-    assert!(accounts.begin_learning(&workload()));
-    accounts.learn(&name(), ROLE).await;
-    assert!(!accounts.begin_learning(&workload()), "that it has no role is known");
+    assert!(accounts.begin_fetch(&workload()));
+    accounts.fetch(&name(), ROLE).await;
+    assert!(!accounts.begin_fetch(&workload()), "the account is known to have no role");
     assert_eq!(role(&accounts).await.as_deref(), Ok("added"));
-    assert_eq!(asked.load(Ordering::SeqCst), 2);
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
 }
 
-/// Whoever may write service accounts in one namespace may not fill the memory of every agent.
+/// A user with write access in one namespace must not fill the memory of every agent.
 #[test]
-fn of_annotations_only_what_is_read_is_kept_and_none_that_is_too_long() {
-    let told = |annotations: &[(&str, &str)]| {
+fn unread_and_oversized_annotations_are_dropped() {
+    let parse = |annotations: &[(&str, &str)]| {
         let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let metadata = ObjectMeta {
             namespace: Some("default".into()),
@@ -214,11 +213,11 @@ fn of_annotations_only_what_is_read_is_kept_and_none_that_is_too_long() {
             annotations: Some(annotations.iter().map(own).collect()),
             ..ObjectMeta::default()
         };
-        slim(metadata, ROLE).unwrap().1
+        parse_metadata(metadata, ROLE).unwrap().1
     };
     let junk = "x".repeat(200 << 10);
     let role = "arn:aws:iam::111122223333:role/reader";
-    let kept = told(&[
+    let kept = parse(&[
         (ROLE, role),
         ("kirsa.dev/session-scope", "pod"),
         ("kirsa.dev/junk", &junk),
@@ -229,29 +228,33 @@ fn of_annotations_only_what_is_read_is_kept_and_none_that_is_too_long() {
         ("junk", &junk),
     ]);
     assert_eq!(kept.annotations.keys().collect::<Vec<_>>(), [ROLE, "kirsa.dev/session-scope"]);
-    assert_eq!(kept.too_long, None);
+    assert_eq!(kept.oversized, None);
     let defaults = Defaults::sample();
-    assert!(Terms::read(&kept, &defaults).unwrap().is_some());
+    assert!(SessionAnnotations::parse(&kept, &defaults).unwrap().is_some());
     for long in [ROLE, "kirsa.dev/session-policy", "kirsa.dev/session-policy-arns", "eks.amazonaws.com/audience"] {
         let mut annotations = vec![(ROLE, role)];
         annotations.retain(|(name, _)| *name != long);
         annotations.push((long, &junk));
-        let account = told(&annotations);
+        let account = parse(&annotations);
         assert!(account.annotations.values().map(String::len).sum::<usize>() < 100, "{long}");
-        let wrong = Terms::read(&account, &defaults).unwrap_err();
-        assert!(wrong.contains(long) && wrong.contains("204800 bytes") && wrong.len() < 200, "{wrong}");
+        let error = SessionAnnotations::parse(&account, &defaults).unwrap_err();
+        assert!(error.contains(long) && error.contains("204800 bytes") && error.len() < 200, "{error}");
     }
-    assert_eq!(Terms::read(&told(&[("kirsa.dev/session-policy", &junk)]), &defaults), Ok(None), "has no role");
+    assert_eq!(
+        SessionAnnotations::parse(&parse(&[("kirsa.dev/session-policy", &junk)]), &defaults),
+        Ok(None),
+        "has no role"
+    );
 }
 
-/// Told of service accounts, whoever waited has the answer: SDKs that ask once get no other.
+/// SDKs do not retry after a 404, so a request waits for the first list.
 #[tokio::test(start_paused = true)]
-async fn who_asks_while_the_service_accounts_are_read_waits_for_them() {
-    let accounts = Accounts::of_file();
+async fn request_waits_for_the_first_list() {
+    let accounts = Accounts::for_file();
     let workload = workload();
-    let asked = accounts.find(&workload, ROLE);
-    tokio::pin!(asked);
-    assert!(futures::poll!(&mut asked).is_pending() && !accounts.are_read());
+    let request = accounts.get_or_read(&workload, ROLE);
+    tokio::pin!(request);
+    assert!(futures::poll!(&mut request).is_pending() && !accounts.is_synced());
     accounts.replace(&[], ROLE);
-    assert_eq!(asked.await.unwrap_err().reason, Reason::NoRole);
+    assert_eq!(request.await.unwrap_err().reason, Reason::NoRole);
 }

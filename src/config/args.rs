@@ -9,7 +9,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::RangedU64Va
 
 use super::{EXCHANGES, MAX_SESSION, MIN_SESSION, START_WINDOW};
 use crate::{
-    authorise::Scope,
+    authorise::SessionScope,
     intercept::{Backend, port::DEFAULT_PORT},
     kubernetes::Mint,
     observe::LogFormat,
@@ -200,7 +200,7 @@ pub(super) struct CredentialArgs {
     pub(super) session_duration: u32,
     /// Which pods share a session: service-account (its pods on this node) or pod (none).
     #[arg(long, env = "KIRSA_SESSION_SCOPE", default_value = "service-account", value_name = "SCOPE")]
-    pub(super) session_scope: Scope,
+    pub(super) session_scope: SessionScope,
     /// Rate limit of this node's exchanges per second. An exchange is one TokenRequest and one call of STS. Waiting pods
     /// come first, then prefetch, then refresh.
     #[arg(long, env = "KIRSA_EXCHANGE_RATE", default_value_t = EXCHANGES.0, value_name = "N")]

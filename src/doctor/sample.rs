@@ -15,7 +15,7 @@ use crate::{
         Attributor, Change, Event, Workload, file,
         pod::{self, SlimPod},
     },
-    authorise::{Accounts, Authoriser, Grant, Told, accounts},
+    authorise::{AccountEvent, Accounts, Authoriser, Grant, accounts},
     clock::UnixTime,
     config::Config,
     exchange::{
@@ -47,7 +47,7 @@ pub(super) struct Pods {
 pub(super) async fn of_file(path: &Path, config: &Config, metrics: Metrics) -> anyhow::Result<Pods> {
     let workloads = file::read(path)?;
     let (attributor, changes) = Attributor::new(metrics);
-    let authoriser = Authoriser::new(Accounts::of_file(), config.defaults());
+    let authoriser = Authoriser::new(Accounts::for_file(), config.defaults());
     authoriser.accounts().replace(&workloads, &config.defaults().role_annotation());
     file::apply(&workloads, &attributor);
     Ok(authorised(changes, &authoriser, TokenSource::File).await)
@@ -70,12 +70,12 @@ pub(super) async fn of_cluster(
     let annotation = config.defaults().role_annotation();
     let keep = accounts::keep(&annotation);
     let reads = cluster.kubernetes.reads(Identity::Agent, keep.clone())?;
-    let accounts = Accounts::of_kubernetes(reads, move |name| attributor.uses(name));
+    let accounts = Accounts::for_kubernetes(reads, move |name| attributor.uses(name));
     let authoriser = Authoriser::new(accounts, config.defaults());
     let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
     let read = tokio::sync::Notify::new();
     select! {
-        () = authoriser.accounts().follow(reader, &annotation, |told| if matches!(told, Told::All(_)) { read.notify_one() }) => {}
+        () = authoriser.accounts().follow(reader, &annotation, |told| if matches!(told, AccountEvent::Synced(_)) { read.notify_one() }) => {}
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }

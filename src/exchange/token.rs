@@ -255,9 +255,9 @@ mod tests {
     #[test]
     fn store_tokens_last_as_long_as_sessions() {
         let lifetime = |role| {
-            let account = Account::of_annotations("sa-uid", [("eks.amazonaws.com/role-arn", role)]);
-            let defaults = Defaults { foreign_arns: true, ..Defaults::sample() };
-            lifetime(&Grant::of_account(Workload::sample("a", "uid-a", "reader"), &account, &defaults).unwrap())
+            let account = Account::from_annotations("sa-uid", [("eks.amazonaws.com/role-arn", role)]);
+            let defaults = Defaults { store_arns: true, ..Defaults::sample() };
+            lifetime(&Grant::from_account(Workload::sample("a", "uid-a", "reader"), &account, &defaults).unwrap())
         };
         assert_eq!(lifetime(ROLE), TOKEN_LIFETIME);
         assert_eq!(lifetime("arn:minio:iam:::role/reader"), STORE_TOKEN_LIFETIME);

@@ -10,11 +10,11 @@ pub fn check(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let annotations: Vec<(&str, &str)> = text.split('\n').filter_map(|line| line.split_once('=')).collect();
     let has = |name: &str| annotations.iter().any(|(known, _)| *known == name);
-    for (foreign_arns, pod) in [(false, "pod-0"), (true, &"p".repeat(253))] {
+    for (store_arns, pod) in [(false, "pod-0"), (true, &"p".repeat(253))] {
         // Another one for each, since an account remembers what it was read as.
-        let account = Account::of_annotations("sa-uid", annotations.iter().copied());
-        let defaults = Defaults { foreign_arns, ..Defaults::sample() };
-        match Grant::of_account(Workload::sample(pod, "uid-a", "reader"), &account, &defaults) {
+        let account = Account::from_annotations("sa-uid", annotations.iter().copied());
+        let defaults = Defaults { store_arns, ..Defaults::sample() };
+        match Grant::from_account(Workload::sample(pod, "uid-a", "reader"), &account, &defaults) {
             Ok(grant) => {
                 let key = grant.key();
                 let value = annotations.iter().rev().find(|(name, _)| *name == "eks.amazonaws.com/role-arn").unwrap().1;

@@ -8,7 +8,7 @@ use tracing::info;
 use super::{always, container};
 use crate::{
     attribute::{self, Attributor, ServiceAccountName, cni, file, pod},
-    authorise::{Accounts, Authoriser, Told, accounts},
+    authorise::{AccountEvent, Accounts, Authoriser, accounts},
     config::{Config, Source},
     exchange::token::{TokenMinter, TokenSource},
     kubernetes::{self, Identity, Kubernetes, Mint},
@@ -46,7 +46,7 @@ impl Learning<'_> {
         let role_annotation = defaults.role_annotation();
         match self.config.source.clone() {
             Source::File(path) => {
-                let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
+                let authoriser = Arc::new(Authoriser::new(Accounts::for_file(), defaults));
                 follow_file(&path, &self.attributor, &authoriser, role_annotation, &self.conditions, tasks)?;
                 Ok(Sources { authoriser, tokens: TokenSource::File, container: None })
             }
@@ -54,7 +54,7 @@ impl Learning<'_> {
                 let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
                 let (reads, pods) = (accounts::keep(&role_annotation), self.attributor.clone());
                 let accounts =
-                    Accounts::of_kubernetes(kubernetes.reads(Identity::Agent, reads)?, move |name| pods.uses(name));
+                    Accounts::for_kubernetes(kubernetes.reads(Identity::Agent, reads)?, move |name| pods.uses(name));
                 let authoriser = Arc::new(Authoriser::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
@@ -117,12 +117,12 @@ impl Follow {
             // Nobody listens any more: the agent is ending.
             let changed = |account| drop(self.changed.send(account));
             let told = |told| match told {
-                Told::All(unlisted) => {
+                AccountEvent::Synced(unlisted) => {
                     accounts_known.set(true);
                     unlisted.into_iter().for_each(changed);
                 }
-                Told::Changed(account) => changed(account),
-                Told::Nothing => {}
+                AccountEvent::Changed(account) => changed(account),
+                AccountEvent::Unchanged => {}
             };
             // The list keeps only the accounts of pods that are known.
             pods_known.met().await;

@@ -128,7 +128,7 @@ async fn live(site: &Site, life: &Life) -> Calls {
         calls: Mutex::new(Calls { api: BTreeMap::from([(0, STARTS)]), ..Calls::default() }),
     });
     let workloads: Vec<file::FileWorkload> = (0..site.pods).map(|pod| workload(pod, site.accounts)).collect();
-    let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), Defaults::sample()));
+    let authoriser = Arc::new(Authoriser::new(Accounts::for_file(), Defaults::sample()));
     authoriser.accounts().replace(&workloads, "eks.amazonaws.com/role-arn");
     let (attributor, changes) = Attributor::new(metrics.clone());
     file::apply(&workloads, &attributor);
@@ -146,7 +146,7 @@ async fn live(site: &Site, life: &Life) -> Calls {
 
     let outcome = Rc::new(Cell::new((0, Duration::ZERO)));
     for pod in 0..site.pods {
-        let Some(grant) = authoriser.foresee(&sample(pod, site.accounts)) else { continue };
+        let Some(grant) = authoriser.grant_if_cached(&sample(pod, site.accounts)) else { continue };
         // A program starts when it does: that is no jitter of the agent's.
         let first = life.first_asked.mul_f64(fastrand::f64());
         tokio::task::spawn_local(sdk(cache.clone(), grant, first, outcome.clone()));

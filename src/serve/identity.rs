@@ -44,7 +44,7 @@ impl Server {
     /// A pod that is known, with a right session token or none where none is required of it.
     fn permitted(&self, asked: &Asked<'_>, workload: &Workload) -> Result<(), Refusal> {
         self.session(asked, Some(workload))?;
-        self.authoriser.foresee(workload).map_or(Ok(()), |grant| suffices(&grant, asked))
+        self.authoriser.grant_if_cached(workload).map_or(Ok(()), |grant| suffices(&grant, asked))
     }
 
     /// Who is calling, with a right session token.
@@ -107,14 +107,14 @@ impl Server {
         let grant = self.grant(&workload, asked, until).await?;
         let known = Arc::new(Known { editions, session: self.cache.handle(&grant), workload, grant });
         // What a live read told holds for less long than an edition may.
-        if self.authoriser.foresee(&known.workload).is_some() {
+        if self.authoriser.grant_if_cached(&known.workload).is_some() {
             asked.caller.remember(known.clone());
         }
         Ok(known)
     }
 
     pub(super) fn editions(&self) -> Editions {
-        (self.attributor.edition(), self.authoriser.edition())
+        (self.attributor.edition(), self.authoriser.generation())
     }
 }
 

@@ -142,7 +142,7 @@ impl Server {
         let known = self.known(asked, until).await?;
         let grant = &known.grant;
         // The service account decides the role. Another name is not found, whether there is such a role or not.
-        if !grant.role().answers_to(role) {
+        if !grant.role().matches_name(role) {
             return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
         }
         let credential = self.credential(&asked.caller.peer, &known, until).await?;

@@ -39,7 +39,7 @@ impl Memory {
         let (attributor, _) = Attributor::new(metrics.clone());
         let workloads = file::parse(workloads).unwrap();
         file::apply(&workloads, &attributor);
-        let accounts = Accounts::of_file();
+        let accounts = Accounts::for_file();
         accounts.replace(&workloads, "eks.amazonaws.com/role-arn");
         let given = ("meta-data/placement/region".to_owned(), "eu-central-1".to_owned());
         let limiter = ExchangeLimiter::new(1_000, 1_000, metrics.clone());

@@ -1,94 +1,99 @@
-//! What a service account's annotations say, as IRSA defines them (amazon-eks-pod-identity-webhook, README) and as
-//! kirsa adds to them. A malformed one is a refusal: nothing is guessed.
+//! Annotations of service accounts: those of IRSA
+//! (<https://github.com/aws/amazon-eks-pod-identity-webhook/blob/master/README.md>) and kirsa's own. A malformed annotation
+//! is refused, never guessed.
 
 use std::{ops::RangeInclusive, time::Duration};
 
-use super::{Account, RoleArn, Scope};
+use super::{Account, RoleArn, SessionScope};
 
-const KIRSA: &str = "kirsa.dev";
+const KIRSA_PREFIX: &str = "kirsa.dev";
 
-/// What holds where no annotation says otherwise.
+/// Values that apply without an annotation.
 #[derive(Debug, Clone)]
 pub struct Defaults {
-    /// What IRSA's annotations begin with.
+    /// Prefix of IRSA's annotations.
     pub prefix: String,
     pub audience: String,
     pub duration: Duration,
     /// Durations that an annotation may choose from.
     pub durations: RangeInclusive<Duration>,
-    pub scope: Scope,
+    pub scope: SessionScope,
     /// Whether role ARNs of S3-compatible stores are allowed.
-    pub foreign_arns: bool,
+    pub store_arns: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Terms {
+pub(super) struct SessionAnnotations {
     pub role: RoleArn,
     pub audience: String,
     pub duration: Duration,
-    pub scope: Scope,
+    pub scope: SessionScope,
     pub policy: Option<String>,
     pub policy_arns: Vec<String>,
     pub require_imdsv2: bool,
 }
 
-/// In bytes: more than any value that is right. A session policy has 2,048 at most; of ARNs of policies there are ten.
-const LONGEST: usize = 2_048;
-const LONGEST_ARNS: usize = 8_192;
+/// Maximum length of a value in bytes. STS allows 2,048 characters for a session policy.
+const MAX_LEN: usize = 2_048;
+/// Maximum length of `session-policy-arns`, which has up to ten ARNs.
+const MAX_ARNS_LEN: usize = 8_192;
 
-/// How long the value of an annotation may be; `None` of one that is not read.
-pub(super) fn longest(annotation: &str, role_annotation: &str) -> Option<usize> {
+/// Returns the maximum length of an annotation's value; `None` for an annotation that kirsa does not read.
+pub(super) fn max_len(annotation: &str, role_annotation: &str) -> Option<usize> {
     let (prefix, name) = annotation.rsplit_once('/')?;
     let irsa = role_annotation.rsplit_once('/').is_some_and(|(irsa, _)| prefix == irsa)
         && ["role-arn", "audience", "token-expiration", "sts-regional-endpoints"].contains(&name);
-    let ours = prefix == KIRSA
+    let own = prefix == KIRSA_PREFIX
         && ["session-duration", "session-scope", "session-policy", "session-policy-arns", "require-imdsv2"]
             .contains(&name);
-    (irsa || ours).then_some(if name == "session-policy-arns" { LONGEST_ARNS } else { LONGEST })
+    (irsa || own).then_some(if name == "session-policy-arns" { MAX_ARNS_LEN } else { MAX_LEN })
 }
 
-impl Terms {
-    /// `None`: the account has no role. The error names the annotation, its value and the right form.
-    pub(super) fn read(account: &Account, defaults: &Defaults) -> Result<Option<Self>, String> {
+impl SessionAnnotations {
+    /// Returns `None` if the account has no role.
+    ///
+    /// # Errors
+    /// A message with the malformed annotation, its value and the expected form.
+    pub(super) fn parse(account: &Account, defaults: &Defaults) -> Result<Option<Self>, String> {
         let irsa = |name: &str| account.annotation(&format!("{}/{name}", defaults.prefix));
-        let ours = |name: &str| account.annotation(&format!("{KIRSA}/{name}"));
-        let named = |prefix: &str, name: &str, wrong: String| format!("annotation {prefix}/{name}: {wrong}");
-        let irsa_wrong = |name: &'static str| move |wrong| named(&defaults.prefix, name, wrong);
-        let ours_wrong = |name: &'static str| move |wrong| named(KIRSA, name, wrong);
+        let own = |name: &str| account.annotation(&format!("{KIRSA_PREFIX}/{name}"));
+        let context = |prefix: &str, name: &str, error: String| format!("annotation {prefix}/{name}: {error}");
+        let irsa_error = |name: &'static str| move |error| context(&defaults.prefix, name, error);
+        let own_error = |name: &'static str| move |error| context(KIRSA_PREFIX, name, error);
 
         let Some(role) = irsa("role-arn") else { return Ok(None) };
-        if let Some((name, length)) = &account.too_long {
-            return Err(format!("annotation {name}: has at least {length} bytes, more than any value that is right"));
+        if let Some((name, length)) = &account.oversized {
+            return Err(format!("annotation {name}: has {length} bytes, more than any valid value"));
         }
-        // IRSA's lifetime of the token in the pod and its choice of endpoint: kirsa's token lives for one exchange, at
-        // the regional endpoint. Both must be well-formed all the same, since a typing error is worth knowing of.
+        // kirsa does not use IRSA's token lifetime and endpoint choice: its tokens live for one exchange, at the regional
+        // endpoint. Both are validated all the same, to report typing errors.
         if let Some(value) = irsa("token-expiration") {
             seconds(value, &(Duration::from_secs(600)..=Duration::from_secs(86_400)))
-                .map_err(irsa_wrong("token-expiration"))?;
+                .map_err(irsa_error("token-expiration"))?;
         }
         if let Some(value) = irsa("sts-regional-endpoints") {
-            one_of(value, &[("true", ()), ("false", ())]).map_err(irsa_wrong("sts-regional-endpoints"))?;
+            one_of(value, &[("true", ()), ("false", ())]).map_err(irsa_error("sts-regional-endpoints"))?;
         }
         Ok(Some(Self {
-            role: RoleArn::parse(role, defaults.foreign_arns).map_err(irsa_wrong("role-arn"))?,
+            role: RoleArn::parse(role, defaults.store_arns).map_err(irsa_error("role-arn"))?,
             audience: irsa("audience")
                 .map_or(Ok(defaults.audience.clone()), audience)
-                .map_err(irsa_wrong("audience"))?,
-            duration: ours("session-duration")
+                .map_err(irsa_error("audience"))?,
+            duration: own("session-duration")
                 .map_or(Ok(defaults.duration), |value| seconds(value, &defaults.durations))
-                .map_err(ours_wrong("session-duration"))?,
-            scope: ours("session-scope")
+                .map_err(own_error("session-duration"))?,
+            scope: own("session-scope")
                 .map_or(Ok(defaults.scope), |value| {
-                    one_of(value, &[("service-account", Scope::ServiceAccount), ("pod", Scope::Pod)])
+                    one_of(value, &[("service-account", SessionScope::ServiceAccount), ("pod", SessionScope::Pod)])
                 })
-                .map_err(ours_wrong("session-scope"))?,
-            policy: ours("session-policy").map(policy).transpose().map_err(ours_wrong("session-policy"))?,
-            policy_arns: ours("session-policy-arns")
+                .map_err(own_error("session-scope"))?,
+            policy: own("session-policy").map(policy).transpose().map_err(own_error("session-policy"))?,
+            policy_arns: own("session-policy-arns")
                 .map_or(Ok(Vec::new()), policy_arns)
-                .map_err(ours_wrong("session-policy-arns"))?,
-            require_imdsv2: ours("require-imdsv2")
+                .map_err(own_error("session-policy-arns"))?,
+            require_imdsv2: own("require-imdsv2")
                 .map_or(Ok(false), |value| one_of(value, &[("true", true), ("false", false)]))
-                .map_err(ours_wrong("require-imdsv2"))?,
+                .map_err(own_error("require-imdsv2"))?,
         }))
     }
 }
@@ -112,7 +117,8 @@ fn audience(value: &str) -> Result<String, String> {
     ok.then(|| value.to_owned()).ok_or_else(|| format!("{value:?} must be one word, such as sts.amazonaws.com"))
 }
 
-/// STS API Reference, AssumeRoleWithWebIdentity, Policy.
+/// Validates a session policy: <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html>
+/// (`Policy`).
 fn policy(value: &str) -> Result<String, String> {
     if value.len() > 2_048 {
         return Err(format!("has {} characters; STS allows 2048", value.len()));
@@ -123,7 +129,8 @@ fn policy(value: &str) -> Result<String, String> {
     }
 }
 
-/// STS API Reference, AssumeRoleWithWebIdentity, PolicyArns: at most 10.
+/// Validates up to ten policy ARNs: <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html>
+/// (`PolicyArns`).
 fn policy_arns(value: &str) -> Result<Vec<String>, String> {
     let arns: Vec<String> = value.split(',').map(|arn| arn.trim().to_owned()).collect();
     let well_formed = |arn: &String| {
@@ -136,15 +143,13 @@ fn policy_arns(value: &str) -> Result<Vec<String>, String> {
         return Err(format!("names {} policies; STS allows 10", arns.len()));
     }
     match arns.iter().find(|arn| !well_formed(arn)) {
-        Some(wrong) => {
-            Err(format!("{wrong:?} must be arn:aws:iam::<account>:policy/<name>, several with commas between"))
-        }
+        Some(arn) => Err(format!("{arn:?} must be arn:aws:iam::<account>:policy/<name>; separate several by commas")),
         None => Ok(arns),
     }
 }
 
 impl Defaults {
-    /// Whose value is a service account's role.
+    /// Returns the name of the annotation that holds the role ARN.
     pub fn role_annotation(&self) -> String {
         format!("{}/role-arn", self.prefix)
     }
@@ -158,8 +163,8 @@ impl Defaults {
             audience: "sts.amazonaws.com".into(),
             duration: Duration::from_secs(3_600),
             durations: Duration::from_secs(1_800)..=Duration::from_secs(43_200),
-            scope: Scope::ServiceAccount,
-            foreign_arns: false,
+            scope: SessionScope::ServiceAccount,
+            store_arns: false,
         }
     }
 }
@@ -170,18 +175,18 @@ mod tests {
 
     const ROLE: (&str, &str) = ("eks.amazonaws.com/role-arn", "arn:aws:iam::111122223333:role/reader");
 
-    fn read(annotations: &[(&str, &str)]) -> Result<Option<Terms>, String> {
-        Terms::read(&Account::of_annotations("u", annotations.iter().copied()), &Defaults::sample())
+    fn parse(annotations: &[(&str, &str)]) -> Result<Option<SessionAnnotations>, String> {
+        SessionAnnotations::parse(&Account::from_annotations("u", annotations.iter().copied()), &Defaults::sample())
     }
 
     #[test]
-    fn no_role_annotation_is_no_role_whatever_else_is_there() {
-        assert_eq!(read(&[("kirsa.dev/session-duration", "soon")]), Ok(None));
+    fn without_role_annotation_nothing_else_counts() {
+        assert_eq!(parse(&[("kirsa.dev/session-duration", "soon")]), Ok(None));
     }
 
     #[test]
     fn annotations_override_the_defaults() {
-        let terms = read(&[
+        let annotations = parse(&[
             ROLE,
             ("eks.amazonaws.com/audience", "my-sts"),
             ("kirsa.dev/session-duration", "7200"),
@@ -192,15 +197,15 @@ mod tests {
         .unwrap()
         .unwrap();
         assert_eq!(
-            (terms.audience.as_str(), terms.duration, terms.scope),
-            ("my-sts", Duration::from_secs(7_200), Scope::Pod)
+            (annotations.audience.as_str(), annotations.duration, annotations.scope),
+            ("my-sts", Duration::from_secs(7_200), SessionScope::Pod)
         );
-        assert_eq!((terms.policy.is_some(), terms.policy_arns.len()), (true, 2));
+        assert_eq!((annotations.policy.is_some(), annotations.policy_arns.len()), (true, 2));
     }
 
     #[test]
-    fn a_malformed_annotation_is_named_with_its_value_and_the_right_form() {
-        for (annotation, value, right) in [
+    fn malformed_annotation_error_names_expected_form() {
+        for (annotation, value, expected) in [
             ("eks.amazonaws.com/role-arn", "reader", "must be arn:aws:iam::"),
             ("eks.amazonaws.com/audience", "a b", "one word"),
             ("eks.amazonaws.com/token-expiration", "1h", "from 600 to 86400"),
@@ -211,8 +216,8 @@ mod tests {
             ("kirsa.dev/session-policy", "{", "JSON policy document"),
             ("kirsa.dev/session-policy-arns", "A", "must be arn:aws:iam::"),
         ] {
-            let wrong = read(&[ROLE, (annotation, value)]).unwrap_err();
-            assert!(wrong.contains(annotation) && wrong.contains(right), "{wrong}");
+            let error = parse(&[ROLE, (annotation, value)]).unwrap_err();
+            assert!(error.contains(annotation) && error.contains(expected), "{error}");
         }
     }
 }
