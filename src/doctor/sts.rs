@@ -38,6 +38,6 @@ fn judge(whom: &str, knock: &Reachability) -> Finding {
              security group, port 443) and the certificate that is shown there",
         ),
         Some(reason) => Finding::failed(CHECK, format!("{whom}: {said}"), reason.info().advice),
-        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsAnswer.info().advice),
+        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsResponse.info().advice),
     }
 }

@@ -100,7 +100,7 @@ impl Sts {
     /// requested one.
     ///
     /// # Errors
-    /// The reasons of [`classify_error`] if the call failed; `BadStsAnswer` if the answer has no complete credentials;
+    /// The reasons of [`classify_error`] if the call failed; `BadStsResponse` if the answer has no complete credentials;
     /// `ClockSkew` if the session is about to expire by this node's clock.
     pub async fn assume_role(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
         let requested = grant.key().duration;
@@ -147,7 +147,7 @@ impl Sts {
         let requested_at = Instant::now();
         let answer = call.send().await.map_err(|error| refusal_from(grant, token, &error))?;
         let bad =
-            |what: &str| Refusal::new(Reason::BadStsAnswer, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
+            |what: &str| Refusal::new(Reason::BadStsResponse, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
         let credentials = answer.credentials.ok_or_else(|| bad("the response has no credentials"))?;
         let present = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic());
         let (id, secret, token) =
@@ -219,7 +219,7 @@ fn classify_error(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, 
     let reason = match error {
         SdkError::ServiceError(_) => classify_code(code, message.unwrap_or_default(), status.unwrap_or(0)),
         SdkError::ResponseError(_) if status.is_some_and(|status| status >= 500) => Reason::StsUnavailable,
-        SdkError::ResponseError(_) => Reason::BadStsAnswer,
+        SdkError::ResponseError(_) => Reason::BadStsResponse,
         SdkError::TimeoutError(_) => Reason::ExchangeTimeout,
         _ => Reason::StsUnavailable,
     };
@@ -274,11 +274,11 @@ fn classify_code(code: Option<&str>, message: &str, status: u16) -> Reason {
         _ => match status {
             429 => Reason::StsThrottled,
             // Without an error code it is the response of a proxy or web server in front of STS.
-            400..500 if code.is_none() => Reason::BadStsAnswer,
+            400..500 if code.is_none() => Reason::BadStsResponse,
             403 => Reason::AccessDenied,
             400..500 => Reason::BadStsRequest,
             // A success status with a body that cannot be parsed.
-            200..300 => Reason::BadStsAnswer,
+            200..300 => Reason::BadStsResponse,
             _ => Reason::StsUnavailable,
         },
     }
@@ -295,7 +295,7 @@ mod tests {
             (Some("InvalidIdentityToken"), key, 400, Reason::IdentityProviderUnreachable),
             (Some("InvalidIdentityToken"), "Incorrect token audience", 400, Reason::WebIdentityRefused),
             (Some("InvalidParameterValue"), "Token used before issued", 400, Reason::TokenNotYetValid),
-            (None, "", 403, Reason::BadStsAnswer),
+            (None, "", 403, Reason::BadStsResponse),
             (Some("AccessDenied"), "", 403, Reason::AccessDenied),
             (Some("ExpiredTokenException"), "", 400, Reason::WebIdentityRefused),
             (Some("IDPCommunicationError"), "", 400, Reason::IdentityProviderUnreachable),
@@ -304,8 +304,8 @@ mod tests {
             (Some("XYZ"), "", 403, Reason::AccessDenied),
             (Some("XYZ"), "", 500, Reason::StsUnavailable),
             (None, "", 429, Reason::StsThrottled),
-            (None, "", 404, Reason::BadStsAnswer),
-            (None, "", 200, Reason::BadStsAnswer),
+            (None, "", 404, Reason::BadStsResponse),
+            (None, "", 200, Reason::BadStsResponse),
         ] {
             assert_eq!(classify_code(code, message, status), reason, "{code:?} {message} {status}");
         }

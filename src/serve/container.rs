@@ -139,7 +139,7 @@ impl Server {
         if *owner != *workload.uid().0 {
             let whose = if owner.is_empty() { "no pod".into() } else { format!("the pod with the UID {owner}") };
             return Err(Refusal::new(
-                Reason::ContainerTokenForeign,
+                Reason::ContainerTokenMismatch,
                 format!("{workload} presents a token of {whose}; its own UID is {}", workload.uid()),
             ));
         }

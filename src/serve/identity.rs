@@ -67,11 +67,11 @@ impl Server {
 
     fn session(&self, asked: &Asked<'_>, workload: Option<&Workload>) -> Result<(), Refusal> {
         let Some(token) = asked.headers.get(&TOKEN) else {
-            return if self.require_imdsv2.of(workload) { Err(Reason::SessionRequired.into()) } else { Ok(()) };
+            return if self.require_imdsv2.of(workload) { Err(Reason::ImdsTokenRequired.into()) } else { Ok(()) };
         };
-        let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
+        let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::ImdsTokenInvalid)?;
         let right = self.sessions.may_belong(&session, workload, asked.caller.peer.source().ip());
-        if right { Ok(()) } else { Err(Reason::SessionInvalid.into()) }
+        if right { Ok(()) } else { Err(Reason::ImdsTokenInvalid.into()) }
     }
 
     /// What a pod is granted, if this request may have it.
@@ -121,5 +121,5 @@ impl Server {
 /// Whether the request has a session token if what it asks for requires one.
 fn suffices(grant: &Grant, asked: &Asked<'_>) -> Result<(), Refusal> {
     let lacks = grant.requires_imdsv2() && !asked.headers.contains_key(&TOKEN);
-    if lacks { Err(Reason::SessionRequired.into()) } else { Ok(()) }
+    if lacks { Err(Reason::ImdsTokenRequired.into()) } else { Ok(()) }
 }

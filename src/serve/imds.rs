@@ -111,7 +111,7 @@ impl Server {
         let grant = match self.grant(&workload, asked, asked.at + LIST_HOLD).await {
             Ok(grant) => Some(grant),
             // Of a pod that has a role, an empty account would be kept for as long as its program lives.
-            Err(refusal) if matches!(refusal.reason, Reason::SessionRequired | Reason::Starting) => {
+            Err(refusal) if matches!(refusal.reason, Reason::ImdsTokenRequired | Reason::Starting) => {
                 return Err(refusal);
             }
             Err(_) => None,

@@ -67,10 +67,10 @@ fn no_secret_is_logged() -> Result<()> {
         ("denied", Effect::error("AccessDenied"), "access_denied"),
         ("policy", Effect::error("MalformedPolicyDocument"), "bad_session_policy"),
         ("reset", Effect::Reset, "sts_unavailable"),
-        ("half", Effect::HalfAnswer, "bad_sts_answer"),
-        ("truncated", Effect::TruncatedXml, "bad_sts_answer"),
-        ("malformed", Effect::MalformedXml, "bad_sts_answer"),
-        ("incomplete", Effect::NoCredentials, "bad_sts_answer"),
+        ("half", Effect::HalfAnswer, "bad_sts_response"),
+        ("truncated", Effect::TruncatedXml, "bad_sts_response"),
+        ("malformed", Effect::MalformedXml, "bad_sts_response"),
+        ("incomplete", Effect::NoCredentials, "bad_sts_response"),
         ("throttled", Effect::error("Throttling"), "sts_throttled"),
     ];
     for (name, effect, reason) in faults {
