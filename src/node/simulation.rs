@@ -111,10 +111,10 @@ impl Issuer for Upstream {
 /// One node's life, on a clock that passes as fast as there is nothing to do.
 fn node(site: &Site, life: &Life, seed: u64) -> Calls {
     fastrand::seed(seed);
-    clock::tests::NO_JITTER.set((!site.jitter).then_some(0.5));
+    clock::tests::FIXED_JITTER.set((!site.jitter).then_some(0.5));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let calls = LocalSet::new().block_on(&runtime, live(site, life));
-    clock::tests::NO_JITTER.set(None);
+    clock::tests::FIXED_JITTER.set(None);
     calls
 }
 
