@@ -14,7 +14,7 @@ pub use self::args::{Health, Output};
 use crate::{
     authorise::{Defaults, SessionScope},
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
-    kubernetes::Mint,
+    kubernetes::MintMode,
     observe::LogFormat,
     serve::{imdsv2::Required, node_metadata::groups::Allowed},
 };
@@ -82,7 +82,7 @@ pub enum Source {
     Kubernetes {
         node_name: String,
         kubeconfig: Option<PathBuf>,
-        mint: Mint,
+        mint: MintMode,
         cni_results: Option<PathBuf>,
         startup_taint: Option<String>,
     },

@@ -14,7 +14,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{Attributor, Event, LiveRead, PodUid, pod::SlimPod};
-use crate::kubernetes::watch::{Listing, Watch};
+use crate::kubernetes::watch::{ListMode, Watch};
 
 /// At once: a new pod's must not wait for a stranger's that is slow.
 const LIVE_READS: usize = 4;
@@ -27,7 +27,7 @@ const DOUBT: Duration = Duration::from_secs(5);
 /// Follows this node's pods until dropped; calls `synced` each time that all have been told of.
 pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, synced: impl Fn()) {
     let fields = format!("spec.nodeName={node}");
-    let mut watch = Watch::<SlimPod>::new("pods of this node", Api::all(client), Some(&fields), Listing::Whole);
+    let mut watch = Watch::<SlimPod>::new("pods of this node", Api::all(client), Some(&fields), ListMode::Unpaged);
     loop {
         let (began, mut doubted) = (Instant::now(), false);
         loop {
@@ -48,7 +48,7 @@ pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, s
             }
         }
         info!(%node, "a pod is here that the watch has not told of: starting the watch anew");
-        watch.renew();
+        watch.relist();
     }
 }
 

@@ -35,8 +35,8 @@ use crate::{
     attribute::{ServiceAccountName, Workload, file::FileWorkload},
     clock::Backoff,
     kubernetes::{
-        slim::Keep,
-        watch::{Listing, Watch},
+        json_filter::AnnotationFilter,
+        watch::{ListMode, Watch},
     },
     refusal::{Reason, Refusal},
 };
@@ -226,7 +226,7 @@ impl Accounts {
     /// Follows the watch of all service accounts until dropped, and reports the effect of each event.
     pub async fn follow(&self, client: Client, role_annotation: &str, on_event: impl Fn(AccountEvent)) {
         let accounts: Api<PartialObjectMeta<ServiceAccount>> = Api::all(client);
-        let mut watch = Watch::new("service accounts", accounts, None, Listing::Pages);
+        let mut watch = Watch::new("service accounts", accounts, None, ListMode::Paged);
         loop {
             let event = watch.next().await;
             on_event(self.apply(event, role_annotation));
@@ -339,7 +339,7 @@ fn unavailable(name: &ServiceAccountName, cause: &dyn std::fmt::Display) -> Refu
 }
 
 /// Returns the filter for annotations of service accounts that clients of the API server receive.
-pub fn keep(role_annotation: &str) -> Keep {
+pub fn keep(role_annotation: &str) -> AnnotationFilter {
     let role_annotation = role_annotation.to_owned();
     Arc::new(move |name| annotations::max_len(name, &role_annotation))
 }

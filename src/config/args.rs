@@ -11,7 +11,7 @@ use super::{EXCHANGES, MAX_SESSION, MIN_SESSION, START_WINDOW};
 use crate::{
     authorise::SessionScope,
     intercept::{Backend, port::DEFAULT_PORT},
-    kubernetes::Mint,
+    kubernetes::MintMode,
     observe::LogFormat,
     serve::node_metadata,
 };
@@ -165,7 +165,7 @@ pub(super) struct KubernetesArgs {
     /// How tokens of pods' service accounts are minted: impersonation (of this node, Kubernetes >= 1.36), direct (limited
     /// by an admission policy), or auto (the one that RBAC allows).
     #[arg(long, env = "KIRSA_MINTING", default_value = "auto", value_name = "MODE")]
-    pub(super) minting: Mint,
+    pub(super) minting: MintMode,
     /// Default audience of these tokens; an annotation of the service account overrides it.
     #[arg(long, env = "KIRSA_AUDIENCE", default_value = "sts.amazonaws.com", value_name = "AUDIENCE")]
     pub(super) audience: String,

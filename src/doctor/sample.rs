@@ -60,8 +60,8 @@ pub(super) async fn of_cluster(
     metrics: Metrics,
 ) -> anyhow::Result<Pods> {
     let identity = cluster.identity.context("the agent may not mint tokens")?;
-    let client = cluster.kubernetes.calls(identity)?;
-    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.reads(identity, pod::keep())?);
+    let client = cluster.kubernetes.call_client(identity)?;
+    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.read_client(identity, pod::keep())?);
     let listed = pods.list(&ListParams::default().fields(&format!("spec.nodeName={node}"))).await;
     let listed = listed.context("this node's pods cannot be listed")?;
     let (attributor, changes) = Attributor::new(metrics.clone());
@@ -69,10 +69,10 @@ pub(super) async fn of_cluster(
 
     let annotation = config.defaults().role_annotation();
     let keep = accounts::keep(&annotation);
-    let reads = cluster.kubernetes.reads(Identity::Agent, keep.clone())?;
+    let reads = cluster.kubernetes.read_client(Identity::Agent, keep.clone())?;
     let accounts = Accounts::for_kubernetes(reads, move |name| attributor.uses(name));
     let authoriser = Authoriser::new(accounts, config.defaults());
-    let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
+    let reader = cluster.kubernetes.watch_client(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
     let read = tokio::sync::Notify::new();
     select! {
         () = authoriser.accounts().follow(reader, &annotation, |told| if matches!(told, AccountEvent::Synced(_)) { read.notify_one() }) => {}

@@ -11,7 +11,7 @@ use crate::{
     authorise::{AccountEvent, Accounts, Authoriser, accounts},
     config::{Config, Source},
     exchange::token::{TokenMinter, TokenSource},
-    kubernetes::{self, Identity, Kubernetes, Mint},
+    kubernetes::{self, ClientFactory, Identity, MintMode},
     observe::{Condition, Metrics, Readiness},
     serve::container::Tokens,
 };
@@ -51,10 +51,11 @@ impl Learning<'_> {
                 Ok(Sources { authoriser, tokens: TokenSource::File, container: None })
             }
             Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
-                let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
+                let kubernetes = ClientFactory::new(kubeconfig.as_deref(), node_name.clone()).await?;
                 let (reads, pods) = (accounts::keep(&role_annotation), self.attributor.clone());
-                let accounts =
-                    Accounts::for_kubernetes(kubernetes.reads(Identity::Agent, reads)?, move |name| pods.uses(name));
+                let accounts = Accounts::for_kubernetes(kubernetes.read_client(Identity::Agent, reads)?, move |name| {
+                    pods.uses(name)
+                });
                 let authoriser = Arc::new(Authoriser::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
@@ -69,7 +70,7 @@ impl Learning<'_> {
                     tasks.spawn(always(records.follow()));
                 }
                 if let Some(taint) = startup_taint {
-                    let (client, node) = (kubernetes.calls(Identity::Agent)?, node_name.clone());
+                    let (client, node) = (kubernetes.call_client(Identity::Agent)?, node_name.clone());
                     tasks.spawn(always(async move {
                         self.readiness.ready().await;
                         kubernetes::taint::remove(client, &node, &taint).await;
@@ -95,9 +96,9 @@ impl Learning<'_> {
 
 /// In Kubernetes: find out how tokens may be minted, then follow this node's pods and their service accounts.
 struct Follow {
-    kubernetes: Kubernetes,
+    kubernetes: ClientFactory,
     node_name: String,
-    mint: Mint,
+    mint: MintMode,
     metrics: Metrics,
     attributor: Arc<Attributor>,
     changed: mpsc::UnboundedSender<ServiceAccountName>,
@@ -112,7 +113,7 @@ impl Follow {
         (pods_known, accounts_known): (Condition, Condition),
     ) -> anyhow::Result<()> {
         let heard = self.metrics.watch("serviceaccounts");
-        let accounts_client = self.kubernetes.watch(Identity::Agent, heard, accounts::keep(&role_annotation))?;
+        let accounts_client = self.kubernetes.watch_client(Identity::Agent, heard, accounts::keep(&role_annotation))?;
         let accounts = async {
             // Nobody listens any more: the agent is ending.
             let changed = |account| drop(self.changed.send(account));
@@ -130,14 +131,14 @@ impl Follow {
             anyhow::Ok(())
         };
         let pods = async {
-            let mut identity = self.kubernetes.choose(self.mint).await?;
+            let mut identity = self.kubernetes.resolve_identity(self.mint).await?;
             loop {
-                let calls = self.kubernetes.calls(identity)?;
+                let calls = self.kubernetes.call_client(identity)?;
                 minting.set_client(calls);
-                let reads = self.kubernetes.reads(identity, pod::keep())?;
+                let reads = self.kubernetes.read_client(identity, pod::keep())?;
                 let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
                 attributor.set_live_read(attribute::watch::live_read(reads, node.clone(), attributor.clone()));
-                let client = self.kubernetes.watch(identity, self.metrics.watch("pods"), pod::keep())?;
+                let client = self.kubernetes.watch_client(identity, self.metrics.watch("pods"), pod::keep())?;
                 tokio::select! {
                     () = attribute::watch::follow(client, node, attributor, || pods_known.set(true)) => {
                         return anyhow::Ok(());
@@ -154,10 +155,10 @@ impl Follow {
         loop {
             minting.wait_forbidden().await;
             // What is forbidden for a reason of one pod's is no matter of the agent's rights.
-            if let Ok(other) = self.kubernetes.granted(self.mint).await
+            if let Ok(other) = self.kubernetes.query_identity(self.mint).await
                 && other != current
             {
-                self.kubernetes.announce(other);
+                self.kubernetes.log_identity(other);
                 return other;
             }
             sleep(ASK_AGAIN).await;
