@@ -85,8 +85,8 @@ async fn live_read_is_shared_and_survives_hang_ups() {
 async fn failed_live_read_is_cached_briefly() {
     let (requests, client) = server(1);
     let (accounts, _) = accounts(client);
-    for answer in futures::future::join_all((0..20).map(|_| role(&accounts))).await {
-        assert_eq!(answer, Err(Reason::AccountUnavailable));
+    for result in futures::future::join_all((0..20).map(|_| role(&accounts))).await {
+        assert_eq!(result, Err(Reason::AccountUnavailable));
     }
     assert!(role(&accounts).await.is_err());
     assert_eq!(requests.load(Ordering::SeqCst), 1, "all callers share one read");
@@ -146,8 +146,8 @@ async fn reads_of_a_changing_account_are_bounded() {
             accounts.apply(watcher::Event::Apply(object(None)), ROLE);
         }
     };
-    let answer = tokio::select! { answer = role(&accounts) => answer, () = changes => unreachable!() };
-    assert_eq!(answer, Err(Reason::AccountUnavailable), "never a 404, which is final");
+    let result = tokio::select! { result = role(&accounts) => result, () = changes => unreachable!() };
+    assert_eq!(result, Err(Reason::AccountUnavailable), "never a 404, which is final");
     assert_eq!(requests.load(Ordering::SeqCst), MAX_READS);
 }
 

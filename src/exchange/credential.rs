@@ -32,7 +32,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Parts of a [`Credential`], from the answer of STS.
+/// Parts of a [`Credential`], from the response of STS.
 #[derive(Debug)]
 pub(super) struct CredentialParts<'a> {
     pub access_key_id: String,

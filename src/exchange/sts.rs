@@ -100,7 +100,7 @@ impl Sts {
     /// requested one.
     ///
     /// # Errors
-    /// The reasons of [`classify_error`] if the call failed; `BadStsResponse` if the answer has no complete credentials;
+    /// The reasons of [`classify_error`] if the call failed; `BadStsResponse` if the response has no complete credentials;
     /// `ClockSkew` if the session is about to expire by this node's clock.
     pub async fn assume_role(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
         let requested = grant.key().duration;
@@ -145,10 +145,10 @@ impl Sts {
             .set_policy(key.policy.clone())
             .set_policy_arns((!key.policy_arns.is_empty()).then(|| arns.collect()));
         let requested_at = Instant::now();
-        let answer = call.send().await.map_err(|error| refusal_from(grant, token, &error))?;
+        let response = call.send().await.map_err(|error| refusal_from(grant, token, &error))?;
         let bad =
             |what: &str| Refusal::new(Reason::BadStsResponse, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
-        let credentials = answer.credentials.ok_or_else(|| bad("the response has no credentials"))?;
+        let credentials = response.credentials.ok_or_else(|| bad("the response has no credentials"))?;
         let present = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic());
         let (id, secret, token) =
             (&credentials.access_key_id, &credentials.secret_access_key, &credentials.session_token);
@@ -209,10 +209,10 @@ fn refusal_from(grant: &Grant, token: &Secret, error: &SdkError<AssumeRoleWithWe
 /// Returns the reason of a failed call, and a message for the log.
 fn classify_error(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, String) {
     let (status, code, message) = match error {
-        SdkError::ServiceError(answer) => {
-            (Some(answer.raw().status().as_u16()), answer.err().code(), answer.err().message())
+        SdkError::ServiceError(context) => {
+            (Some(context.raw().status().as_u16()), context.err().code(), context.err().message())
         }
-        SdkError::ResponseError(answer) => (Some(answer.raw().status().as_u16()), None, None),
+        SdkError::ResponseError(context) => (Some(context.raw().status().as_u16()), None, None),
         _ => (None, None, None),
     };
     debug!(?status, code, "STS call failed");
@@ -224,11 +224,11 @@ fn classify_error(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, 
         _ => Reason::StsUnavailable,
     };
     let message = match error {
-        SdkError::ServiceError(answer) => {
+        SdkError::ServiceError(context) => {
             let status = status.unwrap_or(0);
             match code {
                 Some(code) => format!("{status} {code}: {}", message.unwrap_or("no message")),
-                None => format!("{status} without a code: {}", summarize(answer.raw())),
+                None => format!("{status} without a code: {}", summarize(context.raw())),
             }
         }
         SdkError::TimeoutError(_) => TIMEOUT_MESSAGE.to_owned(),
@@ -239,9 +239,9 @@ fn classify_error(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, 
 
 /// Describes a response that is not an STS error, without quoting it: it may hold credentials. The SDK's own message
 /// would quote parts of it.
-fn summarize(answer: &HttpResponse) -> String {
-    let size = answer.body().bytes().map_or(0, <[u8]>::len);
-    let kind = answer.headers().get("content-type").unwrap_or("no content type");
+fn summarize(response: &HttpResponse) -> String {
+    let size = response.body().bytes().map_or(0, <[u8]>::len);
+    let kind = response.headers().get("content-type").unwrap_or("no content type");
     let kind: String = kind.chars().filter(char::is_ascii_graphic).take(40).collect();
     format!("{size} bytes ({kind}) that are not an STS response")
 }

@@ -143,7 +143,7 @@ fn refusal_from(grant: &Grant, error: &kube::Error) -> Refusal {
         _ => Reason::TokenUnavailable,
     };
     // The whole status is what kube's own text has, twice.
-    let said = match error {
+    let message = match error {
         kube::Error::Api(status) => format!("{} {}", status.code, status.message),
         // The error's own text may quote the response, and so the token.
         kube::Error::SerdeError(error) => {
@@ -154,7 +154,7 @@ fn refusal_from(grant: &Grant, error: &kube::Error) -> Refusal {
     Refusal::new(
         reason,
         format!(
-            "TokenRequest for service account {}, pod {workload} (UID {}), audience {}: {said}",
+            "TokenRequest for service account {}, pod {workload} (UID {}), audience {}: {message}",
             key.account,
             workload.uid(),
             key.audience
@@ -266,14 +266,14 @@ mod tests {
     /// A proxy in front of the API server may return anything.
     #[tokio::test]
     async fn malformed_response_is_never_quoted() {
-        for answer in [
+        for response in [
             serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
                 "spec": {"audiences": []}, "status": {"token": "a.secret.c"}}),
             serde_json::json!({"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
                 "spec": {"audiences": []}, "status": "a.secret.c"}),
         ] {
             let service = tower::service_fn(move |_: Request<Body>| {
-                let body = Body::from(answer.to_string().into_bytes());
+                let body = Body::from(response.to_string().into_bytes());
                 async move { Ok::<_, Infallible>(Response::new(body)) }
             });
             let refusal = mint(&Client::new(service, "default"), &grant()).await.unwrap_err();
