@@ -21,7 +21,7 @@ use tracing::error;
 
 use crate::{
     attribute::PodUid,
-    authorise::{Grant, SessionKey},
+    authorize::{Grant, SessionKey},
     exchange::{Credential, Issuer},
     observe::Metrics,
     refusal::Refusal,

@@ -12,7 +12,7 @@ use clap::{CommandFactory, Parser, error::ErrorKind};
 use self::args::{Cli, CliCommand};
 pub use self::args::{Health, Output};
 use crate::{
-    authorise::{Defaults, SessionScope},
+    authorize::{Defaults, SessionScope},
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
     kubernetes::MintMode,
     observe::LogFormat,

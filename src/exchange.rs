@@ -20,7 +20,7 @@ use tracing::info;
 pub use credential::Credential;
 
 use crate::{
-    authorise::Grant,
+    authorize::Grant,
     observe::{Metrics, Outcome, Step},
     refusal::{Reason, Refusal},
 };

@@ -28,7 +28,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     attribute::Attributor,
-    authorise::Grant,
+    authorize::Grant,
     cache::{Cache, ExchangeLimiter},
     config::{Command, Config},
     doctor,
@@ -143,12 +143,12 @@ pub async fn run(
         readiness: readiness.clone(),
         metrics: metrics.clone(),
     };
-    let follow::Sources { authoriser, tokens, container } = learning.begin(&mut tasks).await?;
+    let follow::Sources { authorizer, tokens, container } = learning.begin(&mut tasks).await?;
 
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
     let limiter = ExchangeLimiter::new(config.exchange_rate, config.exchange_burst, metrics.clone());
-    let (live, roles) = (attributor.clone(), authoriser.clone());
+    let (live, roles) = (attributor.clone(), authorizer.clone());
     let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.is_current(grant);
     let cache = Arc::new(Cache::new(Arc::new(exchange), limiter, check, metrics.clone()));
     let (described, expiring) = (cache.clone(), cache.clone());
@@ -162,7 +162,7 @@ pub async fn run(
     tasks.spawn(admin::serve(admin, config.admin_address, listeners.admin, duties.clone()));
     let ahead = ahead::FetchAhead {
         attributor: attributor.clone(),
-        authoriser: authoriser.clone(),
+        authorizer: authorizer.clone(),
         cache: cache.clone(),
         window: config.start_window,
     };
@@ -176,7 +176,7 @@ pub async fn run(
     }
     let server = Arc::new(Server {
         attributor: attributor.clone(),
-        authoriser,
+        authorizer,
         cache,
         sessions,
         metadata,

@@ -32,7 +32,7 @@ use tracing::debug;
 
 use crate::{
     attribute::Attributor,
-    authorise::Authoriser,
+    authorize::Authorizer,
     cache::Cache,
     connections::{Permit, Socket, Tracked},
     intercept::{Accepted, Arrival, MAX_DELAY, Peer, Service, Share, TurnedAway},
@@ -62,7 +62,7 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Server {
     pub attributor: Arc<Attributor>,
-    pub authoriser: Arc<Authoriser>,
+    pub authorizer: Arc<Authorizer>,
     pub cache: Arc<Cache>,
     pub sessions: Sessions,
     pub metadata: Arc<NodeMetadata>,

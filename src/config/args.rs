@@ -9,7 +9,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::RangedU64Va
 
 use super::{EXCHANGES, MAX_SESSION, MIN_SESSION, START_WINDOW};
 use crate::{
-    authorise::SessionScope,
+    authorize::SessionScope,
     intercept::{Backend, port::DEFAULT_PORT},
     kubernetes::MintMode,
     observe::LogFormat,

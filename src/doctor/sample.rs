@@ -15,7 +15,7 @@ use crate::{
         Attributor, Change, Event, Workload, file,
         pod::{self, SlimPod},
     },
-    authorise::{AccountEvent, Accounts, Authoriser, Grant, accounts},
+    authorize::{AccountEvent, Accounts, Authorizer, Grant, accounts},
     clock::UnixTime,
     config::Config,
     exchange::{
@@ -47,10 +47,10 @@ pub(super) struct Pods {
 pub(super) async fn of_file(path: &Path, config: &Config, metrics: Metrics) -> anyhow::Result<Pods> {
     let workloads = file::read(path)?;
     let (attributor, changes) = Attributor::new(metrics);
-    let authoriser = Authoriser::new(Accounts::for_file(), config.defaults());
-    authoriser.accounts().replace(&workloads, &config.defaults().role_annotation());
+    let authorizer = Authorizer::new(Accounts::for_file(), config.defaults());
+    authorizer.accounts().replace(&workloads, &config.defaults().role_annotation());
     file::apply(&workloads, &attributor);
-    Ok(authorised(changes, &authoriser, TokenSource::File).await)
+    Ok(authorized(changes, &authorizer, TokenSource::File).await)
 }
 
 pub(super) async fn of_cluster(
@@ -71,21 +71,21 @@ pub(super) async fn of_cluster(
     let keep = accounts::keep(&annotation);
     let reads = cluster.kubernetes.read_client(Identity::Agent, keep.clone())?;
     let accounts = Accounts::for_kubernetes(reads, move |name| attributor.uses(name));
-    let authoriser = Authoriser::new(accounts, config.defaults());
+    let authorizer = Authorizer::new(accounts, config.defaults());
     let reader = cluster.kubernetes.watch_client(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
     let read = tokio::sync::Notify::new();
     select! {
-        () = authoriser.accounts().follow(reader, &annotation, |told| if matches!(told, AccountEvent::Synced(_)) { read.notify_one() }) => {}
+        () = authorizer.accounts().follow(reader, &annotation, |told| if matches!(told, AccountEvent::Synced(_)) { read.notify_one() }) => {}
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }
     let minting = Arc::new(TokenMinter::default());
     minting.set_client(client);
-    Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(minting)).await)
+    Ok(authorized(changes, &authorizer, TokenSource::Kubernetes(minting)).await)
 }
 
 /// Asks for each service account once what the agent would ask when its pods do.
-async fn authorised(mut changes: UnboundedReceiver<Change>, authoriser: &Authoriser, tokens: TokenSource) -> Pods {
+async fn authorized(mut changes: UnboundedReceiver<Change>, authorizer: &Authorizer, tokens: TokenSource) -> Pods {
     let (mut accounts, mut grants, mut findings) = (HashSet::new(), Vec::new(), Vec::new());
     let mut pods = 0;
     while let Ok(change) = changes.try_recv() {
@@ -94,7 +94,7 @@ async fn authorised(mut changes: UnboundedReceiver<Change>, authoriser: &Authori
         if !accounts.insert(workload.service_account().clone()) {
             continue;
         }
-        match authoriser.authorise(&workload).await {
+        match authorizer.authorize(&workload).await {
             Ok(grant) => grants.push(grant),
             Err(refusal) if refusal.reason == Reason::NoRole => {}
             Err(refusal) => findings.push(wrong_account(&workload, &refusal)),

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use super::{Credential, Issuer};
 use crate::{
-    authorise::Grant,
+    authorize::Grant,
     refusal::{Reason, Refusal},
 };
 

@@ -33,7 +33,7 @@ use super::{
     token::with_causes,
 };
 use crate::{
-    authorise::{Grant, RoleArn},
+    authorize::{Grant, RoleArn},
     clock::UnixTime,
     observe::Metrics,
     refusal::{Reason, Refusal},

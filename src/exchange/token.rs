@@ -15,7 +15,7 @@ use tokio::{io::AsyncReadExt, sync::Notify, time::sleep};
 
 use super::credential::Secret;
 use crate::{
-    authorise::Grant,
+    authorize::Grant,
     clock::Backoff,
     refusal::{Reason, Refusal},
 };
@@ -222,7 +222,7 @@ mod tests {
     use super::*;
     use crate::{
         attribute::Workload,
-        authorise::{Account, Defaults},
+        authorize::{Account, Defaults},
     };
 
     const ROLE: &str = "arn:aws:iam::111122223333:role/reader";

@@ -2,7 +2,7 @@
 
 use crate::{
     attribute::Workload,
-    authorise::{Account, Defaults, Grant},
+    authorize::{Account, Defaults, Grant},
     refusal::Reason,
 };
 

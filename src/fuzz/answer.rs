@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::{
-    authorise,
+    authorize,
     kubernetes::json_filter::{InvalidJson, JsonFilter},
 };
 
@@ -12,7 +12,7 @@ const ROLE: &str = "eks.amazonaws.com/role-arn";
 const HELD: usize = 6 * 8_192 + 2;
 
 fn filtered(data: &[u8], piece: usize) -> (Result<(), InvalidJson>, Vec<u8>) {
-    let (mut filter, mut out) = (JsonFilter::new(authorise::accounts::keep(ROLE)), Vec::new());
+    let (mut filter, mut out) = (JsonFilter::new(authorize::accounts::keep(ROLE)), Vec::new());
     let result = data.chunks(piece).try_for_each(|bytes| {
         let result = filter.push(bytes, &mut out);
         assert!(filter.buffered() <= HELD, "{} bytes held", filter.buffered());

@@ -6,7 +6,7 @@ use tokio::runtime::Runtime;
 
 use crate::{
     attribute::Workload,
-    authorise::Grant,
+    authorize::Grant,
     exchange::{
         credential::Secret,
         sts::{Sts, canned::CannedResponse},

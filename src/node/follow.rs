@@ -8,7 +8,7 @@ use tracing::info;
 use super::{always, container};
 use crate::{
     attribute::{self, Attributor, ServiceAccountName, cni, file, pod},
-    authorise::{AccountEvent, Accounts, Authoriser, accounts},
+    authorize::{AccountEvent, Accounts, Authorizer, accounts},
     config::{Config, Source},
     exchange::token::{TokenMinter, TokenSource},
     kubernetes::{self, ClientFactory, Identity, MintMode},
@@ -33,7 +33,7 @@ pub(super) struct Learning<'a> {
 
 /// What the stages to the right need of where pods come from.
 pub(super) struct Sources {
-    pub(super) authoriser: Arc<Authoriser>,
+    pub(super) authorizer: Arc<Authorizer>,
     pub(super) tokens: TokenSource,
     pub(super) container: Option<Tokens>,
 }
@@ -46,9 +46,9 @@ impl Learning<'_> {
         let role_annotation = defaults.role_annotation();
         match self.config.source.clone() {
             Source::File(path) => {
-                let authoriser = Arc::new(Authoriser::new(Accounts::for_file(), defaults));
-                follow_file(&path, &self.attributor, &authoriser, role_annotation, &self.conditions, tasks)?;
-                Ok(Sources { authoriser, tokens: TokenSource::File, container: None })
+                let authorizer = Arc::new(Authorizer::new(Accounts::for_file(), defaults));
+                follow_file(&path, &self.attributor, &authorizer, role_annotation, &self.conditions, tasks)?;
+                Ok(Sources { authorizer, tokens: TokenSource::File, container: None })
             }
             Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
                 let kubernetes = ClientFactory::new(kubeconfig.as_deref(), node_name.clone()).await?;
@@ -56,7 +56,7 @@ impl Learning<'_> {
                 let accounts = Accounts::for_kubernetes(kubernetes.read_client(Identity::Agent, reads)?, move |name| {
                     pods.uses(name)
                 });
-                let authoriser = Arc::new(Authoriser::new(accounts, defaults));
+                let authorizer = Arc::new(Authorizer::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
                         "no CNI records are read: pods are known when the API server shows their address, which may be \
@@ -87,8 +87,8 @@ impl Learning<'_> {
                     attributor: self.attributor,
                     changed: self.changed,
                 };
-                tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, self.conditions));
-                Ok(Sources { authoriser, tokens, container })
+                tasks.spawn(follow.run(authorizer.clone(), role_annotation, minting, self.conditions));
+                Ok(Sources { authorizer, tokens, container })
             }
         }
     }
@@ -107,7 +107,7 @@ struct Follow {
 impl Follow {
     async fn run(
         self,
-        authoriser: Arc<Authoriser>,
+        authorizer: Arc<Authorizer>,
         role_annotation: String,
         minting: Arc<TokenMinter>,
         (pods_known, accounts_known): (Condition, Condition),
@@ -127,7 +127,7 @@ impl Follow {
             };
             // The list keeps only the accounts of pods that are known.
             pods_known.met().await;
-            authoriser.accounts().follow(accounts_client, &role_annotation, told).await;
+            authorizer.accounts().follow(accounts_client, &role_annotation, told).await;
             anyhow::Ok(())
         };
         let pods = async {
@@ -170,14 +170,14 @@ impl Follow {
 fn follow_file(
     path: &Path,
     attributor: &Arc<Attributor>,
-    authoriser: &Arc<Authoriser>,
+    authorizer: &Arc<Authorizer>,
     role_annotation: String,
     conditions: &(Condition, Condition),
     tasks: &mut JoinSet<anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
-    let (attributor, authoriser) = (attributor.clone(), authoriser.clone());
+    let (attributor, authorizer) = (attributor.clone(), authorizer.clone());
     let take = move |workloads: Vec<file::FileWorkload>| {
-        authoriser.accounts().replace(&workloads, &role_annotation);
+        authorizer.accounts().replace(&workloads, &role_annotation);
         file::apply(&workloads, &attributor);
     };
     // A file that is wrong from the start is a mistake of the configuration; later, the last good one holds.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::{
     attribute::{PodUid, Workload},
-    authorise::Grant,
+    authorize::Grant,
     cache::SessionHandle,
     connections::{Owner, Permit},
     intercept::{Peer, Share},

@@ -143,7 +143,7 @@ impl Server {
                 format!("{workload} presents a token of {whose}; its own UID is {}", workload.uid()),
             ));
         }
-        let grant = self.authorise(&workload, until).await?;
+        let grant = self.authorize(&workload, until).await?;
         let known = Known { editions, session: self.cache.handle(&grant), workload, grant };
         let credential = self.credential(&asked.caller.peer, &known, until).await?;
         Ok(answer::document(credential.container()))

@@ -93,7 +93,7 @@ impl Server {
     /// programs that read all that is listed, such as cloud-init, fail as a whole where an entry is refused.
     async fn may_have_role(&self, asked: &Asked<'_>) -> bool {
         let Ok(workload) = self.attributor.peek(&asked.caller.peer) else { return true };
-        let grant = self.authorise(&workload, asked.at + LIST_HOLD).await;
+        let grant = self.authorize(&workload, asked.at + LIST_HOLD).await;
         !grant.is_err_and(|refusal| matches!(refusal.reason.info().status, 403 | 404))
     }
 

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     attribute::{Attributor, file},
-    authorise::{Accounts, Authoriser, Defaults},
+    authorize::{Accounts, Authorizer, Defaults},
     cache::{Cache, ExchangeLimiter},
     clock::UnixTime,
     connections::Permit,
@@ -45,7 +45,7 @@ impl Memory {
         let limiter = ExchangeLimiter::new(1_000, 1_000, metrics.clone());
         let server = Server {
             attributor,
-            authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
+            authorizer: Arc::new(Authorizer::new(accounts, Defaults::sample())),
             cache: Arc::new(Cache::new(issuer, limiter, |_| true, metrics.clone())),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
             metadata: NodeMetadata::new([given], Allowed::default()),

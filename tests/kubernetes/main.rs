@@ -1,4 +1,4 @@
-//! Attribution, authorisation and exchange, through the real binary and a real kube-apiserver: each test with a node,
+//! Attribution, authorization and exchange, through the real binary and a real kube-apiserver: each test with a node,
 //! an STS and a Kubernetes namespace of its own, and an agent that has the rights of the manifests and nothing more.
 
 mod annotations;

@@ -7,7 +7,7 @@ use http::{Request, Response};
 use kube::client::Body;
 
 use super::*;
-use crate::authorise::annotations::{Defaults, SessionAnnotations};
+use crate::authorize::annotations::{Defaults, SessionAnnotations};
 
 /// Returns an API server that takes 50 ms and fails the first `failures` requests with 500.
 fn server(failures: usize) -> (Arc<AtomicUsize>, Client) {

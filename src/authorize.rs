@@ -114,12 +114,12 @@ impl Grant {
 
 /// Decides which role a workload may assume.
 #[derive(Debug)]
-pub struct Authoriser {
+pub struct Authorizer {
     accounts: Accounts,
     defaults: Defaults,
 }
 
-impl Authoriser {
+impl Authorizer {
     pub fn new(accounts: Accounts, defaults: Defaults) -> Self {
         Self { accounts, defaults }
     }
@@ -129,7 +129,7 @@ impl Authoriser {
     }
 
     /// Returns a number that changes with every change of the known accounts. While it is the same, so are the results of
-    /// [`Authoriser::grant_if_cached`]. Read it before the result.
+    /// [`Authorizer::grant_if_cached`]. Read it before the result.
     pub fn generation(&self) -> u64 {
         self.accounts.generation()
     }
@@ -150,7 +150,7 @@ impl Authoriser {
     }
 
     /// Returns whether the workload's service account is unknown and nobody fetches it yet. A caller that gets `true` must
-    /// call [`Authoriser::fetch_account`].
+    /// call [`Authorizer::fetch_account`].
     pub fn begin_fetch(&self, workload: &Workload) -> bool {
         self.accounts.begin_fetch(workload)
     }
@@ -175,7 +175,7 @@ impl Authoriser {
     /// # Errors
     /// `NoRole` if the service account has no role; `BadAnnotation` if one of its annotations is malformed;
     /// `AccountUnavailable` if it cannot be read.
-    pub async fn authorise(&self, workload: &Workload) -> Result<Grant, Refusal> {
+    pub async fn authorize(&self, workload: &Workload) -> Result<Grant, Refusal> {
         let account = match self.accounts.get(workload) {
             Some(account) => account,
             None => self.accounts.get_or_read(workload, &self.defaults.role_annotation()).await?,
