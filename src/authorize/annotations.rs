@@ -22,6 +22,7 @@ pub struct Defaults {
     pub store_arns: bool,
 }
 
+/// Parsed annotations of a service account with a role.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct SessionAnnotations {
     pub role: RoleArn,
@@ -50,7 +51,7 @@ pub(super) fn max_len(annotation: &str, role_annotation: &str) -> Option<usize> 
 }
 
 impl SessionAnnotations {
-    /// Returns `None` if the account has no role.
+    /// Parses and validates the annotations. Returns `None` if the account has no role.
     ///
     /// # Errors
     /// A message with the malformed annotation, its value and the expected form.
@@ -63,7 +64,8 @@ impl SessionAnnotations {
 
         let Some(role) = irsa("role-arn") else { return Ok(None) };
         if let Some((name, length)) = &account.oversized {
-            return Err(format!("annotation {name}: has {length} bytes, more than any valid value"));
+            // The JSON filter may have shortened the value.
+            return Err(format!("annotation {name}: has at least {length} bytes, more than any valid value"));
         }
         // kirsa does not use IRSA's token lifetime and endpoint choice: its tokens live for one exchange, at the regional
         // endpoint. Both are validated all the same, to report typing errors.
@@ -204,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_annotation_error_names_expected_form() {
+    fn malformed_annotation_names_expected_form() {
         for (annotation, value, expected) in [
             ("eks.amazonaws.com/role-arn", "reader", "must be arn:aws:iam::"),
             ("eks.amazonaws.com/audience", "a b", "one word"),

@@ -122,6 +122,7 @@ impl fmt::Display for InvalidJson {
 
 impl std::error::Error for InvalidJson {}
 
+/// Push parser that reduces a JSON document, or a sequence of watch events.
 pub struct JsonFilter {
     keep: AnnotationFilter,
     levels: Vec<Level>,
