@@ -4,6 +4,7 @@
 //! the node's own CNI records say of their addresses. The answer is the current owner or a refusal, never someone else.
 //! Knows no HTTP and no AWS; nothing after it knows how the answer came about.
 
+mod attachment;
 pub mod cni;
 pub mod directory;
 pub mod file;
@@ -11,10 +12,10 @@ pub mod pod;
 pub mod watch;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     fmt,
     future::Future,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
@@ -28,6 +29,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
+pub use attachment::{Attachment, pod_ports};
 pub use directory::{Change, Directory, Event};
 pub use pod::{PodUid, ServiceAccountName};
 
@@ -38,6 +40,11 @@ use crate::{
 };
 use directory::Owner;
 use pod::Pod;
+
+/// Addresses that the AWS VPC CNI gives pods of IPv6 clusters for IPv4: only its plugin knows whose they are.
+pub fn is_eks_egress(address: IpAddr) -> bool {
+    matches!(address.to_canonical(), IpAddr::V4(v4) if v4.to_bits() >> 10 == Ipv4Addr::new(169, 254, 172, 0).to_bits() >> 10)
+}
 
 /// Many SDKs give up after 1 s, so a pod that is not known by now gets its answer before that.
 pub const PATIENCE: Duration = Duration::from_millis(800);
@@ -163,11 +170,26 @@ impl Attributor {
         let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
         match directory.owner(address) {
             Owner::Pod(pod) => Ok(Workload(pod)),
-            Owner::Nobody if !directory.synced() => Err(Reason::Starting.into()),
+            Owner::Nobody | Owner::Unproven(_) if !directory.synced() => Err(Reason::Starting.into()),
+            Owner::Nobody if is_eks_egress(address) => Err(Refusal::new(
+                Reason::UnknownPod,
+                format!(
+                    "{address} is an IPv4 address that only the CNI plugin of an IPv6 EKS cluster knows: set \
+                     AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod"
+                ),
+            )),
             Owner::Nobody => Err(Refusal::new(Reason::UnknownPod, format!("nobody has {address}"))),
             Owner::NotYet(uid) => Err(Refusal::new(
                 Reason::UnknownPod,
                 format!("{address} belongs to pod UID {uid} by its CNI record; the API server has not shown it yet"),
+            )),
+            Owner::Unproven(pod) => Err(Refusal::new(
+                Reason::UnknownPod,
+                format!(
+                    "no single CNI record proves that {address} is that of pod {}/{}: check that --cni-results is the \
+                     runtime's folder, and recreate the pod",
+                    pod.account.namespace, pod.name
+                ),
             )),
             Owner::Several(claimants) => {
                 Err(Refusal::new(Reason::AmbiguousAddress, format!("{address} is claimed by {claimants}")))
@@ -235,14 +257,30 @@ impl Attributor {
         self.doubt.notified().await;
     }
 
-    /// What a live read found. A pod that nobody had told of casts doubt on the watch.
-    fn found(&self, pod: Pod) {
-        let untold = !self.directory.read().unwrap_or_else(PoisonError::into_inner).knows(&pod.uid);
-        self.apply(Event::Pod(pod));
+    /// How often pods were removed: to be read before a live read begins.
+    fn removals(&self) -> u64 {
+        self.directory.read().unwrap_or_else(PoisonError::into_inner).removals()
+    }
+
+    /// Applies what a live read found, and returns whether it counted: not if a pod was removed after it `began`. A pod
+    /// that nobody had told of casts doubt on the watch.
+    fn found(&self, began: u64, pods: Vec<Pod>) -> bool {
+        if pods.is_empty() {
+            return true;
+        }
+        let untold = {
+            let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
+            if directory.removals() != began {
+                return false;
+            }
+            pods.iter().any(|pod| !directory.knows(&pod.uid))
+        };
+        self.apply(Event::Read { began, pods });
         if untold {
             // After that, so that a list which begins by it does not count the pod among its own.
             self.doubt.notify_one();
         }
+        true
     }
 
     fn is_announced(&self, address: IpAddr) -> bool {
@@ -260,6 +298,16 @@ impl Attributor {
     pub fn uses(&self, account: &ServiceAccountName) -> bool {
         let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
         directory.pods_of(account).next().is_some()
+    }
+
+    /// Where the node's pods are attached to it, by their CNI records.
+    pub fn attachments(&self) -> BTreeSet<Attachment> {
+        self.directory.read().unwrap_or_else(PoisonError::into_inner).attachments()
+    }
+
+    /// Changes with every event of the directory.
+    pub fn changes(&self) -> signal::Receiver<()> {
+        self.changed.subscribe()
     }
 
     /// Whether the pod is one of this node's live ones still.
@@ -344,10 +392,27 @@ mod tests {
         assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
 
         attributor.apply(Event::Pod(Pod::sample("b", "uid-b", "sa", &[])));
-        attributor.found(Pod::sample("b", "uid-b", "sa", &["10.0.0.2"]));
+        attributor.found(attributor.removals(), vec![Pod::sample("b", "uid-b", "sa", &["10.0.0.2"])]);
         assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_err(), "its address may come later");
-        attributor.found(Pod::sample("c", "uid-c", "sa", &["10.0.0.3"]));
+        attributor.found(attributor.removals(), vec![Pod::sample("c", "uid-c", "sa", &["10.0.0.3"])]);
         assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
+
+        let began = attributor.removals();
+        attributor.apply(Event::PodGone(PodUid("uid-d".into())));
+        assert!(!attributor.found(began, vec![Pod::sample("d", "uid-d", "sa", &["10.0.0.4"])]), "to be read again");
+        assert!(attributor.peek(&peer("10.0.0.4")).is_err());
+    }
+
+    #[test]
+    fn egress_addresses_are_refused_with_their_fix() {
+        let attributor = attributor();
+        for (address, is_egress) in
+            [("169.254.172.0", true), ("169.254.175.255", true), ("169.254.171.255", false), ("169.254.176.0", false)]
+        {
+            let refusal = attributor.peek(&peer(address)).unwrap_err();
+            assert_eq!(refusal.reason, Reason::UnknownPod);
+            assert_eq!(refusal.detail.contains("ENDPOINT_MODE=IPv6"), is_egress, "{}", refusal.detail);
+        }
     }
 
     #[tokio::test(start_paused = true)]

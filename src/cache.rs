@@ -21,7 +21,7 @@ use tracing::error;
 
 use crate::{
     attribute::PodUid,
-    authorise::{Grant, Key},
+    authorize::{Grant, SessionKey},
     exchange::{Credential, Issuer},
     observe::Metrics,
     refusal::Refusal,
@@ -55,8 +55,8 @@ pub struct Cache {
 /// Each live pod has one session, and each session has a pod: there are never more sessions than pods.
 #[derive(Debug, Default)]
 struct Sessions {
-    entries: HashMap<Arc<Key>, Arc<SessionEntry>>,
-    by_pod: HashMap<PodUid, Arc<Key>>,
+    entries: HashMap<Arc<SessionKey>, Arc<SessionEntry>>,
+    by_pod: HashMap<PodUid, Arc<SessionKey>>,
 }
 
 impl Cache {
@@ -130,7 +130,7 @@ impl Cache {
 
     /// Describes all sessions, without secrets, for `/debug/sessions`.
     pub fn describe(&self) -> serde_json::Value {
-        let describe = |(key, entry): (&Arc<Key>, &Arc<SessionEntry>)| {
+        let describe = |(key, entry): (&Arc<SessionKey>, &Arc<SessionEntry>)| {
             let mut description = entry.describe();
             description["service_account"] = key.account.to_string().into();
             description["role_arn"] = key.role.as_str().into();

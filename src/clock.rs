@@ -1,7 +1,7 @@
-//! The one place where wall-clock time enters. Everything else counts in [`tokio::time::Instant`], so that a clock
-//! step can neither serve an expired credential nor drop a good one, and a paused clock drives every test.
+//! The only module that reads the wall clock. Everything else counts in [`tokio::time::Instant`]: a clock step can neither
+//! serve an expired credential nor drop a valid one, and tests run on a paused clock.
 //!
-//! Knows nothing of kirsa.
+//! Depends on no other module.
 
 #![allow(clippy::disallowed_types)]
 
@@ -9,70 +9,71 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::Timestamp;
 use nix::time::ClockId;
+use serde::Deserialize;
 
-/// Seconds since 1970-01-01T00:00:00Z.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// Wall-clock time, in seconds since 1970-01-01T00:00:00Z.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub struct UnixTime(pub u64);
 
 impl UnixTime {
     pub fn now() -> Self {
-        // A clock before 1970 reads as 1970: everything dated by it has then expired, which is the safe side.
+        // A clock before 1970 reads as 1970.
         Self(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
     }
 
-    /// How far `self` lies after `other`; zero if it does not.
+    /// Returns the duration from `other` to `self`; zero if `other` is later.
     pub fn since(self, other: Self) -> Duration {
         Duration::from_secs(self.0.saturating_sub(other.0))
     }
 
-    /// Exactly `YYYY-MM-DDTHH:MM:SSZ`: fractions and numeric offsets break boto2, minio-py and the Rust SDK.
+    /// Formats the time as `YYYY-MM-DDTHH:MM:SSZ`. Fractions and numeric offsets break boto2, minio-py and the Rust SDK.
     pub fn iso8601(self) -> String {
         let seconds = i64::try_from(self.0).unwrap_or(i64::MAX);
         Timestamp::from_second(seconds).unwrap_or(Timestamp::MAX).strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
     }
 }
 
-/// How long this machine has been suspended since it booted: time that [`tokio::time::Instant`] does not count.
+/// Returns how long this machine has been suspended since boot, which [`tokio::time::Instant`] does not count.
 pub fn suspended() -> Duration {
     let now = |clock: ClockId| clock.now().map_or(Duration::ZERO, Duration::from);
-    // Read in this order, so that what passes between the two never counts as suspended.
+    // Read in this order, so that the time between the two reads never counts as suspended.
     let boottime = now(ClockId::CLOCK_BOOTTIME);
     boottime.saturating_sub(now(ClockId::CLOCK_MONOTONIC))
 }
 
-/// Where in a range of times something happens, from 0 to 1: anywhere, so that nodes, sessions and tries do not meet.
+/// Returns a random factor from 0 to 1 for jitter, so that nodes, sessions and retries do not coincide.
 pub fn jitter() -> f64 {
     #[cfg(test)]
-    if let Some(everywhere) = tests::NO_JITTER.get() {
-        return everywhere;
+    if let Some(fixed) = tests::FIXED_JITTER.get() {
+        return fixed;
     }
     fastrand::f64()
 }
 
-/// Pauses between tries, each twice as long as the one before up to a last one, and with jitter: the nodes of a
-/// cluster must not all come back at once.
+/// Exponential backoff with equal jitter. The pause doubles up to a maximum; jitter keeps the nodes of a cluster from
+/// retrying in step.
 #[derive(Debug, Clone)]
 pub struct Backoff {
-    first: Duration,
-    last: Duration,
+    initial: Duration,
+    max: Duration,
     next: Duration,
 }
 
 impl Backoff {
-    pub const fn new(first: Duration, last: Duration) -> Self {
-        Self { first, last, next: first }
+    pub const fn new(initial: Duration, max: Duration) -> Self {
+        Self { initial, max, next: initial }
     }
 
-    /// From half the next pause to the whole.
+    /// Returns the next pause: from half its nominal length to all of it.
     pub fn pause(&mut self) -> Duration {
         let pause = self.next.mul_f64(0.5 + jitter() / 2.0);
-        self.next = (self.next * 2).min(self.last);
+        self.next = (self.next * 2).min(self.max);
         pause
     }
 
-    /// Something has succeeded.
+    /// Returns to the initial pause after a success.
     pub fn reset(&mut self) {
-        self.next = self.first;
+        self.next = self.initial;
     }
 }
 
@@ -81,12 +82,12 @@ pub(crate) mod tests {
     use super::*;
 
     thread_local! {
-        /// The same place for all, on this thread: to see what jitter is good for.
-        pub(crate) static NO_JITTER: std::cell::Cell<Option<f64>> = const { std::cell::Cell::new(None) };
+        /// Fixed jitter on this thread, to show what jitter prevents.
+        pub(crate) static FIXED_JITTER: std::cell::Cell<Option<f64>> = const { std::cell::Cell::new(None) };
     }
 
     #[test]
-    fn dates_are_written_as_every_sdk_reads_them() {
+    fn iso8601_has_whole_seconds_and_z() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),
@@ -101,10 +102,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn pauses_grow_to_the_last_and_begin_anew_after_a_success() {
+    fn pauses_grow_to_the_maximum_and_reset() {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(5));
-        for whole in [1, 2, 4, 5, 5].map(Duration::from_secs) {
-            assert!((whole / 2..=whole).contains(&backoff.pause()), "{whole:?}");
+        for nominal in [1, 2, 4, 5, 5].map(Duration::from_secs) {
+            assert!((nominal / 2..=nominal).contains(&backoff.pause()), "{nominal:?}");
         }
         backoff.reset();
         assert!(backoff.pause() <= Duration::from_secs(1));

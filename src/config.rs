@@ -1,6 +1,6 @@
-//! Command line and environment → [`Config`]: read first, given meaning once. Pure: nothing here touches the node.
+//! Command line and environment → [`Config`]. Pure: nothing here touches the node. Owns all types of the command line.
 //!
-//! A wrong value is refused in one sentence that names the flag, the value and what would be right.
+//! Errors name the flag, the value and the accepted form.
 
 mod args;
 mod check;
@@ -10,35 +10,44 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use clap::{CommandFactory, Parser, error::ErrorKind};
 
 use self::args::{Cli, CliCommand};
+pub use self::args::{Health, Output};
 use crate::{
-    authorise::{Defaults, Scope},
-    doctor,
+    authorize::{Defaults, SessionScope},
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
-    kubernetes::Mint,
+    kubernetes::MintMode,
     observe::LogFormat,
     serve::{imdsv2::Required, node_metadata::groups::Allowed},
 };
 
-/// Below this, SDKs such as botocore refetch on every call, or stretch what is left and sign with dead keys.
+/// Minimum session duration in seconds. With less, SDKs such as botocore fetch again on every call, or sign with expired
+/// keys.
 pub const MIN_SESSION: u32 = 1_800;
-/// The longest session that STS grants for a role.
+/// Maximum session duration in seconds that STS grants for a role.
 pub const MAX_SESSION: u32 = 43_200;
-/// Exchanges of a node, per second and at once: docs/capacity.md says what thousands of nodes make of it.
+/// Default rate limit of a node's exchanges, per second, and its burst. docs/capacity.md has the arithmetic for thousands
+/// of nodes.
 pub const EXCHANGES: (u32, u32) = (20, 50);
-
-/// Over how many seconds an agent spreads the exchanges of the pods that run already when it starts.
+/// Default number of seconds over which a starting agent spreads the prefetch for pods that run already.
 pub const START_WINDOW: u64 = 10;
 
-/// What kirsa was asked to do.
+/// The subcommand, with its validated options.
 #[derive(Debug)]
 pub enum Command {
     Run(Box<Config>),
     Uninstall(Backend),
-    Doctor(Box<Config>, doctor::Options),
-    Probe(PathBuf, doctor::Health),
+    Doctor(Box<Config>, DoctorOptions),
+    Health(PathBuf, Health),
 }
 
-/// A valid configuration of `kirsa run`.
+/// Options of `kirsa doctor`.
+#[derive(Debug, Clone, Copy)]
+pub struct DoctorOptions {
+    pub output: Output,
+    /// Make a test exchange at STS.
+    pub exchange: bool,
+}
+
+/// Validated configuration of `kirsa run`.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub host: HostAddresses,
@@ -51,12 +60,12 @@ pub struct Config {
     pub annotation_prefix: String,
     pub audience: String,
     pub session_duration: u32,
-    pub session_scope: Scope,
+    pub session_scope: SessionScope,
     pub exchange_rate: u32,
     pub exchange_burst: u32,
     pub start_window: Duration,
     pub require_imdsv2: Required,
-    /// The audience of the tokens that pods present for container credentials, where those are served.
+    /// Audience of the tokens that pods present for container credentials; `None` if these are not served.
     pub container_audience: Option<String>,
     pub metadata: Metadata,
     pub admin_address: SocketAddr,
@@ -66,60 +75,59 @@ pub struct Config {
     pub log_level: String,
 }
 
-/// Where pods and their service accounts are learnt from.
+/// Source of pods and their service accounts.
 #[derive(Debug, Clone)]
 pub enum Source {
     File(PathBuf),
     Kubernetes {
         node_name: String,
         kubeconfig: Option<PathBuf>,
-        mint: Mint,
+        mint: MintMode,
         cni_results: Option<PathBuf>,
         startup_taint: Option<String>,
     },
 }
 
 impl Config {
-    /// What brings pods' connections here.
+    /// Returns the rules that redirect pods' connections to this agent.
     pub fn rules(&self) -> RuleSet {
         RuleSet { host: self.host, port: self.port, container: self.container_audience.is_some() }
     }
 
-    /// What a service account gets where its annotations say nothing else.
+    /// Returns the defaults for what annotations of service accounts can override.
     pub fn defaults(&self) -> Defaults {
         Defaults {
             prefix: self.annotation_prefix.clone(),
             audience: self.audience.clone(),
-            duration: self.session_duration,
-            durations: MIN_SESSION..=MAX_SESSION,
+            duration: Duration::from_secs(self.session_duration.into()),
+            durations: Duration::from_secs(MIN_SESSION.into())..=Duration::from_secs(MAX_SESSION.into()),
             scope: self.session_scope,
-            foreign_arns: self.sts.endpoint.is_some(),
+            store_arns: self.sts.endpoint.is_some(),
         }
     }
 }
 
-/// Which STS is asked.
+/// The STS endpoint.
 #[derive(Debug, Clone)]
 pub struct Sts {
     pub region: String,
     pub endpoint: Option<String>,
 }
 
-/// What pods may know of the node: paths and groups that are read from its own metadata service, and values that are
-/// given.
+/// Node metadata that pods may read: paths and groups from the node's own metadata service, and fixed values.
 #[derive(Debug, Clone)]
 pub struct Metadata {
     pub allowed: Allowed,
     pub given: Vec<(String, String)>,
 }
 
-/// Reads the process's own command line and environment.
+/// Parses the command line and environment of this process.
 ///
 /// # Errors
-/// The exit code: 0 after `--help` and `--version`, 2 after saying what is wrong.
+/// The exit code: 0 after `--help` and `--version`, 2 after printing an error.
 pub fn parse() -> Result<Command, ExitCode> {
     parse_from(std::env::args_os()).map_err(|error| {
-        // Nothing is left to be done about a closed stderr.
+        // Nothing can be done about a closed stderr.
         let _ = error.print();
         ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
     })
@@ -133,9 +141,9 @@ fn parse_from(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Comm
     match Cli::try_parse_from(args)?.command {
         CliCommand::Uninstall(args) => Ok(Command::Uninstall(args.intercept)),
         CliCommand::Run(args) => config(*args).map(Command::Run),
-        CliCommand::Probe(args) => Ok(Command::Probe(args.admin_socket, args.health)),
+        CliCommand::Health(args) => Ok(Command::Health(args.admin_socket, args.health)),
         CliCommand::Doctor(args) => {
-            let options = doctor::Options { output: args.output, exchange: !args.no_exchange };
+            let options = DoctorOptions { output: args.output, exchange: !args.no_exchange };
             config(args.run).map(|config| Command::Doctor(config, options))
         }
     }

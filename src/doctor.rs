@@ -5,55 +5,42 @@
 //! agent, reviews and a TokenRequest to the API server, and to STS a token that must be refused and one that must not.
 
 mod agent;
+mod bridge;
 mod clock;
 mod cluster;
 mod disk;
+mod fence;
 mod finding;
 mod http;
 mod listeners;
 mod listing;
 mod others;
 mod privileges;
-mod probe;
+mod health;
 mod redirect;
 mod report;
 mod rights;
+mod routes;
 mod rules;
 mod ruleset;
 mod sample;
 mod sts;
 
+pub use health::main as health;
 pub use listeners::pod_identity_agent;
-pub use probe::{Health, main as probe};
 
 use std::process::ExitCode;
 
-use clap::ValueEnum;
-
 use crate::{
-    config::{Config, Source},
+    config::{Config, DoctorOptions, Source},
     exchange::sts::Sts,
     observe::Metrics,
 };
 use finding::{Finding, Verdict};
 use ruleset::Ruleset;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Output {
-    Text,
-    Json,
-}
-
-/// How to look, and how to say it.
-#[derive(Debug, Clone, Copy)]
-pub struct Options {
-    pub output: Output,
-    /// Whether a session may be asked for.
-    pub exchange: bool,
-}
-
 /// Looks, says what was found, and ends with 1 if something failed.
-pub fn main(config: &Config, options: Options) -> ExitCode {
+pub fn main(config: &Config, options: DoctorOptions) -> ExitCode {
     let examined = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(examine(config, options))
@@ -69,7 +56,7 @@ pub fn main(config: &Config, options: Options) -> ExitCode {
 }
 
 /// From the pod's side of the agent to the far one.
-async fn examine(config: &Config, options: Options) -> anyhow::Result<Vec<Finding>> {
+async fn examine(config: &Config, options: DoctorOptions) -> anyhow::Result<Vec<Finding>> {
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"))?;
     let mut findings = agent::check(config.admin_address).await;
     findings.push(privileges::check(config.intercept, config.port));
@@ -77,7 +64,10 @@ async fn examine(config: &Config, options: Options) -> anyhow::Result<Vec<Findin
     findings.extend(redirect::check(config).await);
     let rules = Ruleset::read();
     findings.extend(rules::check(config, &rules));
+    findings.extend(fence::check(config));
     findings.extend(others::check(config, &rules));
+    findings.extend(routes::check(config));
+    findings.push(bridge::check(config));
     findings.push(hop_limit());
     findings.push(disk::state_dir(&config.state_dir));
 

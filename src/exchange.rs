@@ -1,7 +1,7 @@
-//! Fourth stage: [`Grant`] → [`Credential`]: a token of the pod's own service account, exchanged at STS.
+//! Fourth stage: [`Grant`] → [`Credential`]. It mints a token of the pod's own service account and exchanges it at STS.
 //!
-//! The token is bound to the pod, minted, exchanged and dropped: never stored, never logged. Knows no HTTP server and
-//! no cache.
+//! The token is bound to the pod and lives for one exchange: it is never stored and never logged. This stage depends on
+//! neither the HTTP server nor the cache.
 
 pub mod claims;
 pub mod credential;
@@ -11,15 +11,16 @@ pub(crate) mod script;
 pub mod sts;
 pub mod token;
 
-use std::{future::Future, pin::Pin, time::Duration};
+use std::{future::Future, time::Duration};
 
+use futures::future::BoxFuture;
 use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
 pub use credential::Credential;
 
 use crate::{
-    authorise::Grant,
+    authorize::Grant,
     observe::{Metrics, Outcome, Step},
     refusal::{Reason, Refusal},
 };
@@ -27,15 +28,15 @@ use claims::Claims;
 use sts::Sts;
 use token::TokenSource;
 
-/// Token and STS together: the longest that Go's SDKs wait is 5 s.
-pub const DEADLINE: Duration = Duration::from_secs(4);
+/// Timeout of a whole exchange, TokenRequest and STS together. The AWS SDKs for Go give up after 5 s.
+pub const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Issues credentials. One method, so that what is built on it can be tested without Kubernetes and AWS.
+/// Issues credentials. Tests of later stages replace it, and need neither Kubernetes nor AWS.
 pub trait Issuer: Send + Sync + 'static {
-    fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>>;
+    fn issue<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<Credential, Refusal>>;
 }
 
-/// The real way.
+/// Issues credentials from a token source and STS.
 #[derive(Debug)]
 pub struct Exchange {
     tokens: TokenSource,
@@ -49,27 +50,27 @@ impl Exchange {
     }
 
     async fn run(&self, grant: &Grant) -> Result<Credential, Refusal> {
-        let until = Instant::now() + DEADLINE;
-        let token = self.timed(Step::Token, until, self.tokens.token(grant)).await?;
-        let credential = self.timed(Step::Sts, until, self.sts.assume(grant, &token)).await?;
-        let id = Claims::of(&token).and_then(|claims| claims.id);
-        audit(grant, &credential, id.as_deref().unwrap_or_default());
+        let deadline = Instant::now() + EXCHANGE_TIMEOUT;
+        let token = self.timed(Step::Token, deadline, self.tokens.token(grant)).await?;
+        let credential = self.timed(Step::Sts, deadline, self.sts.assume_role(grant, &token)).await?;
+        let jti = Claims::decode_unverified(&token).and_then(|claims| claims.jti);
+        audit(grant, &credential, jti.as_deref().unwrap_or_default());
         Ok(credential)
     }
 
     async fn timed<T>(
         &self,
         step: Step,
-        until: Instant,
+        deadline: Instant,
         call: impl Future<Output = Result<T, Refusal>>,
     ) -> Result<T, Refusal> {
         let began = Instant::now();
-        let result = timeout_at(until, call).await.unwrap_or_else(|_| {
+        let result = timeout_at(deadline, call).await.unwrap_or_else(|_| {
             let waiting_for = match step {
                 Step::Token => "the API server's TokenRequest",
                 Step::Sts => "STS",
             };
-            Err(Refusal::new(Reason::ExchangeTimeout, format!("still waiting for {waiting_for} after 4 s in all")))
+            Err(Refusal::new(Reason::ExchangeTimeout, format!("timed out after 4 s waiting for {waiting_for}")))
         });
         self.metrics.exchange(step, Outcome::of(&result), began.elapsed());
         result
@@ -77,13 +78,13 @@ impl Exchange {
 }
 
 impl Issuer for Exchange {
-    fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
+    fn issue<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<Credential, Refusal>> {
         Box::pin(self.run(grant))
     }
 }
 
-/// One line for each exchange: enough to find it again in the API server's audit log (jti, pod) and in CloudTrail
-/// (access key id, session name), and no secret.
+/// Writes one audit line per exchange, without secrets. It links the API server's audit log (jti, pod) to CloudTrail
+/// (access key ID, session name).
 fn audit(grant: &Grant, credential: &Credential, jti: &str) {
     let (workload, key) = (grant.workload(), grant.key());
     info!(

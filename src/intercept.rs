@@ -6,7 +6,9 @@
 pub mod handover;
 pub mod rule;
 mod accept;
+mod around;
 mod monitor;
+mod netlink;
 pub mod port;
 mod probe;
 mod service;
@@ -14,6 +16,7 @@ mod source;
 
 use std::{net::SocketAddr, os::fd::AsRawFd};
 
+use anyhow::Context;
 use nix::{
     errno::Errno,
     sys::{
@@ -23,16 +26,22 @@ use nix::{
 };
 use tracing::warn;
 
-pub use accept::{Accepted, Acceptor, Arrival, Direct, Limits, TurnedAway};
+use crate::connections::Buffers;
+
+pub use accept::{Accepted, Acceptor, Arrival, Direct, Limits, PodOf, TurnedAway};
 pub use handover::{Duties, Duty, Handover, Predecessor};
 pub use monitor::RuleChanges;
-pub use probe::{Probe, connect_marked};
+pub use netlink::{InterfaceRoute, bridge_ports, interface_routes};
+pub use probe::{Probe, connect_marked, has_route};
 pub use rule::{Backend, HostAddresses};
 pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, Service};
 pub use source::{MAX_DELAY, Share};
 
-/// File descriptors for all but pods' connections: STS, the API server, CNI records, `nft`.
-const OTHER_DESCRIPTORS: usize = 256;
+/// Requests have less than 1 KiB and responses some 2 KiB. A head may have 16 KiB, and arrives in several windows then.
+const BUFFERS: Buffers = Buffers { receive: 4 << 10, send: 4 << 10 };
+/// File descriptors for all but the connections that are served: 256 for STS, the API server, CNI records and `nft`,
+/// and those of connections that are closing or refused, or to the admin port.
+const OTHER_DESCRIPTORS: usize = 256 + 64 + 64 + 16 + 3 * 32;
 
 /// A connection as the kernel sees it, where from and where to: the only evidence of who is calling. Nothing that a
 /// client sends is in here.
@@ -93,7 +102,10 @@ pub fn listen(
 ) -> anyhow::Result<Vec<std::net::TcpListener>> {
     let mut listener = |address: SocketAddr| {
         let passed = predecessor.as_mut().and_then(|predecessor| predecessor.pods(address));
-        passed.map_or_else(|| bind(address), Ok)
+        let listener = passed.map_or_else(|| bind(address), Ok)?;
+        // Also of a socket that an agent of another version has bound.
+        BUFFERS.apply(&listener).with_context(|| format!("cannot limit the socket buffers of {address}"))?;
+        anyhow::Ok(listener)
     };
     if let Some(risk) = port::unprivileged(port, port::first_unprivileged()) {
         warn!("--port {port}: {risk}");

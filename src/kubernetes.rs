@@ -1,21 +1,19 @@
-//! The way to the API server: one configuration, the identity that each use of it takes, and how long its silence
-//! is borne. Knows no stage.
+//! Clients of the API server: one configuration, with the identity and timeouts for each use. Depends on no stage.
 
+pub mod json_filter;
 pub mod review;
-pub mod slim;
 pub mod taint;
 pub mod watch;
 
 use std::{
-    future::Future,
     path::Path,
-    pin::Pin,
     task::{Context as TaskContext, Poll},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use futures::future::BoxFuture;
 use http::{HeaderName, HeaderValue, Request, Response};
 use http_body_util::BodyExt;
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
@@ -29,42 +27,46 @@ use tower::{Layer, Service, util::MapRequestLayer};
 use tracing::{info, warn};
 
 use crate::{clock::Backoff, observe::Heard};
-use slim::{Keep, SlimLayer};
+use json_filter::{AnnotationFilter, FilterLayer};
 
-/// A watch is silent for a minute between bookmarks; a longer silence is a dead connection.
+/// Bookmarks arrive every minute; a longer silence means a dead connection.
 const WATCH_READ_TIMEOUT: Duration = Duration::from_secs(90);
 const CALL_READ_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How tokens of pods' service accounts are minted, and this node's pods are read.
+/// How tokens of pods' service accounts are minted and this node's pods are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Mint {
-    /// Whichever of the two the agent may; impersonating where it may both.
+pub enum MintMode {
+    /// The mode that the agent has permission for; impersonation if it has both.
     Auto,
-    /// Impersonating this node (constrained impersonation, KEP-5284; Kubernetes >= 1.36): the API server itself refuses
-    /// tokens for pods of other nodes.
-    Impersonate,
-    /// As the agent itself, fenced by a ValidatingAdmissionPolicy.
+    /// By impersonating this node (constrained impersonation, Kubernetes >= 1.36), so that the API server rejects tokens for
+    /// pods of other nodes: <https://github.com/kubernetes/enhancements/issues/5284>.
+    Impersonation,
+    /// As the agent itself, limited by a ValidatingAdmissionPolicy.
     Direct,
 }
 
-/// Makes clients of one API server.
+/// Creates clients of one API server.
 #[derive(Debug, Clone)]
-pub struct Kubernetes {
+pub struct ClientFactory {
     config: Config,
     node: String,
 }
 
-/// In whose name a client speaks.
+/// Identity of a client at the API server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Identity {
+    /// The agent's own service account.
     Agent,
+    /// This node, impersonated.
     Node,
 }
 
-impl Kubernetes {
+impl ClientFactory {
+    /// Reads the kubeconfig, or the in-cluster configuration.
+    ///
     /// # Errors
-    /// There are no credentials for an API server.
+    /// The kubeconfig cannot be read, or there are no in-cluster credentials.
     pub async fn new(kubeconfig: Option<&Path>, node: String) -> anyhow::Result<Self> {
         let mut config = match kubeconfig {
             Some(path) => {
@@ -73,42 +75,42 @@ impl Kubernetes {
                 Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?
             }
             None => Config::incluster()
-                .context("no pod's credentials for an API server here: give --kubeconfig, or --workloads to run without Kubernetes")?,
+                .context("no in-cluster credentials for the API server: set --kubeconfig, or --workloads to run without Kubernetes")?,
         };
-        // Up to 15 tries and whatever Retry-After says: every call here has a deadline, and its own idea of retrying.
+        // kube would retry up to 15 times and honor Retry-After. Each call here has a deadline and its own retry policy.
         config.default_retry = false;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         Ok(Self { config, node })
     }
 
-    /// For single calls.
+    /// Returns a client for single calls.
     ///
     /// # Errors
-    /// The TLS configuration is not usable.
-    pub fn calls(&self, identity: Identity) -> anyhow::Result<Client> {
+    /// The TLS configuration is unusable.
+    pub fn call_client(&self, identity: Identity) -> anyhow::Result<Client> {
         Ok(ClientBuilder::try_from(self.config(identity, CALL_READ_TIMEOUT)?)?.build())
     }
 
-    /// For single reads of pods and service accounts, of whose annotations only `keep` are received.
+    /// Returns a client for single reads of pods and service accounts. Drops all annotations but those of `keep`.
     ///
     /// # Errors
-    /// The TLS configuration is not usable.
-    pub fn reads(&self, identity: Identity, keep: Keep) -> anyhow::Result<Client> {
+    /// The TLS configuration is unusable.
+    pub fn read_client(&self, identity: Identity, keep: AnnotationFilter) -> anyhow::Result<Client> {
         let config = self.config(identity, CALL_READ_TIMEOUT)?;
-        Ok(ClientBuilder::try_from(config)?.with_layer(&SlimLayer(keep)).build())
+        Ok(ClientBuilder::try_from(config)?.with_layer(&FilterLayer(keep)).build())
     }
 
-    /// For a watch, whose every byte is noted in `heard`. Of annotations only `keep` are received.
+    /// Returns a client for a watch. Records each received frame in `activity`. Drops all annotations but those of `keep`.
     ///
     /// # Errors
-    /// The TLS configuration is not usable.
-    pub fn watch(&self, identity: Identity, heard: Heard, keep: Keep) -> anyhow::Result<Client> {
+    /// The TLS configuration is unusable.
+    pub fn watch_client(&self, identity: Identity, activity: Heard, keep: AnnotationFilter) -> anyhow::Result<Client> {
         let config = self.config(identity, WATCH_READ_TIMEOUT)?;
-        let up_to_date = MapRequestLayer::new(watch::up_to_date);
+        let consistent_list = MapRequestLayer::new(watch::require_consistent_list);
         Ok(ClientBuilder::try_from(config)?
-            .with_layer(&up_to_date)
-            .with_layer(&Listening(heard))
-            .with_layer(&SlimLayer(keep))
+            .with_layer(&consistent_list)
+            .with_layer(&ActivityLayer(activity))
+            .with_layer(&FilterLayer(keep))
             .build())
     }
 
@@ -117,91 +119,90 @@ impl Kubernetes {
         config.read_timeout = Some(read_timeout);
         if identity == Identity::Node {
             let user = HeaderValue::from_str(&format!("system:node:{}", self.node))
-                .with_context(|| format!("--node-name {}: is no name of a node", self.node))?;
+                .with_context(|| format!("--node-name {}: is not a valid node name", self.node))?;
             config.headers.push((HeaderName::from_static("impersonate-user"), user));
         }
         Ok(config)
     }
 
-    /// Which way of minting the agent was granted. Asks until the API server answers.
+    /// Returns the identity that mints tokens, by the agent's permissions. Retries until the API server answers.
     ///
     /// # Errors
-    /// It was granted neither, or not the one that was asked for.
-    pub async fn choose(&self, wanted: Mint) -> anyhow::Result<Identity> {
-        let client = self.calls(Identity::Agent)?;
+    /// The agent has no permission to mint tokens, or not in the configured mode.
+    pub async fn resolve_identity(&self, wanted: MintMode) -> anyhow::Result<Identity> {
+        let client = self.call_client(Identity::Agent)?;
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
-        let granted = loop {
-            match Granted::ask(&client).await {
-                Ok(granted) => break granted,
+        let permissions = loop {
+            match MintPermissions::query(&client).await {
+                Ok(permissions) => break permissions,
                 Err(error) => {
-                    warn!(
-                        error = format!("{error:#}"),
-                        "the API server does not say what this agent may do; asking again"
-                    );
+                    warn!(error = format!("{error:#}"), "querying the agent's permissions failed; retrying");
                     tokio::time::sleep(backoff.pause()).await;
                 }
             }
         };
-        let identity = granted.identity(wanted)?;
-        self.announce(identity);
+        let identity = permissions.identity(wanted)?;
+        self.log_identity(identity);
         Ok(identity)
     }
 
-    /// The same, asked once.
+    /// Returns the same with a single query.
     ///
     /// # Errors
-    /// The API server does not say, or neither way was granted.
-    pub async fn granted(&self, wanted: Mint) -> anyhow::Result<Identity> {
-        Granted::ask(&self.calls(Identity::Agent)?).await?.identity(wanted)
+    /// The API server does not answer, or the agent has no permission to mint tokens in the configured mode.
+    pub async fn query_identity(&self, wanted: MintMode) -> anyhow::Result<Identity> {
+        MintPermissions::query(&self.call_client(Identity::Agent)?).await?.identity(wanted)
     }
 
-    pub fn announce(&self, identity: Identity) {
+    pub fn log_identity(&self, identity: Identity) {
         match identity {
             Identity::Node => {
-                info!(way = "impersonate", node = %self.node, "tokens are minted impersonating this node");
+                info!(mode = "impersonation", node = %self.node, "tokens are minted by impersonating this node");
             }
             Identity::Agent => info!(
-                way = "direct",
-                "tokens are minted directly: the API server does not check that a pod is on this node"
+                mode = "direct",
+                "tokens are minted as the agent: the API server does not check that a pod is on this node"
             ),
         }
     }
 }
 
-/// Which ways of minting the agent may go.
+/// The agent's permissions to mint tokens.
 #[derive(Debug, Clone, Copy)]
-pub struct Granted {
+pub struct MintPermissions {
     impersonate: bool,
     direct: bool,
 }
 
-impl Granted {
-    /// # Errors
-    /// The API server does not answer.
-    pub async fn ask(client: &Client) -> anyhow::Result<Self> {
-        Ok(Self { impersonate: may(client, IMPERSONATE).await?, direct: may(client, DIRECT).await? })
-    }
-
-    /// In whose name tokens are minted.
+impl MintPermissions {
+    /// Queries the permissions by SelfSubjectAccessReview.
     ///
     /// # Errors
-    /// The agent was granted neither way, or not the one that was asked for.
-    pub fn identity(self, wanted: Mint) -> anyhow::Result<Identity> {
+    /// The API server does not answer.
+    pub async fn query(client: &Client) -> anyhow::Result<Self> {
+        Ok(Self { impersonate: is_allowed(client, IMPERSONATE).await?, direct: is_allowed(client, DIRECT).await? })
+    }
+
+    /// Returns the identity that mints tokens.
+    ///
+    /// # Errors
+    /// The agent has no permission to mint tokens, or not in the configured mode.
+    pub fn identity(self, wanted: MintMode) -> anyhow::Result<Identity> {
         match (wanted, self.impersonate, self.direct) {
-            (Mint::Auto | Mint::Impersonate, true, _) => Ok(Identity::Node),
-            (Mint::Auto | Mint::Direct, _, true) => Ok(Identity::Agent),
-            (Mint::Impersonate, false, _) => bail!(
-                "--mint impersonate: the agent may not {}; apply daemonset/components/constrained-impersonation \
+            (MintMode::Auto | MintMode::Impersonation, true, _) => Ok(Identity::Node),
+            (MintMode::Auto | MintMode::Direct, _, true) => Ok(Identity::Agent),
+            (MintMode::Impersonation, false, _) => bail!(
+                "--minting impersonation: the agent may not {}; apply daemonset/components/constrained-impersonation \
                  (Kubernetes >= 1.36)",
                 IMPERSONATE.0
             ),
-            (Mint::Direct, ..) => {
+            (MintMode::Direct, ..) => {
                 bail!(
-                    "--mint direct: the agent may not create serviceaccounts/token; apply daemonset/components/direct-minting"
+                    "--minting direct: the agent may not create serviceaccounts/token; apply daemonset/components/direct-minting"
                 )
             }
-            (Mint::Auto, ..) => bail!(
-                "--mint auto: the agent may neither {} nor create serviceaccounts/token; apply one of \
+            (MintMode::Auto, ..) => bail!(
+                "--minting auto: the agent may neither {} nor create serviceaccounts/token; apply one of \
                  daemonset/components/constrained-impersonation and direct-minting",
                 IMPERSONATE.0
             ),
@@ -209,16 +210,16 @@ impl Granted {
     }
 }
 
-/// Verb, API group, resource, subresource.
+/// A permission: verb, API group, resource, subresource.
 pub type Access = (&'static str, &'static str, &'static str, Option<&'static str>);
 const IMPERSONATE: Access = ("impersonate-on:associated-node:create", "", "serviceaccounts", Some("token"));
 const DIRECT: Access = ("create", "", "serviceaccounts", Some("token"));
 
-/// Whether the API server would let this client do so, in every namespace.
+/// Returns whether the client has the permission in all namespaces.
 ///
 /// # Errors
-/// It does not answer.
-pub async fn may(client: &Client, (verb, group, resource, subresource): Access) -> anyhow::Result<bool> {
+/// The API server does not answer.
+pub async fn is_allowed(client: &Client, (verb, group, resource, subresource): Access) -> anyhow::Result<bool> {
     let review = SelfSubjectAccessReview {
         spec: SelfSubjectAccessReviewSpec {
             resource_attributes: Some(ResourceAttributes {
@@ -233,55 +234,55 @@ pub async fn may(client: &Client, (verb, group, resource, subresource): Access) 
         ..SelfSubjectAccessReview::default()
     };
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
-    let answered = reviews.create(&PostParams::default(), &review).await?;
-    Ok(answered.status.is_some_and(|status| status.allowed))
+    let response = reviews.create(&PostParams::default(), &review).await?;
+    Ok(response.status.is_some_and(|status| status.allowed))
 }
 
-/// Notes when anything arrives. kube's watcher keeps bookmarks to itself, and they are what tells a quiet watch from a
-/// dead one.
+/// Records when a frame arrives. kube's watcher does not pass on bookmarks, which distinguish a quiet watch from a dead
+/// one.
 #[derive(Debug, Clone)]
-struct Listening<S>(S);
+struct ActivityLayer(Heard);
 
-impl<S> Layer<S> for Listening<Heard> {
-    type Service = ListeningService<S>;
+impl<S> Layer<S> for ActivityLayer {
+    type Service = ActivityService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        ListeningService { inner, heard: self.0.clone() }
+        ActivityService { inner, activity: self.0.clone() }
     }
 }
 
 #[derive(Debug, Clone)]
-struct ListeningService<S> {
+struct ActivityService<S> {
     inner: S,
-    heard: Heard,
+    activity: Heard,
 }
 
-impl<S, B> Service<Request<Body>> for ListeningService<S>
+impl<S, B> Service<Request<Body>> for ActivityService<S>
 where
     S: Service<Request<Body>, Response = Response<B>>,
     S::Future: Send + 'static,
     B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
     B::Error: 'static,
 {
-    type Response = Response<http_body_util::combinators::MapFrame<B, Note>>;
+    type Response = Response<http_body_util::combinators::MapFrame<B, RecordFrame>>;
     type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let heard = self.heard.clone();
-        let answer = self.inner.call(request);
+        let activity = self.activity.clone();
+        let response = self.inner.call(request);
         Box::pin(async move {
-            let note: Note = Box::new(move |frame| {
-                heard.now();
+            let record: RecordFrame = Box::new(move |frame| {
+                activity.now();
                 frame
             });
-            Ok(answer.await?.map(|body| body.map_frame(note)))
+            Ok(response.await?.map(|body| body.map_frame(record)))
         })
     }
 }
 
-type Note = Box<dyn FnMut(http_body::Frame<bytes::Bytes>) -> http_body::Frame<bytes::Bytes> + Send>;
+type RecordFrame = Box<dyn FnMut(http_body::Frame<bytes::Bytes>) -> http_body::Frame<bytes::Bytes> + Send>;

@@ -1,14 +1,14 @@
 //! IRSA for programs that only know the instance metadata service.
 //!
 //! ```text
-//! TCP connection ─intercept→ Peer ─attribute→ Workload ─authorise→ Grant ─cache→ Credential ─serve→ HTTP response
+//! TCP connection ─intercept→ Peer ─attribute→ Workload ─authorize→ Grant ─cache→ Credential ─serve→ HTTP response
 //!                                                                    └─exchange (token → STS)
 //! ```
 //!
 //! Each arrow is a stage, and only that stage can construct the type it leads to: only [`intercept`] makes a `Peer`,
-//! only [`attribute`] a `Workload`, only [`authorise`] a `Grant`; what [`cache`] gives away, a `Credential`, only
+//! only [`attribute`] a `Workload`, only [`authorize`] a `Grant`; what [`cache`] gives away, a `Credential`, only
 //! [`exchange`] makes. Code that would serve a credential without having passed every stage does not compile. A stage
-//! names the types of the stages before it and of [`refusal`], [`observe`] and [`clock`], never those after it;
+//! names the types of the stages before it and of [`refusal`], [`observe`], [`connections`] and [`clock`], never those after it;
 //! `tests/stages.rs` holds that.
 
 #![forbid(unsafe_code)]
@@ -18,6 +18,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod doctor;
 pub mod kubernetes;
 pub mod node;
@@ -27,7 +28,7 @@ pub mod refusal;
 // The pipeline, in the order in which a request passes it.
 pub mod intercept;
 pub mod attribute;
-pub mod authorise;
+pub mod authorize;
 pub mod exchange;
 pub mod cache;
 pub mod serve;

@@ -2,6 +2,7 @@
 
 mod admin;
 mod ahead;
+pub(crate) mod bridge;
 mod container;
 mod follow;
 mod redirect;
@@ -27,18 +28,19 @@ use tracing::{error, info, warn};
 
 use crate::{
     attribute::Attributor,
-    authorise::Grant,
+    authorize::Grant,
     cache::{Cache, ExchangeLimiter},
     config::{Command, Config},
     doctor,
     exchange::{Exchange, sts::Sts},
     intercept::{
-        self, Acceptor, Direct, Duties, Duty, Handover, Predecessor, Probe,
+        self, Acceptor, Direct, Duties, Duty, Handover, Peer, Predecessor, Probe, RuleChanges,
         rule::{self, Installed},
     },
     observe::{self, Admin, Metrics, Readiness},
     serve::{Server, node_metadata::NodeMetadata, session_token::Sessions},
 };
+use bridge::BridgePorts;
 use redirect::Redirect;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -63,7 +65,7 @@ pub fn main(command: Command) -> ExitCode {
             }
         },
         Command::Doctor(config, options) => doctor::main(&config, options),
-        Command::Probe(socket, health) => doctor::probe(&socket, health),
+        Command::Health(socket, health) => doctor::health(&socket, health),
         Command::Run(config) => match start(*config) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -141,13 +143,13 @@ pub async fn run(
         readiness: readiness.clone(),
         metrics: metrics.clone(),
     };
-    let follow::Sources { authoriser, tokens, container } = learning.begin(&mut tasks).await?;
+    let follow::Sources { authorizer, tokens, container } = learning.begin(&mut tasks).await?;
 
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
     let limiter = ExchangeLimiter::new(config.exchange_rate, config.exchange_burst, metrics.clone());
-    let (live, roles) = (attributor.clone(), authoriser.clone());
-    let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.still(grant);
+    let (live, roles) = (attributor.clone(), authorizer.clone());
+    let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.is_current(grant);
     let cache = Arc::new(Cache::new(Arc::new(exchange), limiter, check, metrics.clone()));
     let (described, expiring) = (cache.clone(), cache.clone());
     metrics.ask_credentials_left(move || expiring.first_expiry());
@@ -160,16 +162,21 @@ pub async fn run(
     tasks.spawn(admin::serve(admin, config.admin_address, listeners.admin, duties.clone()));
     let ahead = ahead::FetchAhead {
         attributor: attributor.clone(),
-        authoriser: authoriser.clone(),
+        authorizer: authorizer.clone(),
         cache: cache.clone(),
         window: config.start_window,
     };
     tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
     let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed);
     tasks.spawn(always(metadata.clone().follow()));
+    let changes = RuleChanges::subscribe();
+    let bridge = BridgePorts::new(attributor.clone(), installed.as_ref(), changes.clone(), metrics.clone());
+    if listeners.predecessor.is_none() {
+        bridge.begin().await;
+    }
     let server = Arc::new(Server {
-        attributor,
-        authoriser,
+        attributor: attributor.clone(),
+        authorizer,
         cache,
         sessions,
         metadata,
@@ -182,7 +189,8 @@ pub async fn run(
     let graceful = Arc::new(GracefulShutdown::new());
     let probe = Arc::new(Probe::default());
     let direct = if installed.is_some() { Direct::Refuse } else { Direct::Accept };
-    let acceptor = Acceptor::new(config.limits, direct, probe.clone(), metrics.clone());
+    let pod_of = move |peer: &Peer| attributor.peek(peer).ok().map(|workload| workload.uid().0.clone());
+    let acceptor = Acceptor::new(config.limits, direct, Box::new(pod_of), probe.clone(), metrics.clone());
     let mut listening = JoinSet::new();
     for listener in listeners.pods {
         let (server, graceful, acceptor, duties) = (server.clone(), graceful.clone(), acceptor.clone(), duties.clone());
@@ -195,7 +203,7 @@ pub async fn run(
     match installed {
         Some(installed) => {
             let others = listeners.predecessor.is_some();
-            let redirect = Redirect::new(installed, others, probe, redirected, metrics.clone());
+            let redirect = Redirect::new(installed, others, changes, probe, redirected, metrics.clone());
             let duties = duties.clone();
             tasks.spawn(always(async move { duties.during(Duty::Redirect, || redirect.keep()).await }));
         }
@@ -204,6 +212,8 @@ pub async fn run(
             metrics.redirect_verified(true);
         }
     }
+    let of_redirect = duties.clone();
+    tasks.spawn(always(async move { of_redirect.during(Duty::Redirect, || bridge.keep()).await }));
     // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.
     listening.spawn(async move {
         let _taken = match listeners.predecessor {

@@ -64,25 +64,54 @@ fn silence_wire(filter: &str) -> String {
 const REPEAT: Duration = Duration::from_secs(10);
 /// Sources and reasons that are remembered for that.
 const REMEMBERED: usize = 1_024;
+/// Minimum interval between lines about sources that cannot be remembered, all of them together.
+const OVERFLOW_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Logs refusals, each kind to each source once in a while; the metrics count every one.
+/// Rate-limits the log of refusals by reason and source, and as a whole; the metrics count every one.
 #[derive(Debug, Default)]
-pub struct RefusalLog(Mutex<HashMap<(Reason, IpAddr), Instant>>);
+pub struct RefusalLog(Mutex<Logged>);
+
+#[derive(Debug, Default)]
+struct Logged {
+    last: HashMap<(Reason, IpAddr), Instant>,
+    /// Time of the last line about a source that could not be remembered.
+    overflowed: Option<Instant>,
+    /// Lines suppressed since then.
+    suppressed: u64,
+}
 
 impl RefusalLog {
     /// Whether this kind of refusal was not logged of this source a moment ago. If so, it counts as logged.
     pub fn is_news(&self, reason: Reason, source: IpAddr) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.get(&(reason, source)).is_some_and(|at| at.elapsed() < REPEAT) {
-            return false;
+        let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (is_news, suppressed) = logged.record(reason, source);
+        drop(logged);
+        if suppressed > 0 {
+            warn!(suppressed, "refusal log overflowed: one line a second is logged, the metrics count every refusal");
         }
-        if last.len() >= REMEMBERED {
-            last.retain(|_, at| at.elapsed() < REPEAT);
+        is_news
+    }
+}
+
+impl Logged {
+    /// Returns whether to log this refusal, and how many suppressed ones to report.
+    fn record(&mut self, reason: Reason, source: IpAddr) -> (bool, u64) {
+        if self.last.get(&(reason, source)).is_some_and(|at| at.elapsed() < REPEAT) {
+            return (false, 0);
         }
-        if last.len() < REMEMBERED {
-            last.insert((reason, source), Instant::now());
+        if self.last.len() >= REMEMBERED {
+            self.last.retain(|_, at| at.elapsed() < REPEAT);
         }
-        true
+        let paused = self.overflowed.is_some_and(|at| at.elapsed() < OVERFLOW_INTERVAL);
+        if self.last.len() < REMEMBERED {
+            self.last.insert((reason, source), Instant::now());
+        } else if paused {
+            self.suppressed += 1;
+            return (false, 0);
+        } else {
+            self.overflowed = Some(Instant::now());
+        }
+        (true, if paused { 0 } else { std::mem::take(&mut self.suppressed) })
     }
 }
 
@@ -161,6 +190,22 @@ impl Condition {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn refusal_log_overflow_is_one_line_a_second() {
+        let mut logged = Logged::default();
+        let ip = |n: u32| IpAddr::from(std::net::Ipv4Addr::from(n));
+        for n in 0..REMEMBERED as u32 {
+            assert_eq!(logged.record(Reason::NotFound, ip(n)), (true, 0));
+        }
+        assert_eq!(logged.record(Reason::NotFound, ip(5_000)), (true, 0));
+        for n in 5_001..5_101 {
+            assert_eq!(logged.record(Reason::NotFound, ip(n)), (false, 0));
+        }
+        tokio::time::advance(OVERFLOW_INTERVAL).await;
+        assert_eq!(logged.record(Reason::NotFound, ip(6_000)), (true, 100));
+        assert_eq!(logged.record(Reason::NotFound, ip(6_001)), (false, 0));
+    }
 
     #[test]
     fn no_filter_turns_on_the_logs_of_the_wire() {

@@ -1,5 +1,5 @@
-//! Every way to say no, in one table: what the pod sees, what the log and the metrics say, how long it is remembered,
-//! and what an operator should change. The pod learns little, the log learns all.
+//! The table of refusals: for each [`Reason`] the response to the pod, the label for logs and metrics, the retry policy and
+//! the advice to the operator. The pod learns little, the log has the details.
 //!
 //! Stages return a [`Refusal`]; only `serve` turns one into a response.
 
@@ -7,360 +7,171 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tracing::Level;
 
-/// What kind of no. Bounded, so that it can be a metric label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-// For tests that go through all of them.
-#[cfg_attr(test, derive(clap::ValueEnum))]
-pub enum Reason {
-    // The request itself.
-    NotFound,
-    MethodNotAllowed,
-    BadRequest,
-    BadTtl,
-    ForwardedToken,
-    SessionRequired,
-    SessionInvalid,
-    ContainerTokenMissing,
-    TooManyRequests,
-    TooManyConnections,
-    // Who is calling.
-    NotRedirected,
-    Starting,
-    UnknownPod,
-    AmbiguousAddress,
-    ContainerTokenRefused,
-    ContainerTokenForeign,
-    ReviewForbidden,
-    ReviewUnavailable,
-    // What the pod may have.
-    NoRole,
-    BadAnnotation,
-    AccountUnavailable,
-    // The pod's service-account token.
-    TokenForbidden,
-    TokenRefused,
-    PodGone,
-    TokenUnavailable,
-    TokenFile,
-    // The exchange at STS.
-    AccessDenied,
-    WebIdentityRefused,
-    BadSessionPolicy,
-    BadStsRequest,
-    RegionDisabled,
-    StsThrottled,
-    StsUnavailable,
-    IdentityProviderUnreachable,
-    TokenNotYetValid,
-    BadStsAnswer,
-    ClockSkew,
-    ExchangeTimeout,
-}
-
-/// How long a failed exchange is remembered before the next try.
+/// How long a refusal is cached before the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RetryPolicy {
-    /// Not the outcome of an exchange.
+    /// The refusal is not the result of an exchange, and is not cached.
     None,
-    /// Trying again sooner cannot help: somebody has to change something.
+    /// An earlier retry cannot help: somebody has to change something.
     Fixed(Duration),
-    /// May pass by itself: retried with full jitter, ever more slowly.
+    /// The failure may be transient: retried with exponential backoff and full jitter.
     Backoff,
 }
 
 /// One row of the table.
 #[derive(Debug)]
 pub struct ReasonInfo {
-    /// The metric label and the `reason` field of the log.
+    /// Metric label, and `reason` in the log.
     pub label: &'static str,
-    /// The HTTP status that a pod gets.
+    /// HTTP status of the response to the pod.
     pub status: u16,
     pub retry: RetryPolicy,
     pub level: Level,
-    /// What an operator should change.
+    /// What an operator should check or change.
     pub advice: &'static str,
-}
-
-const fn row(label: &'static str, status: u16, memory: RetryPolicy, level: Level, advice: &'static str) -> ReasonInfo {
-    ReasonInfo { label, status, retry: memory, level, advice }
 }
 
 const fn seconds(n: u64) -> RetryPolicy {
     RetryPolicy::Fixed(Duration::from_secs(n))
 }
 
-impl Reason {
-    /// Statuses follow what real SDKs do with them (docs/imds-requirements.md, 24 to 28): 404 ends every client at
-    /// once, 403 says "denied", 503 makes them try again; 400, 401, 429 and 500 are wrong for anything that may pass.
-    pub fn info(self) -> ReasonInfo {
-        use RetryPolicy::{Backoff, None};
-        match self {
-            Self::NotFound => row("not_found", 404, None, Level::DEBUG, "no such path is served"),
-            Self::MethodNotAllowed => {
-                row("method", 405, None, Level::DEBUG, "only GET, HEAD and PUT /latest/api/token are served")
-            }
-            Self::BadRequest => row("bad_request", 400, None, Level::DEBUG, "the client speaks no plain HTTP/1.1"),
-            Self::BadTtl => row(
-                "bad_ttl",
-                400,
-                None,
-                Level::DEBUG,
-                "X-aws-ec2-metadata-token-ttl-seconds must be a number from 1 to 21600",
-            ),
-            Self::ForwardedToken => row(
-                "forwarded_token",
-                403,
-                None,
-                Level::WARN,
-                "a reverse proxy in the pod forwards requests to the metadata address; IMDSv2 exists to stop that",
-            ),
-            Self::SessionRequired => row(
-                "session_required",
-                401,
-                None,
-                Level::INFO,
-                "IMDSv2 is required here: update the SDK, or allow IMDSv1 (--require-imdsv2, \
-                 --require-imdsv2-namespaces, kirsa.dev/require-imdsv2)",
-            ),
-            Self::SessionInvalid => row(
-                "session_invalid",
-                401,
-                None,
-                Level::INFO,
-                "the IMDSv2 session token is malformed, has expired or was issued to another pod; SDKs fetch a new one",
-            ),
-            Self::ContainerTokenMissing => row(
-                "container_token_missing",
-                400,
-                None,
-                Level::INFO,
-                "a request for container credentials needs one Authorization header, the content of the file that \
-                 AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names",
-            ),
-            Self::TooManyRequests => row(
-                "too_many_requests",
-                503,
-                None,
-                Level::WARN,
-                "one source asks more often than it may: look at what it runs, or raise --max-requests-per-source",
-            ),
-            Self::TooManyConnections => row(
-                "too_many_connections",
-                503,
-                None,
-                Level::WARN,
-                "one source, or all together, have as many connections open as they may: look at what runs there, or \
-                 raise --max-connections-per-source, --max-connections",
-            ),
-            Self::NotRedirected => row(
-                "not_redirected",
-                403,
-                None,
-                Level::WARN,
-                "the connection did not come through the redirect from the metadata address; ask 169.254.169.254:80. A pod \
-                 that does so and is refused has a route of its own, as with security groups for pods in strict mode",
-            ),
-            Self::Starting => row(
-                "starting",
-                503,
-                None,
-                Level::INFO,
-                "the agent has not read the pods, the service accounts or the node's metadata yet; /readyz names what is pending of the first two",
-            ),
-            Self::UnknownPod => row(
-                "unknown_pod",
-                503,
-                None,
-                Level::WARN,
-                "no live pod of this node has the source address: a hostNetwork pod or a process of the node, a CNI \
-                 that translates source addresses, or a watch that lags (kirsa_watch_silence_seconds)",
-            ),
-            Self::AmbiguousAddress => row(
-                "ambiguous_address",
-                503,
-                None,
-                Level::ERROR,
-                "more than one live pod claims the source address: nothing is served to it until one of them is gone",
-            ),
-            Self::ContainerTokenRefused => row(
-                "container_token_refused",
-                400,
-                None,
-                Level::WARN,
-                "the API server does not accept the token: it must be a projected one of --container-audience, not \
-                 expired, and of a pod that there is",
-            ),
-            Self::ContainerTokenForeign => row(
-                "container_token_foreign",
-                403,
-                None,
-                Level::ERROR,
-                "the token names another pod than the address does, or none: both must agree; find out how the token \
-                 got there",
-            ),
-            Self::ReviewForbidden => row(
-                "review_forbidden",
-                503,
-                None,
-                Level::ERROR,
-                "the agent may not create tokenreviews: apply daemonset/components/container-credentials",
-            ),
-            Self::ReviewUnavailable => row(
-                "review_unavailable",
-                503,
-                None,
-                Level::WARN,
-                "the API server does not answer TokenReviews: check it and the way to it",
-            ),
-            Self::NoRole => row(
-                "no_role",
-                404,
-                None,
-                Level::INFO,
-                "annotate the service account with its role ARN if the pod should have one",
-            ),
-            Self::BadAnnotation => row(
-                "bad_annotation",
-                403,
-                None,
-                Level::WARN,
-                "correct the annotation on the service account; the next request reads it again",
-            ),
-            Self::AccountUnavailable => row(
-                "account_unavailable",
-                503,
-                None,
-                Level::WARN,
-                "the API server does not say which role the service account has: check it and the way to it",
-            ),
-            Self::TokenForbidden => row(
-                "token_forbidden",
-                503,
-                seconds(10),
-                Level::ERROR,
-                "the agent may not mint this token: compare its RBAC and the admission policy with daemonset/, and \
-                 the audience with the one that they allow",
-            ),
-            Self::TokenRefused => row(
-                "token_refused",
-                503,
-                seconds(10),
-                Level::ERROR,
-                "the API server refuses the TokenRequest as malformed: check the audience",
-            ),
-            Self::PodGone => {
-                row("pod_gone", 503, seconds(5), Level::INFO, "the pod or its service account is gone; nothing to do")
-            }
-            Self::TokenUnavailable => row(
-                "token_unavailable",
-                503,
-                Backoff,
-                Level::WARN,
-                "the API server does not answer TokenRequests: check it and the way to it",
-            ),
-            Self::TokenFile => row(
-                "token_file",
-                503,
-                seconds(5),
-                Level::ERROR,
-                "the workload's tokenFile cannot be read or holds no token: check its path and rights",
-            ),
-            Self::AccessDenied => row(
-                "access_denied",
-                403,
-                seconds(10),
-                Level::WARN,
-                "the role's trust policy does not allow this service account: check its principal (the OIDC \
-                 provider), and its conditions on sub and aud",
-            ),
-            Self::WebIdentityRefused => row(
-                "web_identity_refused",
-                403,
-                seconds(10),
-                Level::ERROR,
-                "STS does not accept the token: check that the cluster's issuer is an IAM OIDC provider of the \
-                 role's account, that the audience is one of its client ids, and the clocks",
-            ),
-            Self::BadSessionPolicy => row(
-                "bad_session_policy",
-                403,
-                seconds(10),
-                Level::WARN,
-                "STS refuses the session policy: correct the session-policy annotations on the service account",
-            ),
-            Self::BadStsRequest => row(
-                "bad_sts_request",
-                403,
-                seconds(10),
-                Level::ERROR,
-                "STS refuses the request as invalid: check the role ARN, and that the session duration is within \
-                 the role's maximum",
-            ),
-            Self::RegionDisabled => row(
-                "region_disabled",
-                403,
-                seconds(10),
-                Level::ERROR,
-                "STS is not active in this region for the role's account: activate it, or choose another --region",
-            ),
-            Self::StsThrottled => row(
-                "sts_throttled",
-                503,
-                Backoff,
-                Level::WARN,
-                "STS throttles this account in this region: retried by itself; ask for a higher quota if it stays",
-            ),
-            Self::StsUnavailable => row(
-                "sts_unavailable",
-                503,
-                Backoff,
-                Level::WARN,
-                "STS cannot be reached or fails: check the network, the endpoint, its certificate and the AWS status",
-            ),
-            Self::IdentityProviderUnreachable => row(
-                "idp_unreachable",
-                503,
-                Backoff,
-                Level::WARN,
-                "STS could not fetch the issuer's keys: check that its discovery document is public",
-            ),
-            Self::TokenNotYetValid => row(
-                "token_not_yet_valid",
-                503,
-                Backoff,
-                Level::WARN,
-                "by the clock of STS the token is from the future: set the clocks of the store and of the API server",
-            ),
-            Self::BadStsAnswer => row(
-                "bad_sts_answer",
-                503,
-                Backoff,
-                Level::ERROR,
-                "the endpoint's answer is no STS answer: check --sts-endpoint-url and what stands between",
-            ),
-            Self::ClockSkew => row(
-                "clock_skew",
-                503,
-                Backoff,
-                Level::ERROR,
-                "by this node's clock the new session has expired already, and SDKs would say so too: set the clock",
-            ),
-            Self::ExchangeTimeout => row(
-                "exchange_timeout",
-                503,
-                Backoff,
-                Level::WARN,
-                "token and STS together took longer than 4 s: check the way to the API server and to STS",
-            ),
+/// Generates [`Reason`] from the rows `Variant: label, status, retry policy, log level, advice;`.
+macro_rules! reasons {
+    ($($reason:ident: $label:literal, $status:literal, $retry:expr, $level:ident, $advice:literal;)+) => {
+        /// Reason of a refusal. The set is bounded, so that it can be a metric label.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Reason {
+            $($reason,)+
         }
-    }
+
+        impl Reason {
+            pub const ALL: &[Self] = &[$(Self::$reason,)+];
+
+            /// Returns the row of the reason.
+            pub const fn info(self) -> ReasonInfo {
+                use RetryPolicy::{Backoff, None};
+                match self {
+                    $(Self::$reason => ReasonInfo {
+                        label: $label,
+                        status: $status,
+                        retry: $retry,
+                        level: Level::$level,
+                        advice: $advice,
+                    },)+
+                }
+            }
+        }
+    };
 }
 
-/// A no, with what the log needs to make sense of it. Cheap to clone: every waiter gets the same one.
+// A new refusal is one row here. KIRSA_BLESS=1 cargo test --lib refusal:: writes docs/failures.md.
+//
+// Statuses follow what SDKs do with them (docs/imds-requirements.md, 24 to 28): 404 is final for every client, 403 means
+// denied, 503 makes them retry; 400, 401, 429 and 500 are wrong for anything transient.
+reasons! {
+    // The request.
+    NotFound: "not_found", 404, None, DEBUG,
+        "check the path: kirsa does not serve it";
+    MethodNotAllowed: "method_not_allowed", 405, None, DEBUG,
+        "use GET or HEAD, or PUT for /latest/api/token";
+    BadRequest: "bad_request", 400, None, DEBUG,
+        "check the client: it must send plain HTTP/1.1";
+    BadTtl: "bad_ttl", 400, None, DEBUG,
+        "set X-aws-ec2-metadata-token-ttl-seconds to a number from 1 to 21600";
+    ForwardedToken: "forwarded_token", 403, None, WARN,
+        "remove the reverse proxy in the pod that forwards requests to the metadata address: IMDSv2 rejects them to \
+         prevent SSRF";
+    ImdsTokenRequired: "imds_token_required", 401, None, INFO,
+        "update the SDK to one that uses IMDSv2, or allow IMDSv1 (--require-imdsv2, --require-imdsv2-namespaces, \
+         kirsa.dev/require-imdsv2)";
+    ImdsTokenInvalid: "imds_token_invalid", 401, None, INFO,
+        "request a new IMDS token, as SDKs do: this one is malformed, has expired or was issued to another pod";
+    ContainerTokenMissing: "container_token_missing", 400, None, INFO,
+        "send one Authorization header with the content of the file that AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names";
+    TooManyRequests: "too_many_requests", 503, None, WARN,
+        "check what the source runs, or raise --max-requests-per-source";
+    TooManyConnections: "too_many_connections", 503, None, WARN,
+        "check what the source runs, or raise --max-connections-per-source or --max-connections";
+
+    // The identity of the caller.
+    NotRedirected: "not_redirected", 403, None, WARN,
+        "use 169.254.169.254:80; if the pod does, it is routed around the redirect, as with security groups for pods \
+         in strict mode: set POD_SECURITY_GROUP_ENFORCING_MODE=standard, or use IRSA or EKS Pod Identity in that pod";
+    Starting: "starting", 503, None, INFO,
+        "wait until the agent has read the pods, the service accounts and the node's metadata; /readyz shows which of \
+         the first two is pending";
+    UnknownPod: "unknown_pod", 503, None, WARN,
+        "check whether the source is a hostNetwork pod or a process of the node, whether the CNI translates source \
+         addresses, and whether the watch lags (kirsa_watch_silence_seconds); in an IPv6 EKS cluster set \
+         AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod: no live pod of this node has the source address";
+    AmbiguousAddress: "ambiguous_address", 503, None, ERROR,
+        "find the live pods that claim the source address and delete all but one: none of them is served until then";
+    ContainerTokenRefused: "container_token_refused", 400, None, WARN,
+        "check that the token is a projected one for --container-audience, has not expired and is bound to an \
+         existing pod";
+    ContainerTokenMismatch: "container_token_mismatch", 403, None, ERROR,
+        "find out how the token got there: it is bound to no pod, or to another pod than the source address belongs to";
+    ReviewForbidden: "review_forbidden", 503, None, ERROR,
+        "apply daemonset/components/container-credentials: the agent may not create tokenreviews";
+    ReviewUnavailable: "review_unavailable", 503, None, WARN,
+        "check API-server health and network connectivity: TokenReviews fail";
+
+    // The pod's role.
+    NoRole: "no_role", 404, None, INFO,
+        "annotate the service account with its role ARN if the pod should have a role";
+    BadAnnotation: "bad_annotation", 403, None, WARN,
+        "correct the annotation on the service account; the next request reads it again";
+    AccountUnavailable: "account_unavailable", 503, None, WARN,
+        "check API-server health and network connectivity: the service account cannot be read";
+
+    // The pod's service-account token.
+    TokenForbidden: "token_forbidden", 503, seconds(10), ERROR,
+        "compare the agent's RBAC and the admission policy with daemonset/, and the audience with the one that they \
+         allow: the agent may not mint this token";
+    TokenRefused: "token_refused", 503, seconds(10), ERROR,
+        "check the audience: the API server rejects the TokenRequest as malformed";
+    PodGone: "pod_gone", 503, seconds(5), INFO,
+        "do nothing: the pod or its service account was deleted";
+    TokenUnavailable: "token_unavailable", 503, Backoff, WARN,
+        "check API-server health and network connectivity: TokenRequests fail";
+    TokenFile: "token_file", 503, seconds(5), ERROR,
+        "check the path, permissions and content of the workload's tokenFile: it must hold a JWT";
+
+    // The exchange at STS.
+    AccessDenied: "access_denied", 403, seconds(10), WARN,
+        "check the role's trust policy: its principal (the OIDC provider) and its conditions on sub and aud must \
+         allow this service account";
+    WebIdentityRefused: "web_identity_refused", 403, seconds(10), ERROR,
+        "check that the cluster's issuer is an IAM OIDC provider of the role's account, that the token's audience is \
+         one of its client IDs, and that the clocks agree";
+    BadSessionPolicy: "bad_session_policy", 403, seconds(10), WARN,
+        "correct the session-policy annotations on the service account: STS rejects the session policy";
+    BadStsRequest: "bad_sts_request", 403, seconds(10), ERROR,
+        "check the role ARN, and that the session duration is within the role's maximum: STS rejects the request as \
+         invalid";
+    RegionDisabled: "region_disabled", 403, seconds(10), ERROR,
+        "activate STS in this region for the role's account, or set another --region";
+    StsThrottled: "sts_throttled", 503, Backoff, WARN,
+        "request a higher quota if this persists: STS throttles this account in this region; kirsa retries";
+    StsUnavailable: "sts_unavailable", 503, Backoff, WARN,
+        "check the network, the STS endpoint, its certificate and the AWS status page";
+    IdentityProviderUnreachable: "idp_unreachable", 503, Backoff, WARN,
+        "check that the issuer's discovery document is public: STS could not fetch the issuer's keys";
+    TokenNotYetValid: "token_not_yet_valid", 503, Backoff, WARN,
+        "synchronize the clocks of the store and of the API server: by the clock of STS the token is not valid yet";
+    BadStsResponse: "bad_sts_response", 503, Backoff, ERROR,
+        "check --sts-endpoint-url and the proxies before it: the response is not that of an STS";
+    ClockSkew: "clock_skew", 503, Backoff, ERROR,
+        "synchronize this node's clock: by it the new session has already expired";
+    ExchangeTimeout: "exchange_timeout", 503, Backoff, WARN,
+        "check connectivity to the API server and to STS: TokenRequest and STS took longer than 4 s together";
+}
+
+/// A refusal with its details for the log. Cheap to clone: each waiter of a shared exchange gets the same one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     pub reason: Reason,
-    /// Names the object and what was wrong with it. For the log only, never for the pod; never a secret.
+    /// Names the object and the problem. For the log only: it is never sent to a pod, and holds no secret.
     pub detail: Arc<str>,
 }
 
@@ -387,25 +198,38 @@ impl std::error::Error for Refusal {}
 
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum;
-
     use super::*;
 
+    /// docs/failures.md has this table. `KIRSA_BLESS=1` writes it.
     #[test]
-    fn the_page_on_failures_has_every_row_of_the_table() {
-        let page = include_str!("../docs/failures.md");
-        for reason in Reason::value_variants() {
-            let spec = reason.info();
-            let row = page.lines().find(|line| line.starts_with(&format!("| `{}` | {} |", spec.label, spec.status)));
-            assert!(row.is_some_and(|row| row.contains(spec.advice)), "{}: {}", spec.label, spec.advice);
+    fn failures_page_is_current() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/failures.md");
+        let page = std::fs::read_to_string(&path).unwrap();
+        let (head, rest) = page.split_once("| reason |").unwrap();
+        let (_, tail) = rest.split_once("\n\n").unwrap();
+        let rows: Vec<_> = Reason::ALL.iter().map(|reason| row(&reason.info())).collect();
+        let table = format!("| reason | status | next attempt | what to do |\n|---|---|---|---|\n{}", rows.join("\n"));
+        let current = format!("{head}{table}\n\n{tail}");
+        if std::env::var_os("KIRSA_BLESS").is_some() {
+            std::fs::write(&path, &current).unwrap();
         }
+        assert!(page == current, "docs/failures.md: run this test with KIRSA_BLESS=1");
     }
 
-    /// IMDS-27: what may pass by itself is never 400, 401, 429 or 500.
+    fn row(info: &ReasonInfo) -> String {
+        let retry = match info.retry {
+            RetryPolicy::None => "–".to_owned(),
+            RetryPolicy::Fixed(pause) => format!("cached for {} s", pause.as_secs()),
+            RetryPolicy::Backoff => "retried with backoff, 0.1 to 30 s, full jitter".to_owned(),
+        };
+        format!("| `{}` | {} | {retry} | {} |", info.label, info.status, info.advice)
+    }
+
+    /// IMDS-27: a transient failure is never 400, 401, 429 or 500.
     #[test]
-    fn what_is_tried_again_is_503() {
-        for spec in Reason::value_variants().iter().map(|reason| reason.info()) {
-            assert!(spec.retry != RetryPolicy::Backoff || spec.status == 503, "{}", spec.label);
+    fn transient_failures_are_503() {
+        for info in Reason::ALL.iter().map(|reason| reason.info()) {
+            assert!(info.retry != RetryPolicy::Backoff || info.status == 503, "{}", info.label);
         }
     }
 }

@@ -23,20 +23,18 @@ pub(crate) mod memory;
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderName, Method, Request, Response, Uri, request::Parts};
+use http::{HeaderName, HeaderValue, Method, Request, Response, Uri, header::CONNECTION, request::Parts};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{rt::TokioIo, server::graceful::Watcher};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::{Instant, timeout},
-};
+use tokio::time::{Instant, timeout};
 use tracing::debug;
 
 use crate::{
     attribute::Attributor,
-    authorise::Authoriser,
+    authorize::Authorizer,
     cache::Cache,
+    connections::{Permit, Socket, Tracked},
     intercept::{Accepted, Arrival, MAX_DELAY, Peer, Service, Share, TurnedAway},
     observe::{Metrics, Outcome, RefusalLog, log_refusal},
     refusal::{Reason, Refusal},
@@ -64,7 +62,7 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Server {
     pub attributor: Arc<Attributor>,
-    pub authoriser: Arc<Authoriser>,
+    pub authorizer: Arc<Authorizer>,
     pub cache: Arc<Cache>,
     pub sessions: Sessions,
     pub metadata: Arc<NodeMetadata>,
@@ -78,57 +76,60 @@ pub struct Server {
 impl Server {
     /// Serves one connection to its end.
     pub async fn connection(self: Arc<Self>, arrival: Arrival, drain: Watcher) {
-        match arrival {
-            Arrival::Accepted(Accepted { stream, peer, share, place: _place }) => {
+        match arrival.settle().await {
+            Ok(Accepted { stream, peer, share, permit }) => {
                 // Answers are small and whole: waiting to fill a segment only delays them.
                 let _ = stream.set_nodelay(true);
-                self.converse(stream, peer, share, drain).await;
+                self.converse(stream, peer, share, permit, drain).await;
             }
-            Arrival::TurnedAway(turned_away) => self.turn_away(turned_away).await,
+            Err(turned_away) => self.turn_away(turned_away).await,
         }
     }
 
     /// The same over any stream, so that what is tested without a network is what is run with one.
     pub(crate) async fn converse(
         &self,
-        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        stream: impl Socket + Send + 'static,
         peer: Peer,
         share: Share,
+        permit: Arc<Permit>,
         drain: Watcher,
     ) {
-        let caller = Arc::new(Caller::new(peer, share));
+        let caller = Caller::new(peer, share, permit.clone());
         let service = service_fn(|request| {
             // Not when it is first polled: before that hyper looks whether the client is still there.
-            caller.step();
+            permit.busy();
             async { Ok::<_, Infallible>(self.answer(&caller, request).await) }
         });
-        let stream = TokioIo::new(Patient::new(stream, caller.clone()));
-        let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(stream, service);
-        tokio::select! {
-            ended = drain.watch(connection) => if let Err(error) = ended {
-                debug!(source = ?caller.peer, %error, "connection");
-            },
-            () = caller.idle() => debug!(source = ?caller.peer, "idle for too long: closed"),
+        let stream = Patient::new(Tracked::new(stream, permit.clone()), permit.clone());
+        let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(TokioIo::new(stream), service);
+        match permit.drive(drain.watch(connection)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(source = ?caller.peer, %error, "connection"),
+            Err(timeout) => {
+                self.metrics.connection_closed(timeout.label());
+                debug!(source = ?caller.peer, ?timeout, "connection closed");
+            }
         }
     }
 
     /// Answers the first request with a refusal, whatever it asks for, and closes.
     async fn turn_away(&self, turned_away: TurnedAway) {
-        let TurnedAway { stream, source, service, refusal, place: _place } = turned_away;
+        let TurnedAway { stream, peer, refusal, permit } = turned_away;
+        let service = peer.service();
         let answer = |request: Request<Incoming>| {
+            permit.busy();
             let route = route(service, request.uri());
             self.metrics.request(route.label(), Outcome::Refused(refusal.reason), Duration::ZERO);
-            if self.refusals.is_news(refusal.reason, source) {
-                log_refusal(&refusal, "", "", "");
-            }
+            self.log(&peer, &refusal);
             std::future::ready(Ok::<_, Infallible>(answer::refuse(service, refusal.reason)))
         };
         let connection = http1::Builder::new()
             .keep_alive(false)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), service_fn(answer));
+            .serve_connection(TokioIo::new(Tracked::new(stream, permit.clone())), service_fn(answer));
         // The caller may be gone already, or never ask: neither matters.
-        let _ = timeout(LAST_WORD, connection).await;
+        let _ = timeout(LAST_WORD, permit.drive(connection)).await;
     }
 
     async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
@@ -138,11 +139,15 @@ impl Server {
         let route = route(service, &head.uri);
         let result = self.respond(caller, &route, &head, body, arrived).await;
         self.metrics.request(route.label(), Outcome::of(&result), arrived.elapsed());
-        caller.step();
-        result.unwrap_or_else(|refusal| {
-            self.log(caller, &refusal);
+        caller.permit.idle();
+        let mut response = result.unwrap_or_else(|refusal| {
+            self.log(&caller.peer, &refusal);
             answer::refuse(service, refusal.reason)
-        })
+        });
+        if caller.permit.is_evicted() {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
     }
 
     async fn respond(
@@ -191,9 +196,9 @@ impl Server {
         }
     }
 
-    fn log(&self, caller: &Caller, refusal: &Refusal) {
-        if self.refusals.is_news(refusal.reason, caller.peer.source().ip()) {
-            match self.attributor.peek(&caller.peer) {
+    fn log(&self, peer: &Peer, refusal: &Refusal) {
+        if self.refusals.is_news(refusal.reason, peer.source().ip()) {
+            match self.attributor.peek(peer) {
                 Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
                 Err(_) => log_refusal(refusal, "", "", ""),
             }

@@ -4,11 +4,11 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// From left to right, as in ARCHITECTURE.md.
-const STAGES: [&str; 6] = ["intercept", "attribute", "authorise", "exchange", "cache", "serve"];
+const STAGES: [&str; 6] = ["intercept", "attribute", "authorize", "exchange", "cache", "serve"];
 /// May be named by every stage, and name none.
-const SHARED: [&str; 3] = ["clock", "observe", "refusal"];
+const SHARED: [&str; 4] = ["clock", "connections", "observe", "refusal"];
 /// May name the way to the API server, which knows no stage.
-const ASK_KUBERNETES: [&str; 2] = ["attribute", "authorise"];
+const ASK_KUBERNETES: [&str; 2] = ["attribute", "authorize"];
 /// Sees every stage.
 const WIRING: [&str; 4] = ["node", "config", "doctor", "fuzz"];
 
@@ -41,7 +41,7 @@ fn each_stage_knows_only_its_own_part_of_the_world() {
         match room {
             "intercept" => &["kube::", "k8s_openapi", "hyper", "aws_sdk_sts"],
             "attribute" => &["hyper", "aws_sdk_sts"],
-            "authorise" => &["hyper", "aws_sdk_sts"],
+            "authorize" => &["hyper", "aws_sdk_sts"],
             "exchange" => &["hyper::", "hyper_util"],
             "cache" => &["kube::", "k8s_openapi", "hyper", "aws_"],
             "serve" => &["kube::", "k8s_openapi", "aws_sdk_sts"],

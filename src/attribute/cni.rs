@@ -5,10 +5,10 @@
 //! unreadable, huge or foreign, is skipped and counted, never fatal.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     fs::{DirEntry, File},
-    io::{self, Read},
+    io::{self, BufReader, Read},
     net::IpAddr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -24,11 +24,16 @@ use serde_json::error::Category;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
-use super::{Attributor, Event, PodUid, directory::Record};
+use super::{
+    Attributor, Event, PodUid,
+    attachment::{self, Attachment, CniInterface},
+    directory::Record,
+};
 use crate::observe::Metrics;
 
-/// Records carry the pod's annotations, of which Kubernetes allows 256 KiB; a real one is 1 to 2 KiB.
-const MAX_SIZE: u64 = 1 << 20;
+/// Records carry the pod's annotations (256 KiB, which JSON may write as six times that) and host ports, as many as
+/// fit into an object of the API server's. What is not needed is skipped while parsing, so size costs no memory.
+const MAX_SIZE: u64 = 64 << 20;
 /// How soon it is tried again to follow what could not be followed. A node that never ran a pod has no folder.
 const RETRY: Duration = Duration::from_secs(1);
 /// Between two looks until then. An address that is dealt anew must be another pod's here before that pod has started.
@@ -55,7 +60,6 @@ pub(crate) enum Skip {
     NotJson,
     Foreign,
     Loopback,
-    BeforeBoot,
 }
 
 impl Skip {
@@ -67,7 +71,6 @@ impl Skip {
             Self::NotJson => "not_json",
             Self::Foreign => "foreign",
             Self::Loopback => "loopback",
-            Self::BeforeBoot => "before_boot",
         }
     }
 }
@@ -184,6 +187,7 @@ impl Records {
                 self.attributor.apply(Event::RecordsAre(Vec::new()));
             }
         })?;
+        self.attributor.apply(Event::ScanStarted);
         let mut present = Vec::new();
         for entry in entries {
             if let Ok(name) = entry?.file_name().into_string() {
@@ -199,7 +203,12 @@ impl Records {
     /// An error is to be followed by another look at the whole folder.
     fn read_one(&self, id: &str) -> io::Result<()> {
         match read(&self.folder.join(id), id, self.boot) {
-            Ok(record) => self.attributor.apply(Event::Record(record)),
+            Ok(record) => {
+                if record.before_boot {
+                    self.metrics.cni_skipped("before_boot");
+                }
+                self.attributor.apply(Event::Record(record));
+            }
             Err(Skip::NotNow) => {
                 self.metrics.cni_skipped(Skip::NotNow.label());
                 // What is known of it stays: a pod whose record is gone would lose its address.
@@ -207,13 +216,23 @@ impl Records {
             }
             Err(skip) => {
                 self.metrics.cni_skipped(skip.label());
+                // An unreadable record is not a removed one: what is known of that sandbox stays until the file goes.
                 debug!(file = id, reason = skip.label(), "CNI record skipped");
-                // It may have been a record before it was overwritten.
-                self.attributor.apply(Event::RecordGone(id.into()));
             }
         }
         Ok(())
     }
+}
+
+/// Where the pods of a folder's records are attached to the node, as the records say now.
+///
+/// # Errors
+/// The folder cannot be listed.
+pub fn attachments(folder: &Path) -> io::Result<BTreeSet<Attachment>> {
+    let boot = boot_time();
+    let names = std::fs::read_dir(folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let records = names.filter_map(|name| read(&folder.join(&name), &name, boot).ok());
+    Ok(records.filter_map(|record| Attachment::of(&record)).collect())
 }
 
 fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
@@ -225,13 +244,9 @@ fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
     if metadata.len() > MAX_SIZE {
         return Err(Skip::TooLarge);
     }
-    // A reboot leaves records behind, and deals the addresses anew.
-    if metadata.mtime() < boot {
-        return Err(Skip::BeforeBoot);
-    }
-    let mut json = Vec::new();
-    file.take(MAX_SIZE).read_to_end(&mut json).map_err(|error| unread(&error))?;
-    parse(&json, id, (metadata.mtime(), metadata.mtime_nsec()))
+    // A reboot leaves records behind, and deals the addresses anew. A time in the future says nothing.
+    let before_boot = metadata.mtime() < boot;
+    Ok(Record { before_boot, ..parse(BufReader::new(file.take(MAX_SIZE)), id)? })
 }
 
 fn unread(error: &io::Error) -> Skip {
@@ -256,6 +271,8 @@ struct CacheEntry {
 struct CniResult {
     #[serde(default)]
     ips: Vec<CniIp>,
+    #[serde(default)]
+    interfaces: Option<Vec<CniInterface>>,
 }
 
 #[derive(Deserialize)]
@@ -263,9 +280,12 @@ struct CniIp {
     address: String,
 }
 
-pub(crate) fn parse(json: &[u8], id: &str, written: (i64, i64)) -> Result<Record, Skip> {
-    let entry: CacheEntry = serde_json::from_slice(json)
-        .map_err(|error| if error.classify() == Category::Data { Skip::Foreign } else { Skip::NotJson })?;
+pub(crate) fn parse(json: impl Read, id: &str) -> Result<Record, Skip> {
+    let entry: CacheEntry = serde_json::from_reader(json).map_err(|error| match error.classify() {
+        Category::Data => Skip::Foreign,
+        Category::Io => unread(&error.into()),
+        Category::Syntax | Category::Eof => Skip::NotJson,
+    })?;
     if entry.kind != "cniCacheV1" {
         return Err(Skip::Foreign);
     }
@@ -280,12 +300,15 @@ pub(crate) fn parse(json: &[u8], id: &str, written: (i64, i64)) -> Result<Record
     if addresses.is_empty() || addresses.iter().all(IpAddr::is_loopback) {
         return Err(Skip::Loopback);
     }
+    let (interfaces, mac) = attachment::ends(entry.result.interfaces.as_deref().unwrap_or_default(), &entry.if_name);
     Ok(Record {
         id: id.into(),
         pod: PodUid(pod.1.as_str().into()),
         interface: entry.if_name.into(),
+        interfaces,
+        mac,
         addresses: addresses.into_iter().filter(|address| !address.is_loopback()).collect(),
-        written,
+        before_boot: false,
     })
 }
 
@@ -297,6 +320,11 @@ fn boot_time() -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::{
+        stat::futimens,
+        time::{TimeSpec, TimeValLike},
+    };
+
     use super::*;
     use crate::{attribute::pod::Pod, intercept::Peer};
 
@@ -309,9 +337,70 @@ mod tests {
 
     #[test]
     fn a_record_names_the_pod_and_its_addresses() {
-        let record = parse(BRIDGE.as_bytes(), "kit-1198af-eth0", (7, 0)).unwrap();
+        let record = parse(BRIDGE.as_bytes(), "kit-1198af-eth0").unwrap();
         assert_eq!((&*record.pod.0, &*record.interface), ("794615a3", "eth0"));
         assert_eq!(record.addresses, ["10.244.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    }
+
+    /// Writes a file that was modified then.
+    fn write_dated(path: &Path, content: &str, modified: i64) {
+        std::fs::write(path, content).unwrap();
+        let time = TimeSpec::seconds(modified);
+        futimens(File::options().write(true).open(path).unwrap(), &time, &time).unwrap();
+    }
+
+    fn read_dated(name: &str, content: &str, modified: i64, boot: i64) -> Result<Record, Skip> {
+        let path = std::env::temp_dir().join(format!("kirsa-{name}-{}", std::process::id()));
+        write_dated(&path, content, modified);
+        let record = read(&path, "kit-1198af-eth0", boot);
+        std::fs::remove_file(&path).unwrap();
+        record
+    }
+
+    /// Go's JSON writes `<` as six bytes: 256 KiB of it make 1.5 MiB. Host ports come on top.
+    #[test]
+    fn record_of_5_mib_is_readable() {
+        let ports = r#"{"hostPort":8080,"containerPort":8080,"protocol":"tcp","hostIP":""},"#.repeat(56_000);
+        let args = format!(
+            r#""capabilityArgs":{{"portMappings":[{}],"a":"{}","#,
+            ports.trim_end_matches(','),
+            "\\u003c".repeat(256 << 10)
+        );
+        let large = BRIDGE.replace(r#""capabilityArgs":{"#, &args);
+        assert!(large.len() > 5 << 20, "{}", large.len());
+        let record = read_dated("large", &large, 1, 0);
+        assert_eq!(&*record.unwrap().pod.0, "794615a3");
+    }
+
+    #[test]
+    fn clock_decides_only_what_is_older_than_the_boot() {
+        let boot = 1_700_000_000;
+        for (modified, before_boot) in [(1_699_999_999, true), (1_700_000_000, false), (4_000_000_000, false)] {
+            let record = read_dated(&format!("dated-{modified}"), BRIDGE, modified, boot).unwrap();
+            assert_eq!(record.before_boot, before_boot, "{modified}");
+            assert_eq!(record, Record { before_boot, ..parse(BRIDGE.as_bytes(), "kit-1198af-eth0").unwrap() });
+        }
+    }
+
+    /// The clock goes back by an hour between two records of an address.
+    #[tokio::test(start_paused = true)]
+    async fn clock_set_back_reorders_no_records() {
+        let folder = std::env::temp_dir().join(format!("kirsa-clock-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let (attributor, _) = Attributor::new(Metrics::new("test").unwrap());
+        let records = Records::new(folder.clone(), attributor.clone(), Metrics::new("test").unwrap());
+        let write = |id: &str, uid: &str, after_boot: i64| {
+            write_dated(&folder.join(id), &BRIDGE.replace("794615a3", uid), records.boot + after_boot);
+            records.scan();
+        };
+        write("kit-1-eth0", "gone", 7_200);
+        attributor.apply(Event::ListStarted);
+        attributor.apply(Event::Pod(Pod::sample("a", "uid-a", "sa", &[])));
+        attributor.apply(Event::ListDone);
+        write("kit-2-eth0", "uid-a", 3_600);
+        let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
+        assert_eq!(attributor.peek(&peer).unwrap().pod(), "a");
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     /// The node's inotify instances are used up: whoever had an address must not keep it.
@@ -332,8 +421,12 @@ mod tests {
         let mut records = Records::new(folder.clone(), attributor.clone(), Metrics::new("test").unwrap());
         records.inotify = || Err(Errno::EMFILE.into());
         records.scan();
-        let follow = tokio::spawn(records.follow());
         let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
+        std::fs::write(folder.join("a"), &BRIDGE[..100]).unwrap();
+        records.scan();
+        assert!(attributor.peek(&peer).is_ok(), "an unreadable record is not a removed one");
+        write("a", "uid-a");
+        let follow = tokio::spawn(records.follow());
         assert_eq!(attributor.peek(&peer).unwrap().pod(), "uid-a");
 
         std::fs::remove_file(folder.join("a")).unwrap();
@@ -363,14 +456,14 @@ mod tests {
 
     #[test]
     fn what_is_no_record_is_skipped_and_says_why() {
-        let change = |from: &str, to: &str| parse(BRIDGE.replace(from, to).as_bytes(), "x", (0, 0)).unwrap_err();
-        assert_eq!(parse(&BRIDGE.as_bytes()[..100], "x", (0, 0)), Err(Skip::NotJson), "half-written");
-        assert_eq!(parse(b"", "x", (0, 0)), Err(Skip::NotJson));
-        assert_eq!(parse(b"[]", "x", (0, 0)), Err(Skip::Foreign));
+        let change = |from: &str, to: &str| parse(BRIDGE.replace(from, to).as_bytes(), "x").unwrap_err();
+        assert_eq!(parse(&BRIDGE.as_bytes()[..100], "x"), Err(Skip::NotJson), "half-written");
+        assert_eq!(parse(&b""[..], "x"), Err(Skip::NotJson));
+        assert_eq!(parse(&b"[]"[..], "x"), Err(Skip::Foreign));
         assert_eq!(change("cniCacheV1", "cniCacheV9"), Skip::Foreign);
         assert_eq!(change("K8S_POD_UID", "K8S_POD"), Skip::Foreign);
         assert_eq!(change("10.244.0.2/24", "10.244.0.1.2/24"), Skip::Foreign);
         let loopback = BRIDGE.replace("10.244.0.2/24", "127.0.0.1/8").replace("fd00::2/64", "::1/128");
-        assert_eq!(parse(loopback.as_bytes(), "x", (0, 0)), Err(Skip::Loopback));
+        assert_eq!(parse(loopback.as_bytes(), "x"), Err(Skip::Loopback));
     }
 }

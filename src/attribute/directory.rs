@@ -7,21 +7,29 @@
 //!
 //! - A pod that has ended (Succeeded, Failed) or uses the host's network owns no address. A terminating pod does until
 //!   it is gone.
-//! - A pod whose records have all gone has handed its address back, whatever the API server still shows.
-//! - A record of a pod that the watch has not shown yet makes its address *not yet known*, whoever had it before: the
-//!   watch may lag, or be dead. A record that was there before the pods were listed and names none of them is stale;
-//!   but what the API server shows of another pod alone is no proof of that, since that may be older than the record.
+//! - Where the runtime writes records, an address is a pod's only by a record of that pod. The `podIPs` of a pod without
+//!   one can contradict another pod's record, but prove nothing alone. A record from before the boot proves what
+//!   `podIPs` say too, and nothing else.
+//! - A pod whose records have all gone has released its address, whatever the API server still shows.
+//! - A pending record (of a pod that the API server has not shown yet) blocks its address, whoever had it before: the
+//!   watch may lag, or be dead. A record that was there before the pods were listed and names none of them is stale; it
+//!   blocks those that no record proves, and those whose record arrived before it.
 //!   A static pod's record names it by the kubelet's UID, which its mirror in the API server refers to.
 //! - Two live claimants of an address: neither gets it.
+//! - Records have no time, since clocks go back: they are ordered by arrival. Of two sandboxes of one pod that one scan
+//!   found, `podIPs` tell which is current; until they do, neither is.
+//! - A live read is void once a pod was removed after it began, so that no late answer brings back a deleted pod.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, VecDeque, hash_map::Entry},
+    cmp::Ordering,
+    collections::{BTreeSet, HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
     sync::Arc,
 };
 
 use super::{
     Workload,
+    attachment::Attachment,
     pod::{Pod, PodUid, ServiceAccountName},
 };
 
@@ -32,6 +40,11 @@ pub enum Event {
     ListStarted,
     /// A pod is as told.
     Pod(Pod),
+    /// A live read found these pods. It began when [`Directory::removals`] was `began`.
+    Read {
+        began: u64,
+        pods: Vec<Pod>,
+    },
     /// Every pod has been told of: those that were not are gone.
     ListDone,
     PodGone(PodUid),
@@ -39,6 +52,8 @@ pub enum Event {
     Record(Record),
     /// A CNI record was removed.
     RecordGone(Arc<str>),
+    /// The records that follow, up to [`Event::RecordsAre`], are read in no order.
+    ScanStarted,
     /// No other CNI records are there than these.
     RecordsAre(Vec<Arc<str>>),
 }
@@ -50,20 +65,26 @@ pub struct Record {
     pub id: Arc<str>,
     pub pod: PodUid,
     pub interface: Arc<str>,
+    /// The node's interfaces that belong to it.
+    pub interfaces: Vec<Arc<str>>,
+    /// MAC address of the pod's interface.
+    pub mac: Option<[u8; 6]>,
     pub addresses: Vec<IpAddr>,
-    /// When it was written: seconds and nanoseconds of its modification time, compared with other records only.
-    pub written: (i64, i64),
+    /// Dated before the node booted: left behind by the reboot, or written before the clock was set forward.
+    pub before_boot: bool,
 }
 
 impl Record {
-    #[cfg(test)]
-    pub(super) fn sample(id: &str, uid: &str, address: &str) -> Self {
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn sample(id: &str, uid: &str, address: &str) -> Self {
         Self {
             id: id.into(),
             pod: PodUid(uid.into()),
             interface: "eth0".into(),
+            interfaces: Vec::new(),
+            mac: None,
             addresses: vec![address.parse().unwrap()],
-            written: (1, 0),
+            before_boot: false,
         }
     }
 }
@@ -86,6 +107,8 @@ pub enum Owner {
     Nobody,
     /// Names the claimants.
     Several(String),
+    /// The only claimant, but no current record proves it where the runtime writes records.
+    Unproven(Arc<Pod>),
 }
 
 #[derive(Debug, Default)]
@@ -93,50 +116,30 @@ pub struct Directory {
     pods: HashMap<PodUid, Arc<Pod>>,
     records: HashMap<Arc<str>, Held>,
     records_of: HashMap<PodUid, BTreeSet<Arc<str>>>,
-    handed_back: HandedBack,
+    /// Pods of `pods` whose last record of this boot was removed.
+    released: HashSet<PodUid>,
+    /// The runtime writes records: one named a pod that the API server shows, or arrived after the first scan.
+    records_work: bool,
+    /// Number of the last record event, or of the scan under way.
+    arrivals: u64,
+    scanning: bool,
     claims: HashMap<IpAddr, Claims>,
     synced: bool,
     /// Pods that the list under way has told of.
     listing: Option<HashSet<PodUid>>,
+    /// How often pods were removed.
+    removals: u64,
 }
 
 #[derive(Debug)]
 struct Held {
     record: Record,
+    /// Order of arrival. Records of one scan share it: their order is unknown.
+    arrival: u64,
     /// Its pod was not in a list that began after the record was written, or has gone since: it is not going to show.
     outlived: bool,
     /// It was there when the list under way began.
     before_list: bool,
-}
-
-/// Pods whose records have all gone, the last few thousand of them: whatever is told of them later, and in whatever
-/// order, they have no address any more.
-#[derive(Debug, Default)]
-struct HandedBack {
-    pods: HashSet<PodUid>,
-    in_order: VecDeque<PodUid>,
-}
-
-impl HandedBack {
-    const MAX: usize = 4_096;
-
-    fn remove(&mut self, pod: &PodUid) {
-        if self.pods.remove(pod) {
-            // Or it would be the oldest one day, and be forgotten when it has handed its address back again.
-            self.in_order.retain(|other| other != pod);
-        }
-    }
-
-    fn insert(&mut self, pod: PodUid) {
-        if self.pods.insert(pod.clone()) {
-            self.in_order.push_back(pod);
-        }
-        if self.in_order.len() > Self::MAX
-            && let Some(oldest) = self.in_order.pop_front()
-        {
-            self.pods.remove(&oldest);
-        }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -159,7 +162,13 @@ impl Directory {
                 }
                 self.put_pod(pod)
             }
+            // The list under way may be older or newer than the read: it decides about pods that it does not name.
+            Event::Read { began, pods } if began == self.removals => {
+                pods.into_iter().flat_map(|pod| self.put_pod(pod)).collect()
+            }
+            Event::Read { .. } => Vec::new(),
             Event::ListDone => {
+                self.removals += 1;
                 let listed = self.listing.take().unwrap_or_default();
                 let missing: Vec<_> = self.pods.keys().filter(|uid| !listed.contains(*uid)).cloned().collect();
                 let changes = missing.into_iter().filter_map(|uid| self.remove_pod(&uid)).collect();
@@ -169,7 +178,17 @@ impl Directory {
                 self.synced = true;
                 changes
             }
-            Event::PodGone(uid) => self.remove_pod(&uid).into_iter().collect(),
+            Event::PodGone(uid) => {
+                self.removals += 1;
+                self.remove_pod(&uid).into_iter().collect()
+            }
+            Event::ScanStarted => {
+                // A scan that was broken off goes on: what it did not reach is no newer.
+                if !std::mem::replace(&mut self.scanning, true) {
+                    self.arrivals += 1;
+                }
+                Vec::new()
+            }
             Event::Record(record) => {
                 self.put_record(record);
                 Vec::new()
@@ -179,6 +198,7 @@ impl Directory {
                 Vec::new()
             }
             Event::RecordsAre(present) => {
+                self.scanning = false;
                 let present: HashSet<_> = present.into_iter().collect();
                 let gone: Vec<_> = self.records.keys().filter(|id| !present.contains(*id)).cloned().collect();
                 gone.iter().for_each(|id| self.remove_record(id));
@@ -210,41 +230,59 @@ impl Directory {
 
     /// Records that name a live pod, that name one which may yet show, and that are of no use.
     pub fn record_states(&self) -> (usize, usize, usize) {
-        let in_use = self.records.values().filter(|held| self.is_live(&held.record.pod)).count();
-        let pending = self.records.values().filter(|held| self.is_pending(held)).count();
-        (in_use, pending, self.records.len() - in_use - pending)
+        let since_boot = || self.records.values().filter(|held| !held.record.before_boot);
+        let in_use = since_boot().filter(|held| self.is_live(&held.record.pod)).count();
+        let pending = since_boot().filter(|held| self.is_pending(held)).count();
+        (in_use, pending, since_boot().count() - in_use - pending)
+    }
+
+    /// How often pods were removed: a live read that began before the last removal is out of date.
+    pub fn removals(&self) -> u64 {
+        self.removals
+    }
+
+    pub fn attachments(&self) -> BTreeSet<Attachment> {
+        self.records.values().filter_map(|held| Attachment::of(&held.record)).collect()
     }
 
     pub fn owner(&self, address: IpAddr) -> Owner {
         let Some(claims) = self.claims.get(&address) else { return Owner::Nobody };
-        let shown = claims.pods.iter().filter(|uid| !self.handed_back.pods.contains(*uid));
+        // A pod's record is newer than what the API server shows of the pod, as after a reboot that dealt addresses anew.
+        let shown = claims.pods.iter().filter(|uid| !self.released.contains(*uid) && !self.has_record_since_boot(uid));
         let mut owners: Vec<&Arc<Pod>> = shown.filter_map(|uid| self.may_own(uid)).collect();
+        let mut proven = self.synced && !self.records_work;
         let mut newest_live = None;
-        let (mut newest_pending, mut newest_unknown): (Option<&Record>, Option<&Record>) = (None, None);
+        let mut unknown: Vec<&Held> = Vec::new();
         for held in claims.records.iter().filter_map(|id| self.records.get(id)) {
-            let record = &held.record;
-            if let Some(pod) = self.may_own(&record.pod).filter(|_| self.is_newest(record)) {
-                newest_live = newest_live.max(Some(record.written));
-                if !owners.iter().any(|owner| owner.uid == pod.uid) {
+            let uid = &held.record.pod;
+            if held.record.before_boot {
+                proven |= owners.iter().any(|owner| owner.uid == *uid) && !self.has_record_since_boot(uid);
+            } else if let Some(pod) = self.may_own(uid) {
+                match self.is_current(held, pod) {
+                    Some(false) => continue,
+                    current => proven |= current.is_some(),
+                }
+                newest_live = newest_live.max(Some(held.arrival));
+                if !owners.iter().any(|owner| owner.uid == *uid) {
                     owners.push(pod);
                 }
-            } else if !self.pods.contains_key(&record.pod)
-                && !owners.iter().any(|owner| owner.mirror_of.as_ref() == Some(&record.pod))
-            {
-                let newest = if held.outlived { &mut newest_unknown } else { &mut newest_pending };
-                *newest = newest.filter(|other| other.written >= record.written).or(Some(record));
+            } else if owners.iter().any(|owner| owner.mirror_of.as_ref() == Some(uid)) {
+                proven = true;
+            } else if !self.pods.contains_key(uid) {
+                unknown.push(held);
             }
         }
-        // What nobody else claims may be stale and stay so.
-        let stale = newest_unknown.filter(|_| !owners.is_empty());
-        if let Some(unknown) = newest_pending.into_iter().chain(stale).max_by_key(|record| record.written)
-            && newest_live.is_none_or(|live| live <= unknown.written)
-        {
-            return Owner::NotYet(unknown.pod.clone());
+        // What nobody else claims may stay stale. A tie of arrival is decided by the list, which is newer than both.
+        let blocks = |held: &&&Held| {
+            !held.outlived || (!owners.is_empty() && newest_live.is_none_or(|live| live < held.arrival))
+        };
+        if let Some(held) = unknown.iter().filter(blocks).max_by_key(|held| held.arrival) {
+            return Owner::NotYet(held.record.pod.clone());
         }
         match &owners[..] {
             [] => Owner::Nobody,
-            [pod] => Owner::Pod(Arc::clone(pod)),
+            [pod] if proven => Owner::Pod(Arc::clone(pod)),
+            [pod] => Owner::Unproven(Arc::clone(pod)),
             several => {
                 let names: Vec<_> =
                     several.iter().map(|pod| format!("{}/{}", pod.account.namespace, pod.name)).collect();
@@ -261,12 +299,30 @@ impl Directory {
         !held.outlived && !self.pods.contains_key(&held.record.pod)
     }
 
-    /// A pod whose sandbox was made anew has two records for a while.
-    fn is_newest(&self, record: &Record) -> bool {
-        let of_its_pod = self.records_of.get(&record.pod).into_iter().flatten();
-        of_its_pod
-            .filter_map(|id| self.records.get(id))
-            .all(|held| held.record.interface != record.interface || held.record.written <= record.written)
+    fn records_since_boot(&self, uid: &PodUid) -> impl Iterator<Item = &Held> {
+        let ids = self.records_of.get(uid).into_iter().flatten();
+        ids.filter_map(|id| self.records.get(id)).filter(|held| !held.record.before_boot)
+    }
+
+    fn has_record_since_boot(&self, uid: &PodUid) -> bool {
+        self.records_since_boot(uid).next().is_some()
+    }
+
+    /// Whether the record is of its pod's current sandbox: a pod whose sandbox was made anew has two records for a
+    /// while. `None` where neither arrival nor `podIPs` tell.
+    fn is_current(&self, held: &Held, pod: &Pod) -> Option<bool> {
+        let of_interface = self
+            .records_since_boot(&held.record.pod)
+            .filter(|other| other.record.interface == held.record.interface && other.record.id != held.record.id);
+        let others: Vec<_> = of_interface.collect();
+        let shown = |held: &Held| held.record.addresses.iter().any(|address| pod.addresses.contains(address));
+        match others.iter().map(|other| other.arrival).max().cmp(&Some(held.arrival)) {
+            Ordering::Less => Some(true),
+            Ordering::Greater => Some(false),
+            Ordering::Equal if shown(held) => Some(true),
+            Ordering::Equal if others.iter().any(|other| other.arrival == held.arrival && shown(other)) => Some(false),
+            Ordering::Equal => None,
+        }
     }
 
     fn put_pod(&mut self, mut pod: Pod) -> Vec<Change> {
@@ -283,6 +339,7 @@ impl Directory {
         for address in &pod.addresses {
             self.claims.entry(address.to_canonical()).or_default().pods.insert(pod.uid.clone());
         }
+        self.records_work |= self.has_record_since_boot(&pod.uid);
         let live = |pod: &Pod| !pod.ended && !pod.host_network;
         match (before.is_some_and(|before| live(&before)), live(&pod)) {
             (false, true) => vec![Change::Bound(Workload(pod))],
@@ -292,25 +349,37 @@ impl Directory {
     }
 
     fn remove_pod(&mut self, uid: &PodUid) -> Option<Change> {
-        let pod = self.pods.remove(uid)?;
-        self.unclaim(&pod);
         // Its records may outlast it; they must not look like those of a pod that is still to be shown.
         for id in self.records_of.get(uid).into_iter().flatten() {
             if let Some(held) = self.records.get_mut(id) {
                 held.outlived = true;
             }
         }
+        let pod = self.pods.remove(uid)?;
+        self.unclaim(&pod);
+        self.released.remove(uid);
         Some(Change::Gone(pod.uid.clone()))
     }
 
     fn put_record(&mut self, record: Record) {
+        // Read again, unchanged: it is as old as it was.
+        if self.records.get(&record.id).is_some_and(|held| held.record == record) {
+            return;
+        }
+        if !self.scanning {
+            self.arrivals += 1;
+        }
         self.remove_record(&record.id);
         for address in &record.addresses {
             self.claims.entry(address.to_canonical()).or_default().records.insert(record.id.clone());
         }
         self.records_of.entry(record.pod.clone()).or_default().insert(record.id.clone());
-        self.handed_back.remove(&record.pod);
-        self.records.insert(record.id.clone(), Held { outlived: false, before_list: false, record });
+        if !record.before_boot {
+            self.released.remove(&record.pod);
+            self.records_work |= !self.scanning || self.pods.contains_key(&record.pod);
+        }
+        let held = Held { arrival: self.arrivals, outlived: false, before_list: false, record };
+        self.records.insert(held.record.id.clone(), held);
     }
 
     fn remove_record(&mut self, id: &Arc<str>) {
@@ -318,11 +387,15 @@ impl Directory {
         for address in &held.record.addresses {
             self.release(*address, |claims| claims.records.remove(id));
         }
-        if let Entry::Occupied(mut records) = self.records_of.entry(held.record.pod) {
+        let uid = held.record.pod;
+        if let Entry::Occupied(mut records) = self.records_of.entry(uid.clone()) {
             records.get_mut().remove(id);
             if records.get().is_empty() {
-                self.handed_back.insert(records.remove_entry().0);
+                records.remove();
             }
+        }
+        if self.pods.contains_key(&uid) && !self.has_record_since_boot(&uid) {
+            self.released.insert(uid);
         }
     }
 

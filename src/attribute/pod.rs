@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use k8s_openapi::{api::core::v1::Pod as KubePod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde::{Deserialize, Serialize};
 
-use crate::kubernetes::slim::Keep;
+use crate::kubernetes::json_filter::AnnotationFilter;
 
 /// What the kubelet writes to the mirror of a static pod (Kubernetes, "Well-known labels, annotations and taints").
 const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -13,7 +13,7 @@ const MIRROR: &str = "kubernetes.io/config.mirror";
 const LONGEST_MIRROR: usize = 256;
 
 /// The annotations of pods that clients of the API server receive.
-pub fn keep() -> Keep {
+pub fn keep() -> AnnotationFilter {
     Arc::new(|name| (name == MIRROR).then_some(LONGEST_MIRROR))
 }
 

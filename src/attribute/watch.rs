@@ -14,10 +14,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{Attributor, Event, LiveRead, PodUid, pod::SlimPod};
-use crate::kubernetes::watch::{Listing, Watch};
+use crate::kubernetes::watch::{ListMode, Watch};
 
 /// At once: a new pod's must not wait for a stranger's that is slow.
 const LIVE_READS: usize = 4;
+/// A read is void when a pod is removed meanwhile, and repeated: its answer may show that pod.
+const LIVE_READ_TRIES: usize = 3;
 
 /// A watch that is in doubt, and says nothing, is started anew; at most this often.
 const DOUBT: Duration = Duration::from_secs(5);
@@ -25,7 +27,7 @@ const DOUBT: Duration = Duration::from_secs(5);
 /// Follows this node's pods until dropped; calls `synced` each time that all have been told of.
 pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, synced: impl Fn()) {
     let fields = format!("spec.nodeName={node}");
-    let mut watch = Watch::<SlimPod>::new("pods of this node", Api::all(client), Some(&fields), Listing::Whole);
+    let mut watch = Watch::<SlimPod>::new("pods of this node", Api::all(client), Some(&fields), ListMode::Unpaged);
     loop {
         let (began, mut doubted) = (Instant::now(), false);
         loop {
@@ -46,7 +48,7 @@ pub async fn follow(client: Client, node: String, attributor: Arc<Attributor>, s
             }
         }
         info!(%node, "a pod is here that the watch has not told of: starting the watch anew");
-        watch.renew();
+        watch.relist();
     }
 }
 
@@ -69,17 +71,24 @@ pub fn live_read(client: Client, node: String, attributor: Arc<Attributor>) -> L
             // Closed never; whoever waits for too long gives up by itself.
             let Ok(_turn) = turns.acquire().await else { return };
             let query = ListParams::default().fields(&format!("spec.nodeName={node},status.podIP={address}"));
-            let mut found = pods.list(&query).await;
-            if matches!(found, Err(ref error) if !matches!(error, kube::Error::Api(_))) {
-                // A connection of the pool that died in silence: the next one is new.
-                found = pods.list(&query).await;
-            }
-            match found {
-                Ok(found) => {
-                    let pods = found.items.into_iter().filter_map(SlimPod::into_pod);
-                    pods.for_each(|pod| attributor.found(pod));
+            for _ in 0..LIVE_READ_TRIES {
+                let began = attributor.removals();
+                let mut found = pods.list(&query).await;
+                if matches!(found, Err(ref error) if !matches!(error, kube::Error::Api(_))) {
+                    // A connection of the pool that died in silence: the next one is new.
+                    found = pods.list(&query).await;
                 }
-                Err(error) => warn!(%address, %error, "the API server could not be asked who has this address"),
+                match found {
+                    Ok(found) => {
+                        if attributor.found(began, found.items.into_iter().filter_map(SlimPod::into_pod).collect()) {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        warn!(%address, %error, "the API server could not be asked who has this address");
+                        return;
+                    }
+                }
             }
         })
     })

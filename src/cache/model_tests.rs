@@ -321,7 +321,7 @@ impl Run {
         workload
     }
 
-    /// As the authoriser makes it at this moment.
+    /// As the authorizer makes it at this moment.
     fn grant(&self, slot: usize) -> Grant {
         let account = slot % ACCOUNTS;
         let role = role(account, self.model.model().roles[account]);

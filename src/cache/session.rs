@@ -26,7 +26,7 @@ use self::state::{SessionState, is_pod_specific_failure};
 use super::{ExchangeLimiter, Priority, SessionStatus};
 use crate::{
     attribute::PodUid,
-    authorise::Grant,
+    authorize::Grant,
     exchange::{Credential, Issuer},
     refusal::{Reason, Refusal},
 };

@@ -129,7 +129,7 @@ async fn used_session_keeps_half_its_lifetime() {
 async fn short_session_is_refreshed_early_enough() {
     for minutes in [30, 35, 40, 45, 720] {
         let session = Duration::from_secs(minutes * 60);
-        let script = Script::of(session);
+        let script = Script::with_session(session);
         let entry = entry(&script);
         assert_eq!(id(&entry).await, Ok("ASIA1".into()));
         let (began, mut least) = (Instant::now(), session);
@@ -253,7 +253,7 @@ async fn deleted_pod_does_not_fail_others() {
         let entry = another(&script);
         entry.join(&grant("b"));
         assert_eq!(id(&entry).await, Ok("ASIA2".into()));
-        let pods = script.pods.lock().unwrap().clone();
+        let pods = script.pods.lock().clone();
         assert_ne!(pods[0], pods[1]);
     }
 }
@@ -336,7 +336,7 @@ async fn refusals_of_three_pods_apply_to_all() {
         assert_eq!(script.calls(), round * 3, "three within ten seconds, however often it is asked for");
         pass(Duration::from_secs(3)).await;
     }
-    let asked = script.pods.lock().unwrap().clone();
+    let asked = script.pods.lock().clone();
     let different: std::collections::HashSet<_> = asked.iter().collect();
     assert_eq!(different.len(), asked.len(), "each time in the name of others: {asked:?}");
 }

@@ -1,11 +1,15 @@
-//! From values as they were given to what they mean; the first one that is wrong ends it.
+//! Validates flags that clap's parsers cannot check, and converts them to [`Config`]. Stops at the first invalid value.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
     time::Duration,
 };
 
-use super::{Config, MAX_SESSION, MIN_SESSION, Metadata, Source, Sts, args::RunArgs};
+use super::{
+    Config, Metadata, Source, Sts,
+    args::{AttributionArgs, KubernetesArgs, RunArgs},
+};
 use crate::{
     intercept::{HostAddresses, Limits},
     serve::{
@@ -17,15 +21,10 @@ use crate::{
     },
 };
 
-/// More than any node has memory for.
-const MAX_CONNECTIONS: usize = 1 << 20;
-/// In seconds: SDKs fetch anew when they have a quarter of an hour left.
-const MAX_START_WINDOW: u64 = 900;
-
-/// Of a store that has no regions.
+/// S3-compatible stores have no regions, but the SDK needs a name.
 const ANY_REGION: &str = "us-east-1";
 
-/// The sentence that names the flag, the value and what would be right.
+/// Returns an error that names the flag, the value and the accepted form.
 pub(super) fn wrong<T>(flag: &str, value: impl std::fmt::Display, right: &str) -> Result<T, String> {
     Err(format!("--{flag} {value}: {right}"))
 }
@@ -34,109 +33,91 @@ impl TryFrom<RunArgs> for Config {
     type Error = String;
 
     fn try_from(args: RunArgs) -> Result<Self, String> {
-        let host = host_addresses(&args.host_ip)?;
-        if args.port == 0 {
-            return wrong("port", 0, "the redirect needs a fixed port, from 1 to 65535");
-        }
-        for (flag, is_none) in [
-            ("max-connections", args.max_connections == 0),
-            ("max-connections-per-source", args.max_connections_per_source == 0),
-            ("max-requests-per-source", args.max_requests_per_source == 0),
-            ("exchange-rate", args.exchange_rate == 0),
-            ("exchange-burst", args.exchange_burst == 0),
-        ] {
-            if is_none {
-                return wrong(flag, 0, "must be 1 at least, or no pod would be served");
-            }
-        }
-        if args.max_connections > MAX_CONNECTIONS {
-            return wrong("max-connections", args.max_connections, "must be 1048576 at most: each may need 32 KiB");
-        }
-        log_level(&args.log_level)?;
-        if args.start_window > MAX_START_WINDOW {
-            return wrong(
-                "start-window",
-                args.start_window,
-                "must be from 0 to 900 seconds: pods whose SDKs fetch anew meanwhile wait for STS",
-            );
-        }
-        if !(MIN_SESSION..=MAX_SESSION).contains(&args.session_duration) {
-            return wrong(
-                "session-duration",
-                args.session_duration,
-                "must be from 1800 to 43200 seconds: with less, SDKs such as botocore and the Java SDK fetch again \
-                 on every call, or stretch what is left and sign with expired keys",
-            );
-        }
-        for (flag, audience) in [("audience", &args.audience), ("container-audience", &args.container_audience)] {
-            if audience.is_empty() || audience.chars().any(char::is_whitespace) {
-                return wrong(flag, format_args!("{audience:?}"), "must be one word, such as sts.amazonaws.com");
-            }
-        }
-        if args.container_credentials && args.workloads.is_some() {
+        let RunArgs { node, interception, attribution, kubernetes, aws, credentials, container, metadata, operation } =
+            args;
+        log_level(&operation.log_level)?;
+        audience("audience", &kubernetes.audience)?;
+        audience("container-audience", &container.container_audience)?;
+        annotation_prefix(&kubernetes.annotation_prefix)?;
+        if container.container_credentials && attribution.workloads.is_some() {
             return wrong(
                 "container-credentials",
                 "with --workloads",
-                "needs Kubernetes, whose API server says which pod a token is of; leave one of the two out",
-            );
-        }
-        let prefix_ok = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
-        if args.annotation_prefix.is_empty() || !args.annotation_prefix.chars().all(prefix_ok) {
-            return wrong(
-                "annotation-prefix",
-                format_args!("{:?}", args.annotation_prefix),
-                "must be a DNS name without a slash, such as eks.amazonaws.com",
+                "needs Kubernetes, whose API server reviews the tokens; remove one of the two flags",
             );
         }
         Ok(Self {
-            host,
-            port: args.port,
-            state_dir: args.state_dir,
-            intercept: args.intercept,
+            host: host_addresses(&node.host_ip)?,
+            port: interception.port,
+            state_dir: node.state_dir,
+            intercept: interception.intercept,
             limits: Limits {
-                total: args.max_connections,
-                per_source: args.max_connections_per_source,
-                requests_per_source: args.max_requests_per_source,
+                total: interception.max_connections,
+                per_source: interception.max_connections_per_source,
+                requests_per_source: interception.max_requests_per_source,
             },
-            sts: sts([args.region, args.node_region], args.sts_endpoint_url)?,
-            source: match args.workloads {
-                Some(file) => Source::File(file),
-                None if args.node_name.is_empty() => {
-                    return wrong(
-                        "node-name",
-                        "''",
-                        "must be this node's name (downward API: spec.nodeName), or give --workloads to run without \
-                         Kubernetes",
-                    );
-                }
-                None => Source::Kubernetes {
-                    node_name: args.node_name,
-                    kubeconfig: args.kubeconfig,
-                    mint: args.mint,
-                    cni_results: (args.cni_results.as_os_str() != "none").then_some(args.cni_results),
-                    startup_taint: startup_taint(args.startup_taint)?,
-                },
-            },
-            annotation_prefix: args.annotation_prefix,
-            audience: args.audience,
-            session_duration: args.session_duration,
-            session_scope: args.session_scope,
-            exchange_rate: args.exchange_rate,
-            exchange_burst: args.exchange_burst,
-            start_window: Duration::from_secs(args.start_window),
+            sts: sts([aws.region, aws.node_region], aws.sts_endpoint_url)?,
+            annotation_prefix: kubernetes.annotation_prefix.clone(),
+            audience: kubernetes.audience.clone(),
+            source: source(node.node_name, attribution, kubernetes)?,
+            session_duration: credentials.session_duration,
+            session_scope: credentials.session_scope,
+            exchange_rate: credentials.exchange_rate,
+            exchange_burst: credentials.exchange_burst,
+            start_window: Duration::from_secs(credentials.start_window),
             require_imdsv2: Required {
-                everywhere: args.require_imdsv2,
-                namespaces: namespaces(&args.require_imdsv2_namespaces)?,
+                everywhere: credentials.require_imdsv2,
+                namespaces: namespaces(&credentials.require_imdsv2_namespaces)?,
             },
-            container_audience: args.container_credentials.then_some(args.container_audience),
-            metadata: metadata(args.node_metadata, args.node_metadata_value)?,
-            admin_address: args.admin_address,
-            admin_socket: (args.admin_socket.as_os_str() != "none").then_some(args.admin_socket),
-            drain: Duration::from_secs(args.drain),
-            log_format: args.log_format,
-            log_level: args.log_level,
+            container_audience: container.container_credentials.then_some(container.container_audience),
+            metadata: node_metadata(metadata.node_metadata, metadata.node_metadata_value)?,
+            admin_address: operation.admin_address,
+            admin_socket: unless_none(operation.admin_socket),
+            drain: Duration::from_secs(operation.drain),
+            log_format: operation.log_format,
+            log_level: operation.log_level,
         })
     }
+}
+
+/// Returns the path, unless it is the word "none".
+fn unless_none(path: PathBuf) -> Option<PathBuf> {
+    (path.as_os_str() != "none").then_some(path)
+}
+
+fn source(node_name: String, attribution: AttributionArgs, kubernetes: KubernetesArgs) -> Result<Source, String> {
+    if let Some(file) = attribution.workloads {
+        return Ok(Source::File(file));
+    }
+    if node_name.is_empty() {
+        return wrong(
+            "node-name",
+            "''",
+            "must be the name of this node (downward API: spec.nodeName); --workloads runs without Kubernetes",
+        );
+    }
+    Ok(Source::Kubernetes {
+        node_name,
+        kubeconfig: kubernetes.kubeconfig,
+        mint: kubernetes.minting,
+        cni_results: unless_none(attribution.cni_results),
+        startup_taint: startup_taint(kubernetes.startup_taint)?,
+    })
+}
+
+fn audience(flag: &str, audience: &str) -> Result<(), String> {
+    if audience.is_empty() || audience.chars().any(char::is_whitespace) {
+        return wrong(flag, format_args!("{audience:?}"), "must be one word, such as sts.amazonaws.com");
+    }
+    Ok(())
+}
+
+fn annotation_prefix(prefix: &str) -> Result<(), String> {
+    if prefix.is_empty() || !prefix.chars().all(|c| c.is_ascii_alphanumeric() || "-.".contains(c)) {
+        let right = "must be a DNS name without a slash, such as eks.amazonaws.com";
+        return wrong("annotation-prefix", format_args!("{prefix:?}"), right);
+    }
+    Ok(())
 }
 
 fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
@@ -165,7 +146,7 @@ fn host_addresses(given: &[IpAddr]) -> Result<HostAddresses, String> {
     Ok(host)
 }
 
-/// A word that is no level would be taken for the name of a module, and silence everything else.
+/// Rejects unknown levels: the filter would take one for a module name, and drop all other messages.
 fn log_level(given: &str) -> Result<(), String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     let right = "must be off, error, warn, info, debug or trace, or directives such as warn,kirsa=debug";
@@ -191,13 +172,13 @@ fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
         None => wrong(
             "require-imdsv2-namespaces",
             format_args!("{name:?}"),
-            "must be the name of a namespace, or the beginning of some with a * after it, such as shop,team-*",
+            "must be the name of a namespace, or a prefix followed by *, such as shop,team-*",
         ),
     };
     given.iter().map(read).collect()
 }
 
-fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
+fn node_metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, String> {
     let allowed = Allowed::parse(&allowed).or_else(|(word, right)| wrong("node-metadata", word, &right))?;
     let mut given = Vec::new();
     for pair in values {
@@ -209,7 +190,7 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
             return wrong(
                 "node-metadata-value",
                 path,
-                "is made of the other values: give meta-data/placement/region=…",
+                "is generated from the other values: set meta-data/placement/region=…",
             );
         }
         given.push((path.to_owned(), value.to_owned()));
@@ -217,8 +198,8 @@ fn metadata(allowed: Vec<String>, values: Vec<String>) -> Result<Metadata, Strin
     Ok(Metadata { allowed, given })
 }
 
-/// The first region that is no empty string: the downward API makes that of a label that is not there. What that label
-/// says of a node outside AWS need not be AWS's grammar.
+/// Chooses the first non-empty region: the downward API turns a missing label into an empty string. Outside AWS that
+/// label need not be an AWS region.
 pub(super) fn sts(regions: [Option<String>; 2], endpoint: Option<String>) -> Result<Sts, String> {
     if let Some(url) = &endpoint {
         let scheme = url.parse::<http::Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
@@ -238,17 +219,16 @@ pub(super) fn sts(regions: [Option<String>; 2], endpoint: Option<String>) -> Res
         Some((region, "node-region")) => wrong(
             "node-region",
             region,
-            "the node's label topology.kubernetes.io/region is no AWS region; give the one whose STS is asked with \
+            "the node's label topology.kubernetes.io/region is not an AWS region; set the region of the STS endpoint with \
              --region (KIRSA_REGION in the DaemonSet's ConfigMap)",
         ),
         Some((region, _)) => wrong("region", region, "must be an AWS region, such as eu-central-1"),
-        // An S3-compatible store has no regions; the SDK wants a name all the same.
         None if endpoint.is_some() => Ok(Sts { region: ANY_REGION.into(), endpoint }),
         None => wrong(
             "region",
             "''",
-            "must be the AWS region whose STS is asked, such as eu-central-1 (KIRSA_REGION in the DaemonSet's \
-                 ConfigMap; this pod has no label topology.kubernetes.io/region to take it from)",
+            "must be the AWS region of the STS endpoint, such as eu-central-1 (KIRSA_REGION in the DaemonSet's ConfigMap; \
+             this pod has no label topology.kubernetes.io/region to take it from)",
         ),
     }
 }

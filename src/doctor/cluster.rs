@@ -12,7 +12,7 @@ use super::{clock, finding::Finding, rights};
 use crate::{
     clock::UnixTime,
     exchange::sts::http_date,
-    kubernetes::{Granted, Identity, Kubernetes, Mint},
+    kubernetes::{ClientFactory, Identity, MintMode, MintPermissions},
 };
 
 const CHECK: &str = "api-server";
@@ -24,7 +24,7 @@ const REACH: &str = "check the way from this node to the API server (KUBERNETES_
 
 /// The API server as the agent reaches it.
 pub(super) struct Cluster {
-    pub kubernetes: Kubernetes,
+    pub kubernetes: ClientFactory,
     /// In whose name tokens are minted, if in any.
     pub identity: Option<Identity>,
 }
@@ -33,12 +33,12 @@ pub(super) struct Cluster {
 pub(super) async fn check(
     node: &str,
     kubeconfig: Option<&Path>,
-    mint: Mint,
+    mint: MintMode,
     parts: rights::Parts,
 ) -> (Vec<Finding>, Option<Cluster>) {
     let reached = async {
-        let kubernetes = Kubernetes::new(kubeconfig, node.to_owned()).await?;
-        let client = kubernetes.calls(Identity::Agent)?;
+        let kubernetes = ClientFactory::new(kubeconfig, node.to_owned()).await?;
+        let client = kubernetes.call_client(Identity::Agent)?;
         let answer = tokio::time::timeout(WAIT, version(&client)).await.context("no answer")??;
         anyhow::Ok((kubernetes, client, answer))
     };
@@ -50,7 +50,7 @@ pub(super) async fn check(
         Finding::ok(CHECK, format!("answers, version {version}")),
         clock::check("clock-api-server", "the API server", time, UnixTime::now()),
     ];
-    let identity = match Granted::ask(&client).await.map(|granted| granted.identity(mint)) {
+    let identity = match MintPermissions::query(&client).await.map(|granted| granted.identity(mint)) {
         Ok(Ok(identity)) => {
             findings.push(Finding::ok(
                 MINTING,
@@ -64,7 +64,7 @@ pub(super) async fn check(
             Some(identity)
         }
         Ok(Err(error)) => {
-            let fix = "apply that component of daemonset/, or choose the other --mint";
+            let fix = "apply that component of daemonset/, or choose the other --minting";
             findings.push(Finding::failed(MINTING, error.to_string(), fix));
             None
         }

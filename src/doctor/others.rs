@@ -81,7 +81,9 @@ fn translates(rule: &Rule) -> bool {
 
 /// Whether it decides before our rules do.
 fn comes_first(set: &Ruleset, rule: &Rule, place: usize) -> bool {
-    let own = set.chains.iter().find(|chain| chain.table == TABLE && chain.hook == "prerouting");
+    // Not the guard of bridge ports, which has a chain there too.
+    let is_redirect = |chain: &&Chain| chain.table == TABLE && chain.hook == "prerouting" && chain.kind == "nat";
+    let own = set.chains.iter().find(is_redirect);
     let base = base(set, rule).map(|chain| chain.priority);
     if let Some(own) = own {
         return base.is_some_and(|priority| priority < own.priority);
@@ -157,7 +159,8 @@ mod tests {
             {"match": {"right": "169.254.169.254"}}, {"dnat": {"addr": "10.0.0.1", "port": 80}}]}}"#;
         for (priority, expected) in [(-120, true), (-100, false)] {
             let (ours, theirs) = (chain("kirsa", -110), chain("other", priority));
-            let set = Ruleset::sample("", &format!(r#"{{"nftables": [{ours}, {theirs}, {rule}]}}"#));
+            let guard = chain("kirsa", -310).replace("inet", "bridge").replace("\"nat\"", "\"filter\"");
+            let set = Ruleset::sample("", &format!(r#"{{"nftables": [{guard}, {ours}, {theirs}, {rule}]}}"#));
             assert!(names_metadata(&set.rules[0].text) && translates(&set.rules[0]));
             assert_eq!(comes_first(&set, &set.rules[0], 0), expected);
             assert_eq!(set.rules[0].removal, "nft delete rule inet other prerouting handle 7");

@@ -7,7 +7,7 @@ use http::header::SERVER;
 use super::{finding::Finding, http::get};
 use crate::{
     config::Config,
-    intercept::{Backend, METADATA_PORT, Service, connect_marked},
+    intercept::{Backend, METADATA_PORT, Service, connect_marked, has_route},
 };
 
 const AGAIN: &str = "the agent applies the redirect when it starts, and again within 2 s of its removal: if it runs, \
@@ -36,6 +36,9 @@ async fn try_from(host: IpAddr, service: Service, port: u16) -> Finding {
         (Service::Container, IpAddr::V6(_)) => "container-redirect-ipv6",
     };
     let way = format!("{host} to {} port {METADATA_PORT}", service.of_family(host));
+    if !has_route(host, service) {
+        return Finding::skipped(check, format!("{way}: the node has no route there, so it cannot be tried from it"));
+    }
     let stream = match connect_marked(host, service).await {
         Ok(stream) => stream,
         Err(error) => {

@@ -4,10 +4,8 @@ use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 
-use super::{
-    Output,
-    finding::{Finding, Verdict},
-};
+use super::finding::{Finding, Verdict};
+use crate::config::Output;
 
 /// The version of the JSON object: raised when a member changes its meaning or goes away.
 const FORMAT: u32 = 1;

@@ -6,7 +6,7 @@ use k8s_openapi::api::authorization::v1::{SelfSubjectRulesReview, SelfSubjectRul
 use kube::{Api, Client, api::PostParams};
 
 use super::finding::Finding;
-use crate::kubernetes::{Access, Identity, may};
+use crate::kubernetes::{Access, Identity, is_allowed};
 
 const RBAC: &str = "rbac";
 const WIDTH: &str = "rbac-width";
@@ -92,7 +92,7 @@ async fn missing(client: &Client, parts: &[(&str, &[Access])]) -> anyhow::Result
     for (manifest, part) in parts {
         for access in *part {
             asked += 1;
-            if !may(client, *access).await? {
+            if !is_allowed(client, *access).await? {
                 lacking.push(name(*access));
                 apply.push(*manifest);
             }
@@ -111,7 +111,7 @@ async fn missing(client: &Client, parts: &[(&str, &[Access])]) -> anyhow::Result
 }
 
 async fn width(client: &Client, granted: &[Access]) -> anyhow::Result<Vec<Finding>> {
-    if may(client, ("*", "*", "*", None)).await? {
+    if is_allowed(client, ("*", "*", "*", None)).await? {
         return Ok(vec![Finding::warning(
             WIDTH,
             "the agent may do everything",
@@ -122,7 +122,7 @@ async fn width(client: &Client, granted: &[Access]) -> anyhow::Result<Vec<Findin
     let mut found = BTreeSet::new();
     let mut findings = Vec::new();
     for access in DANGEROUS {
-        if !granted.contains(&access) && may(client, access).await? {
+        if !granted.contains(&access) && is_allowed(client, access).await? {
             let name = name(access);
             let fix =
                 format!("remove the rule with {name} from what binds the agent's service account{}", origin(access));

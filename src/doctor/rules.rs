@@ -16,6 +16,9 @@ use crate::{
 
 const RULES: &str = "rules";
 const DROP: &str = "forwarding-drop";
+/// Places in [`CHAINS`].
+const FORWARD: usize = 2;
+const POSTROUTING: usize = 3;
 const FIRST: &str = "rules-first";
 /// Where iptables' nat table is hooked in, of either kind.
 pub(super) const IPTABLES_NAT: i64 = -100;
@@ -40,15 +43,18 @@ pub(super) fn check(config: &Config, set: &Ruleset) -> Vec<Finding> {
         .collect();
     let metadata: &[IpAddr] = &[METADATA_V4.into(), METADATA_V6.into()];
     let families = if Path::new("/proc/sys/net/ipv6").exists() { 2 } else { 1 };
-    let open: Vec<String> = metadata[..families]
-        .iter()
-        .filter(|address| !ours.iter().any(|rule| drops(rule, **address)) || !jumped_to(&ours, 2, **address))
-        .map(|address| format!("nothing drops what is forwarded to {address}"))
-        .collect();
+    let mut open = Vec::new();
+    for address in &metadata[..families] {
+        for (chain, verb) in [(FORWARD, "refuses what is forwarded"), (POSTROUTING, "drops what leaves the node")] {
+            if !ours.iter().any(|rule| stops(rule, chain, *address)) || !jumped_to(&ours, chain, *address) {
+                open.push(format!("nothing {verb} to {address} port 80"));
+            }
+        }
+    }
     let kind = if ours.iter().any(|rule| rule.tool == Tool::Nft) { "nftables" } else { "iptables" };
     let mut findings = vec![
         verdict(config, set, RULES, &lost, format!("{kind}: pods' connections are led to {}", join(&addresses))),
-        verdict(config, set, DROP, &open, format!("{kind}: what leads around the redirect is dropped")),
+        verdict(config, set, DROP, &open, format!("{kind}: what leads around the redirect is refused")),
     ];
     if lost.is_empty() {
         findings.push(first(set, kind));
@@ -123,12 +129,17 @@ fn redirects(rule: &Rule, host: IpAddr, port: u16) -> bool {
     }
 }
 
-fn drops(rule: &Rule, metadata: IpAddr) -> bool {
-    let (chain, drop) = match rule.tool {
-        Tool::Nft => ("forward", rule.statements.iter().any(|statement| statement.get("drop").is_some())),
-        Tool::Iptables => (CHAINS[2].2, rule.text.ends_with("-j DROP")),
+/// Whether a rule of this place in [`CHAINS`] keeps packets from the metadata address.
+fn stops(rule: &Rule, chain: usize, metadata: IpAddr) -> bool {
+    let (_, builtin, own) = CHAINS[chain];
+    let (name, stops) = match rule.tool {
+        Tool::Nft => {
+            let has = |verdict: &str| rule.statements.iter().any(|statement| statement.get(verdict).is_some());
+            (builtin.to_lowercase(), has("reject") || has("drop"))
+        }
+        Tool::Iptables => (own.to_owned(), rule.text.contains("-j REJECT") || rule.text.ends_with("-j DROP")),
     };
-    rule.chain == chain && drop && rule.text.contains(&metadata.to_string())
+    rule.chain == name && stops && rule.text.contains(&metadata.to_string())
 }
 
 /// nftables chains are hooked in by themselves; those of iptables need a jump.

@@ -15,7 +15,7 @@ use crate::{
         Attributor, Change, Event, Workload, file,
         pod::{self, SlimPod},
     },
-    authorise::{Accounts, Authoriser, Grant, Told, accounts},
+    authorize::{AccountEvent, Accounts, Authorizer, Grant, accounts},
     clock::UnixTime,
     config::Config,
     exchange::{
@@ -47,10 +47,10 @@ pub(super) struct Pods {
 pub(super) async fn of_file(path: &Path, config: &Config, metrics: Metrics) -> anyhow::Result<Pods> {
     let workloads = file::read(path)?;
     let (attributor, changes) = Attributor::new(metrics);
-    let authoriser = Authoriser::new(Accounts::of_file(), config.defaults());
-    authoriser.accounts().replace(&workloads, &config.defaults().role_annotation());
+    let authorizer = Authorizer::new(Accounts::for_file(), config.defaults());
+    authorizer.accounts().replace(&workloads, &config.defaults().role_annotation());
     file::apply(&workloads, &attributor);
-    Ok(authorised(changes, &authoriser, TokenSource::File).await)
+    Ok(authorized(changes, &authorizer, TokenSource::File).await)
 }
 
 pub(super) async fn of_cluster(
@@ -60,8 +60,8 @@ pub(super) async fn of_cluster(
     metrics: Metrics,
 ) -> anyhow::Result<Pods> {
     let identity = cluster.identity.context("the agent may not mint tokens")?;
-    let client = cluster.kubernetes.calls(identity)?;
-    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.reads(identity, pod::keep())?);
+    let client = cluster.kubernetes.call_client(identity)?;
+    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.read_client(identity, pod::keep())?);
     let listed = pods.list(&ListParams::default().fields(&format!("spec.nodeName={node}"))).await;
     let listed = listed.context("this node's pods cannot be listed")?;
     let (attributor, changes) = Attributor::new(metrics.clone());
@@ -69,23 +69,23 @@ pub(super) async fn of_cluster(
 
     let annotation = config.defaults().role_annotation();
     let keep = accounts::keep(&annotation);
-    let reads = cluster.kubernetes.reads(Identity::Agent, keep.clone())?;
-    let accounts = Accounts::of_kubernetes(reads, move |name| attributor.uses(name));
-    let authoriser = Authoriser::new(accounts, config.defaults());
-    let reader = cluster.kubernetes.watch(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
+    let reads = cluster.kubernetes.read_client(Identity::Agent, keep.clone())?;
+    let accounts = Accounts::for_kubernetes(reads, move |name| attributor.uses(name));
+    let authorizer = Authorizer::new(accounts, config.defaults());
+    let reader = cluster.kubernetes.watch_client(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
     let read = tokio::sync::Notify::new();
     select! {
-        () = authoriser.accounts().follow(reader, &annotation, |told| if matches!(told, Told::All(_)) { read.notify_one() }) => {}
+        () = authorizer.accounts().follow(reader, &annotation, |told| if matches!(told, AccountEvent::Synced(_)) { read.notify_one() }) => {}
         () = read.notified() => {}
         () = sleep(WAIT) => anyhow::bail!("the service accounts cannot be read within {WAIT:?}"),
     }
     let minting = Arc::new(TokenMinter::default());
-    minting.set(client);
-    Ok(authorised(changes, &authoriser, TokenSource::Kubernetes(minting)).await)
+    minting.set_client(client);
+    Ok(authorized(changes, &authorizer, TokenSource::Kubernetes(minting)).await)
 }
 
 /// Asks for each service account once what the agent would ask when its pods do.
-async fn authorised(mut changes: UnboundedReceiver<Change>, authoriser: &Authoriser, tokens: TokenSource) -> Pods {
+async fn authorized(mut changes: UnboundedReceiver<Change>, authorizer: &Authorizer, tokens: TokenSource) -> Pods {
     let (mut accounts, mut grants, mut findings) = (HashSet::new(), Vec::new(), Vec::new());
     let mut pods = 0;
     while let Ok(change) = changes.try_recv() {
@@ -94,7 +94,7 @@ async fn authorised(mut changes: UnboundedReceiver<Change>, authoriser: &Authori
         if !accounts.insert(workload.service_account().clone()) {
             continue;
         }
-        match authoriser.authorise(&workload).await {
+        match authorizer.authorize(&workload).await {
             Ok(grant) => grants.push(grant),
             Err(refusal) if refusal.reason == Reason::NoRole => {}
             Err(refusal) => findings.push(wrong_account(&workload, &refusal)),
@@ -123,13 +123,13 @@ impl Pods {
             Ok(token) => token,
             Err(refusal) => return vec![failed(TOKEN, &refusal)],
         };
-        let Some(claims) = Claims::of(&token) else {
+        let Some(claims) = Claims::decode_unverified(&token) else {
             let fix = "what is in the workload's tokenFile must be a JWT";
             return vec![Finding::failed(TOKEN, format!("that of {} is no JWT", grant.workload()), fix)];
         };
         let mut findings = vec![about_token(grant, &claims)];
         let exchanged = match sts {
-            Some(sts) => Some(sts.assume(grant, &token).await),
+            Some(sts) => Some(sts.assume_role(grant, &token).await),
             None => None,
         };
         findings.push(match &exchanged {
@@ -153,7 +153,7 @@ fn failed(check: &'static str, refusal: &Refusal) -> Finding {
 fn about_token(grant: &Grant, claims: &Claims) -> Finding {
     let (wanted, audiences) = (&grant.key().audience, claims.audiences());
     let shown = format!("that of {} has audience {}", grant.workload(), audiences.join(", "));
-    if claims.expires.is_some_and(|expires| expires <= UnixTime::now().0) {
+    if claims.expires.is_some_and(|expires| expires <= UnixTime::now()) {
         return Finding::failed(TOKEN, format!("{shown} and has expired"), "see what renews the workload's tokenFile");
     }
     if audiences.contains(wanted) {

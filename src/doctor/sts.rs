@@ -13,7 +13,7 @@ const CHECK: &str = "sts";
 /// Also says whether it can be asked for more.
 pub(super) async fn check(config: &config::Sts, sts: &Sts) -> (Vec<Finding>, bool) {
     let knock = sts.check_reachable().await;
-    let time = clock::check("clock-sts", "STS", knock.time, UnixTime::now());
+    let time = clock::check("clock-sts", "STS", knock.server_time, UnixTime::now());
     let whom =
         config.endpoint.as_ref().map_or_else(|| format!("STS of {}", config.region), |url| format!("STS at {url}"));
     let found = judge(&whom, &knock);
@@ -23,7 +23,7 @@ pub(super) async fn check(config: &config::Sts, sts: &Sts) -> (Vec<Finding>, boo
 }
 
 fn judge(whom: &str, knock: &Reachability) -> Finding {
-    let said = &knock.said;
+    let said = &knock.message;
     match knock.reason {
         Some(Reason::WebIdentityRefused | Reason::AccessDenied | Reason::BadStsRequest) => {
             Finding::ok(CHECK, format!("{whom} refuses a token that is none: {said}"))
@@ -38,6 +38,6 @@ fn judge(whom: &str, knock: &Reachability) -> Finding {
              security group, port 443) and the certificate that is shown there",
         ),
         Some(reason) => Finding::failed(CHECK, format!("{whom}: {said}"), reason.info().advice),
-        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsAnswer.info().advice),
+        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsResponse.info().advice),
     }
 }

@@ -1,27 +1,27 @@
-//! What a token says of itself, read without checking it: for the log and for whoever looks for what is wrong. Trusted
-//! for nothing; STS is who decides.
+//! Claims of a token, decoded without verification, for the audit log and for diagnosis. Nothing trusts them: STS
+//! verifies the token.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::Deserialize;
 
 use super::credential::Secret;
+use crate::clock::UnixTime;
 
-/// The claims that tell tokens apart (RFC 7519, section 4.1).
+/// Registered claims of a JWT: <https://datatracker.ietf.org/doc/html/rfc7519#section-4.1>.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Claims {
     #[serde(default, rename = "iss")]
     pub issuer: String,
     #[serde(default, rename = "aud")]
     audience: Audience,
-    /// Seconds since the epoch.
     #[serde(default, rename = "exp")]
-    pub expires: Option<u64>,
-    /// What the API server's audit log calls the token.
-    #[serde(default, rename = "jti")]
-    pub id: Option<String>,
+    pub expires: Option<UnixTime>,
+    /// Identifies the token in the API server's audit log.
+    #[serde(default)]
+    pub jti: Option<String>,
 }
 
-/// One string where there is one, by some issuers.
+/// `aud` is a string or a list; some issuers write a single audience as a string.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 enum Audience {
@@ -36,8 +36,8 @@ impl Default for Audience {
 }
 
 impl Claims {
-    /// `None` for what is no JWT.
-    pub fn of(token: &Secret) -> Option<Self> {
+    /// Decodes the payload without verifying the signature. Returns `None` if the token is not a JWT.
+    pub fn decode_unverified(token: &Secret) -> Option<Self> {
         let payload = URL_SAFE_NO_PAD.decode(token.expose().split('.').nth(1)?).ok()?;
         serde_json::from_slice(&payload).ok()
     }
@@ -55,15 +55,18 @@ mod tests {
     use super::*;
 
     fn claims(json: &str) -> Option<Claims> {
-        Claims::of(&Secret::new(format!("e30.{}.sig", URL_SAFE_NO_PAD.encode(json))))
+        Claims::decode_unverified(&Secret::new(format!("e30.{}.sig", URL_SAFE_NO_PAD.encode(json))))
     }
 
     #[test]
-    fn claims_are_read_in_every_form() {
+    fn audience_is_string_or_list() {
         let full = claims(r#"{"iss":"https://issuer","aud":["a","b"],"exp":7,"jti":"x","sub":"s"}"#).unwrap();
-        assert_eq!((full.issuer.as_str(), full.audiences().len(), full.expires), ("https://issuer", 2, Some(7)));
+        assert_eq!(
+            (full.issuer.as_str(), full.audiences().len(), full.expires),
+            ("https://issuer", 2, Some(UnixTime(7)))
+        );
         assert_eq!(claims(r#"{"aud":"a"}"#).unwrap().audiences(), ["a"]);
         assert!(claims("{}").unwrap().audiences().is_empty());
-        assert!(claims("no json").is_none() && Claims::of(&Secret::new("abc".into())).is_none());
+        assert!(claims("not json").is_none() && Claims::decode_unverified(&Secret::new("abc".into())).is_none());
     }
 }

@@ -1,5 +1,5 @@
-//! Credentials of a role session, and the document that SDKs get. Secrets are redacted wherever they might be printed,
-//! and zeroed when the last holder drops them.
+//! Credentials of a role session, and the documents that SDKs read. Secrets are redacted in `Debug` and zeroed when the
+//! last owner drops them.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 use super::json;
 use crate::clock::UnixTime;
 
-/// A string that no log shows.
+/// A string that `Debug` redacts and drop zeroes.
 #[derive(Clone)]
 pub struct Secret(Zeroizing<String>);
 
@@ -20,7 +20,7 @@ impl Secret {
         Self(Zeroizing::new(secret))
     }
 
-    /// For the one place that sends it on.
+    /// Returns the plain text, for the code that sends it.
     pub(super) fn expose(&self) -> &str {
         &self.0
     }
@@ -32,21 +32,21 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// What STS said, before it is a [`Credential`].
+/// Parts of a [`Credential`], from the response of STS.
 #[derive(Debug)]
-pub(super) struct Issued<'a> {
+pub(super) struct CredentialParts<'a> {
     pub access_key_id: String,
     pub secret_access_key: Secret,
     pub session_token: Secret,
     pub account_id: Option<&'a str>,
-    /// As SDKs read it.
+    /// ISO 8601.
     pub last_updated: String,
     pub expiration: UnixTime,
     pub issued_at: Instant,
     pub expires_at: Instant,
 }
 
-/// Temporary credentials of a role. Only this stage makes them.
+/// Temporary credentials of a role. Only this stage constructs them.
 pub struct Credential {
     access_key_id: String,
     expiration: UnixTime,
@@ -57,8 +57,8 @@ pub struct Credential {
     container: Bytes,
 }
 
-/// What EC2 answers on `iam/security-credentials/<role>` (EC2 User Guide, "Retrieve security credentials from instance
-/// metadata"). All strings; SDKs fail without any one of them.
+/// Response to `iam/security-credentials/<role>`. SDKs require every member, as a string:
+/// <https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html>.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct Document<'a> {
@@ -70,12 +70,13 @@ struct Document<'a> {
     secret_access_key: &'a str,
     token: &'a str,
     expiration: &'a str,
-    /// Only on `security-credentials-extended`.
+    /// Present in `security-credentials-extended` only.
     #[serde(skip_serializing_if = "Option::is_none")]
     account_id: Option<&'a str>,
 }
 
-/// What the EKS Pod Identity agent answers (amazon-eks-pod-identity-agent, pkg/credentials/model.go).
+/// Response to `/v1/credentials` of container credentials, as the EKS Pod Identity agent writes it:
+/// <https://github.com/aws/eks-pod-identity-agent/blob/main/pkg/credentials/model.go>.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct ContainerDocument<'a> {
@@ -88,33 +89,33 @@ struct ContainerDocument<'a> {
 }
 
 impl Credential {
-    /// Renders every document once: a warm answer costs no more than handing out a reference.
-    pub(super) fn new(issued: &Issued<'_>) -> Result<Self, serde_json::Error> {
-        let expiration = issued.expiration.iso8601();
+    /// Renders each document once, so that a cached response only clones a reference.
+    pub(super) fn new(parts: &CredentialParts<'_>) -> Result<Self, serde_json::Error> {
+        let expiration = parts.expiration.iso8601();
         let plain = Document {
             code: "Success",
-            last_updated: &issued.last_updated,
+            last_updated: &parts.last_updated,
             kind: "AWS-HMAC",
-            access_key_id: &issued.access_key_id,
-            secret_access_key: issued.secret_access_key.expose(),
-            token: issued.session_token.expose(),
+            access_key_id: &parts.access_key_id,
+            secret_access_key: parts.secret_access_key.expose(),
+            token: parts.session_token.expose(),
             expiration: &expiration,
             account_id: None,
         };
         Ok(Self {
-            access_key_id: issued.access_key_id.clone(),
-            expiration: issued.expiration,
-            issued_at: issued.issued_at,
-            expires_at: issued.expires_at,
+            access_key_id: parts.access_key_id.clone(),
+            expiration: parts.expiration,
+            issued_at: parts.issued_at,
+            expires_at: parts.expires_at,
             document: json::ec2(&plain)?,
             container: json::compact(&ContainerDocument {
                 access_key_id: plain.access_key_id,
                 secret_access_key: plain.secret_access_key,
                 token: plain.token,
-                account_id: issued.account_id,
+                account_id: parts.account_id,
                 expiration: plain.expiration,
             })?,
-            extended: json::ec2(&Document { account_id: issued.account_id, ..plain })?,
+            extended: json::ec2(&Document { account_id: parts.account_id, ..plain })?,
         })
     }
 
@@ -122,7 +123,7 @@ impl Credential {
         &self.access_key_id
     }
 
-    /// By the wall clock, as SDKs take it.
+    /// Returns the expiration by the wall clock, which SDKs compare with theirs.
     pub fn expiration(&self) -> UnixTime {
         self.expiration
     }
@@ -135,22 +136,22 @@ impl Credential {
         self.expires_at
     }
 
-    /// What `security-credentials/<role>` answers.
+    /// Returns the document for `security-credentials/<role>`.
     pub fn document(&self) -> Bytes {
         self.document.clone()
     }
 
-    /// The same with `AccountId`, for `security-credentials-extended/<role>`.
+    /// Returns the document with `AccountId`, for `security-credentials-extended/<role>`.
     pub fn extended(&self) -> Bytes {
         self.extended.clone()
     }
 
-    /// What `/v1/credentials` of container credentials answers.
+    /// Returns the document for `/v1/credentials` of container credentials.
     pub fn container(&self) -> Bytes {
         self.container.clone()
     }
 
-    /// For tests of the stages after this one: valid from now on, for as long as given.
+    /// Returns a credential for tests, valid from now for `lifetime`.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(access_key_id: &str, lifetime: std::time::Duration) -> Self {
         Self::sample_dated(access_key_id, lifetime, UnixTime(UnixTime::now().0 + lifetime.as_secs()))
@@ -158,7 +159,7 @@ impl Credential {
 
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample_dated(access_key_id: &str, lifetime: std::time::Duration, expiration: UnixTime) -> Self {
-        Self::new(&Issued {
+        Self::new(&CredentialParts {
             access_key_id: access_key_id.into(),
             secret_access_key: Secret::new("secret".into()),
             session_token: Secret::new("token".into()),
@@ -186,7 +187,7 @@ mod tests {
     use super::*;
 
     fn credential(account_id: Option<&str>) -> Credential {
-        Credential::new(&Issued {
+        Credential::new(&CredentialParts {
             access_key_id: "ASIAEXAMPLE".into(),
             secret_access_key: Secret::new("wJalrXUtnFEMI".into()),
             session_token: Secret::new("IQoJb3Jp\"Z2lu".into()),
@@ -201,7 +202,7 @@ mod tests {
 
     /// IMDS-11, and IMDS-14 for the extended document.
     #[test]
-    fn the_document_has_every_member_that_sdks_need() {
+    fn document_has_every_member_that_sdks_need() {
         let golden = concat!(
             "{\n",
             "  \"Code\" : \"Success\",\n",
@@ -213,11 +214,11 @@ mod tests {
             "  \"Expiration\" : \"2026-01-01T01:00:00Z\"\n",
             "}",
         );
-        let whole = credential(Some("111122223333"));
-        assert_eq!(whole.document(), golden.as_bytes());
+        let full = credential(Some("111122223333"));
+        assert_eq!(full.document(), golden.as_bytes());
         let extended = golden.replace("\n}", ",\n  \"AccountId\" : \"111122223333\"\n}");
-        assert_eq!(whole.extended(), extended.as_bytes());
-        assert_eq!(credential(None).extended(), credential(None).document(), "a store without accounts");
+        assert_eq!(full.extended(), extended.as_bytes());
+        assert_eq!(credential(None).extended(), credential(None).document(), "stores have no accounts");
         assert_eq!(
             &credential(Some("111122223333")).container()[..],
             br#"{"AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"wJalrXUtnFEMI","Token":"IQoJb3Jp\"Z2lu","AccountId":"111122223333","Expiration":"2026-01-01T01:00:00Z"}"#
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_shows_no_secret() {
+    fn debug_redacts_secrets() {
         let text = format!("{:?}", credential(None));
         assert!(text.contains("ASIAEXAMPLE") && !text.contains("wJalr") && !text.contains("IQoJ"), "{text}");
     }

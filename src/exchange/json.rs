@@ -1,5 +1,5 @@
 //! EC2's JSON layout: one member per line, two spaces, ` : ` between name and value, lists on one line, no final
-//! newline. Scripts cut keys out of it with `grep` and `cut`, which a document on one line breaks silently.
+//! newline. Scripts extract keys with `grep` and `cut`, and would break silently on a document of one line.
 
 use std::io::{self, Write};
 
@@ -8,31 +8,33 @@ use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 use zeroize::Zeroizing;
 
-/// Renders in EC2's layout, into memory that is zeroed when the last reader drops it.
+/// Renders in EC2's layout, into memory that is zeroed when the last reference is dropped.
 ///
 /// # Errors
 /// `serde_json::Error` if the document cannot be serialized.
 pub fn ec2(document: &impl Serialize) -> Result<Bytes, serde_json::Error> {
-    zeroed(|out| document.serialize(&mut Serializer::with_formatter(out, Ec2)))
+    render_zeroizing(|out| document.serialize(&mut Serializer::with_formatter(out, Ec2Formatter)))
 }
 
-/// Renders on one line, into memory that is zeroed when the last reader drops it.
+/// Renders on one line, into memory that is zeroed when the last reference is dropped.
 pub(super) fn compact(document: &impl Serialize) -> Result<Bytes, serde_json::Error> {
-    zeroed(|out| serde_json::to_writer(out, document))
+    render_zeroizing(|out| serde_json::to_writer(out, document))
 }
 
-/// Measures first and then writes into a buffer of that size: a buffer that grows leaves copies of secrets behind.
-fn zeroed(write: impl Fn(&mut dyn Write) -> Result<(), serde_json::Error>) -> Result<Bytes, serde_json::Error> {
-    let mut counter = Counter(0);
+/// Measures first, then writes into a buffer of that size: growing a buffer would leave copies of secrets behind.
+fn render_zeroizing(
+    write: impl Fn(&mut dyn Write) -> Result<(), serde_json::Error>,
+) -> Result<Bytes, serde_json::Error> {
+    let mut counter = ByteCounter(0);
     write(&mut counter)?;
     let mut json = Zeroizing::new(Vec::with_capacity(counter.0));
     write(&mut *json)?;
     Ok(Bytes::from_owner(json))
 }
 
-struct Counter(usize);
+struct ByteCounter(usize);
 
-impl Write for Counter {
+impl Write for ByteCounter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0 += bytes.len();
         Ok(bytes.len())
@@ -43,10 +45,10 @@ impl Write for Counter {
     }
 }
 
-/// Formats flat objects, which is all that EC2 serves here.
-struct Ec2;
+/// Formats flat objects; EC2 nests nothing here.
+struct Ec2Formatter;
 
-impl Formatter for Ec2 {
+impl Formatter for Ec2Formatter {
     fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
         out.write_all(if first { b"\n  " } else { b",\n  " })
     }
@@ -84,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn layout_is_ec2s_and_values_are_escaped() {
+    fn layout_matches_ec2_and_escapes_values() {
         let sample = Sample { text: "a\"b\\c\n", nothing: None, list: ["bp-1", "bp-2"] };
         let json = ec2(&sample).unwrap();
         let expected =

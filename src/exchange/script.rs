@@ -1,54 +1,54 @@
-//! What issues credentials as a test has written it down.
+//! An issuer that returns scripted results, for tests.
 
 use std::{
     collections::VecDeque,
-    future::Future,
-    pin::Pin,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use tokio::time::sleep;
 
 use super::{Credential, Issuer};
 use crate::{
-    authorise::Grant,
+    authorize::Grant,
     refusal::{Reason, Refusal},
 };
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
-/// Answers in the given order, each after its delay; then always with fresh credentials, at once.
+/// Returns the scripted results in order, each after its delay, and then fresh credentials without delay.
 pub(crate) struct Script {
-    answers: Mutex<VecDeque<(Duration, Option<Reason>)>>,
+    results: Mutex<VecDeque<(Duration, Option<Reason>)>>,
     calls: AtomicUsize,
-    /// In whose name it was asked, in order.
+    /// Names of the pods of all calls, in order.
     pub(crate) pods: Mutex<Vec<String>>,
     session: Duration,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { answers: Mutex::default(), calls: AtomicUsize::default(), pods: Mutex::default(), session: HOUR }
+        Self { results: Mutex::default(), calls: AtomicUsize::default(), pods: Mutex::default(), session: HOUR }
     }
 }
 
 impl Script {
-    pub(crate) fn new(answers: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Arc<Self> {
-        let answers = answers.into_iter().map(|(millis, answer)| (Duration::from_millis(millis), answer)).collect();
-        Arc::new(Self { answers: Mutex::new(answers), ..Self::default() })
+    pub(crate) fn new(results: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Arc<Self> {
+        let results = results.into_iter().map(|(millis, refusal)| (Duration::from_millis(millis), refusal)).collect();
+        Arc::new(Self { results: Mutex::new(results), ..Self::default() })
     }
 
-    /// Always with fresh credentials, of sessions of that length.
-    pub(crate) fn of(session: Duration) -> Arc<Self> {
+    /// Always returns fresh credentials, of sessions of that length.
+    pub(crate) fn with_session(session: Duration) -> Arc<Self> {
         Arc::new(Self { session, ..Self::default() })
     }
 
-    pub(crate) fn then(&self, millis: u64, answer: Option<Reason>) {
-        self.answers.lock().unwrap().push_back((Duration::from_millis(millis), answer));
+    pub(crate) fn then(&self, millis: u64, refusal: Option<Reason>) {
+        self.results.lock().push_back((Duration::from_millis(millis), refusal));
     }
 
     pub(crate) fn calls(&self) -> usize {
@@ -57,13 +57,13 @@ impl Script {
 }
 
 impl Issuer for Script {
-    fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
+    fn issue<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<Credential, Refusal>> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        self.pods.lock().unwrap().push(grant.workload().pod().to_owned());
-        let (delay, answer) = self.answers.lock().unwrap().pop_front().unwrap_or((Duration::ZERO, None));
+        self.pods.lock().push(grant.workload().pod().to_owned());
+        let (delay, refusal) = self.results.lock().pop_front().unwrap_or((Duration::ZERO, None));
         Box::pin(async move {
             sleep(delay).await;
-            answer.map_or_else(
+            refusal.map_or_else(
                 || Ok(Credential::sample(&format!("ASIA{call}"), self.session)),
                 |reason| Err(reason.into()),
             )

@@ -1,19 +1,15 @@
-//! `AssumeRoleWithWebIdentity`, and what its failures mean. The call is unsigned: kirsa has no AWS credentials of its
-//! own, and no provider that could find any.
+//! `AssumeRoleWithWebIdentity`, and the classification of its errors. The call is unsigned: kirsa has no AWS credentials
+//! of its own, and no credential provider that could find any.
 //!
-//! S3-compatible stores answer less: nothing here depends on `AssumedRoleUser`, and a code that is not known is
-//! classed by its status.
+//! S3-compatible stores return less than AWS: nothing here depends on `AssumedRoleUser`, and an unknown error code is
+//! classified by its HTTP status.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod canned;
 mod interceptors;
 mod reachability;
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use aws_sdk_sts::{
     Client, Config,
@@ -25,62 +21,63 @@ use aws_sdk_sts::{
     operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError,
     types::PolicyDescriptorType,
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
 pub use reachability::{Reachability, http_date};
 
 use super::{
-    Credential, DEADLINE,
-    credential::{Issued, Secret},
-    token::describe,
+    Credential, EXCHANGE_TIMEOUT,
+    credential::{CredentialParts, Secret},
+    token::with_causes,
 };
 use crate::{
-    authorise::{Grant, RoleArn},
+    authorize::{Grant, RoleArn},
     clock::UnixTime,
     observe::Metrics,
     refusal::{Reason, Refusal},
 };
 
-/// What every role allows (IAM User Guide, "Maximum session duration"), in seconds.
-const DEFAULT_ROLE_SECONDS: u32 = 3_600;
-/// Whoever follows the advice to raise it must not have to restart the agents.
+/// Default maximum session duration of a role, which every role allows:
+/// <https://docs.aws.amazon.com/IAM/latest/UserGuide/id_roles_update-role-settings.html>.
+const DEFAULT_MAX_SESSION: Duration = Duration::from_secs(3_600);
+/// How long the fallback to that default is remembered. It expires so that raising a role's maximum needs no restart.
 const FALLBACK_TTL: Duration = Duration::from_secs(3_600);
-/// In the words of the exchange's deadline: which of the two came first is nothing to an operator.
-const WAITING: &str = "still waiting for STS after 4 s in all";
+/// The same text as for the exchange timeout: which of the two expired first does not matter to an operator.
+const TIMEOUT_MESSAGE: &str = "timed out after 4 s waiting for STS";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A little less than the exchange's own deadline, so that it is the SDK that gives up, and something can be done about
-/// the connection.
-const ATTEMPT: Duration = DEADLINE.checked_sub(Duration::from_millis(200)).unwrap();
-/// A session that is by this much shorter than was asked for is worth an operator's attention.
-const SHORTER: Duration = Duration::from_secs(300);
-/// What SDKs would take for expired, or nearly so.
-const SHORTEST: Duration = Duration::from_secs(120);
+/// Shorter than the exchange timeout, so that the SDK gives up first and [`interceptors::PoisonOnTimeout`] runs.
+const ATTEMPT_TIMEOUT: Duration = EXCHANGE_TIMEOUT.checked_sub(Duration::from_millis(200)).unwrap();
+/// A session that is shorter than requested by more than this is logged.
+const SHORTFALL_WARNING: Duration = Duration::from_secs(300);
+/// Minimum lifetime of a session. SDKs treat a shorter one as expired.
+const MIN_LIFETIME: Duration = Duration::from_secs(120);
 
-/// One STS endpoint.
+/// Client of one STS endpoint.
 #[derive(Debug, Clone)]
 pub struct Sts {
     client: Client,
-    /// Roles that did not allow as much as was asked for, and when; all allow their default.
-    roles_with_default: Arc<Mutex<HashMap<RoleArn, Instant>>>,
+    /// Roles whose maximum session duration was below the requested one, and since when.
+    default_duration_roles: Arc<Mutex<HashMap<RoleArn, Instant>>>,
 }
 
 impl Sts {
-    /// The region's own endpoint, or the one that is given.
+    /// Uses the endpoint of the region, unless `endpoint` is given.
     pub fn new(region: String, endpoint: Option<String>, metrics: Metrics) -> Self {
-        Self::of(Self::config(region, endpoint), metrics)
+        Self::from_config(Self::config(region, endpoint), metrics)
     }
 
     fn config(region: String, endpoint: Option<String>) -> Builder {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(CONNECT_TIMEOUT)
-            .operation_attempt_timeout(ATTEMPT)
-            .operation_timeout(2 * DEADLINE)
+            .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+            .operation_timeout(2 * EXCHANGE_TIMEOUT)
             .build();
         let mut config = Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
             .region(Region::new(region))
-            // The cache retries: it knows the priority.
+            // The cache retries, by priority.
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .timeout_config(timeouts)
@@ -91,31 +88,37 @@ impl Sts {
         config
     }
 
-    fn of(config: Builder, metrics: Metrics) -> Self {
+    fn from_config(config: Builder, metrics: Metrics) -> Self {
         let config = config
             .interceptor(interceptors::CompleteResponse)
             .interceptor(interceptors::PoisonOnTimeout)
-            .interceptor(interceptors::Clock { metrics });
-        Self { client: Client::from_conf(config.build()), roles_with_default: Arc::default() }
+            .interceptor(interceptors::ClockSkewMonitor { metrics });
+        Self { client: Client::from_conf(config.build()), default_duration_roles: Arc::default() }
     }
 
+    /// Exchanges the token for credentials. Falls back to the default duration if the role's maximum is below the
+    /// requested one.
+    ///
     /// # Errors
-    /// Why STS, or what is between here and it, said no.
-    pub async fn assume(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
-        let asked = grant.key().duration;
-        let duration = if self.uses_default_duration(grant.role()) { asked.min(DEFAULT_ROLE_SECONDS) } else { asked };
-        let answer = self.request(grant, token, duration).await;
-        match answer {
-            // STS has no code of its own for this.
-            Err(refusal) if duration > DEFAULT_ROLE_SECONDS && refusal.detail.contains("MaxSessionDuration") => {
+    /// The reasons of [`classify_error`] if the call failed; `BadStsResponse` if the response has no complete credentials;
+    /// `ClockSkew` if the session is about to expire by this node's clock.
+    pub async fn assume_role(&self, grant: &Grant, token: &Secret) -> Result<Credential, Refusal> {
+        let requested = grant.key().duration;
+        let duration =
+            if self.uses_default_duration(grant.role()) { requested.min(DEFAULT_MAX_SESSION) } else { requested };
+        match self.request(grant, token, duration).await {
+            // STS has no error code of its own for this.
+            Err(refusal) if duration > DEFAULT_MAX_SESSION && refusal.detail.contains("MaxSessionDuration") => {
                 warn!(
-                    role_arn = %grant.role(), asked_seconds = duration, granted_seconds = DEFAULT_ROLE_SECONDS,
-                    "the role's maximum session duration is shorter than asked for: raise it, or ask for less"
+                    role_arn = %grant.role(),
+                    requested_seconds = duration.as_secs(),
+                    granted_seconds = DEFAULT_MAX_SESSION.as_secs(),
+                    "the role's maximum session duration is below the requested one: raise it, or request less"
                 );
                 self.default_duration_roles().insert(grant.role().clone(), Instant::now());
-                self.request(grant, token, DEFAULT_ROLE_SECONDS).await
+                self.request(grant, token, DEFAULT_MAX_SESSION).await
             }
-            answer => answer,
+            result => result,
         }
     }
 
@@ -126,10 +129,10 @@ impl Sts {
     }
 
     fn default_duration_roles(&self) -> MutexGuard<'_, HashMap<RoleArn, Instant>> {
-        self.roles_with_default.lock().unwrap_or_else(PoisonError::into_inner)
+        self.default_duration_roles.lock()
     }
 
-    async fn request(&self, grant: &Grant, token: &Secret, duration: u32) -> Result<Credential, Refusal> {
+    async fn request(&self, grant: &Grant, token: &Secret, duration: Duration) -> Result<Credential, Refusal> {
         let key = grant.key();
         let arns = key.policy_arns.iter().map(|arn| PolicyDescriptorType::builder().arn(arn).build());
         let call = self
@@ -138,116 +141,121 @@ impl Sts {
             .role_arn(key.role.as_str())
             .role_session_name(&key.session_name)
             .web_identity_token(token.expose())
-            .duration_seconds(i32::try_from(duration).unwrap_or(i32::MAX))
+            .duration_seconds(i32::try_from(duration.as_secs()).unwrap_or(i32::MAX))
             .set_policy(key.policy.clone())
             .set_policy_arns((!key.policy_arns.is_empty()).then(|| arns.collect()));
-        let asked_at = Instant::now();
-        let answer = call.send().await.map_err(|error| refused(grant, token, &error))?;
+        let requested_at = Instant::now();
+        let response = call.send().await.map_err(|error| refusal_from(grant, token, &error))?;
         let bad =
-            |what: &str| Refusal::new(Reason::BadStsAnswer, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
-        let credentials = answer.credentials.ok_or_else(|| bad("no credentials in the answer"))?;
+            |what: &str| Refusal::new(Reason::BadStsResponse, format!("AssumeRoleWithWebIdentity of {grant}: {what}"));
+        let credentials = response.credentials.ok_or_else(|| bad("the response has no credentials"))?;
         let present = |value: &str| !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_graphic());
         let (id, secret, token) =
             (&credentials.access_key_id, &credentials.secret_access_key, &credentials.session_token);
         if !(present(id) && present(secret) && present(token)) {
-            return Err(bad("the answer lacks a part of the credentials"));
+            return Err(bad("the response has incomplete credentials"));
         }
         let expiration = UnixTime(u64::try_from(credentials.expiration.secs()).unwrap_or(0));
         let lifetime = lifetime(grant, duration, expiration)?;
-        // The credentials take over the strings: nothing is left to zero but what they hold.
-        let issued = Issued {
+        // Moves the strings, so that no copy is left that drop would not zero.
+        let parts = CredentialParts {
             access_key_id: credentials.access_key_id,
             secret_access_key: Secret::new(credentials.secret_access_key),
             session_token: Secret::new(credentials.session_token),
             account_id: key.role.account(),
             last_updated: UnixTime::now().iso8601(),
             expiration,
-            issued_at: asked_at,
-            expires_at: asked_at + lifetime,
+            issued_at: requested_at,
+            expires_at: requested_at + lifetime,
         };
-        Credential::new(&issued).map_err(|error| bad(&error.to_string()))
+        Credential::new(&parts).map_err(|error| bad(&error.to_string()))
     }
 }
 
-/// How long the session lasts, from now on by a clock that cannot be set: never longer than was asked for, whatever
-/// this node's wall clock makes of the expiration.
-fn lifetime(grant: &Grant, asked: u32, expiration: UnixTime) -> Result<Duration, Refusal> {
-    let (now, asked) = (UnixTime::now(), Duration::from_secs(asked.into()));
+/// Returns the remaining lifetime, to be counted by the monotonic clock. It is at most the requested duration, even if
+/// this node's wall clock is wrong.
+fn lifetime(grant: &Grant, requested: Duration, expiration: UnixTime) -> Result<Duration, Refusal> {
+    let now = UnixTime::now();
     let left = expiration.since(now);
-    if left < SHORTEST {
+    if left < MIN_LIFETIME {
         return Err(Refusal::new(
             Reason::ClockSkew,
             format!(
-                "STS issued a session of {grant} that expires {}, and this node's clock says {}",
+                "STS issued a session of {grant} that expires at {}, and this node's clock is at {}",
                 expiration.iso8601(),
                 now.iso8601()
             ),
         ));
     }
-    if left + SHORTER < asked {
+    if left + SHORTFALL_WARNING < requested {
         warn!(
-            role_arn = %grant.role(), asked_seconds = asked.as_secs(), left_seconds = left.as_secs(),
-            "STS issued a shorter session than was asked for, or this node's clock is ahead (kirsa_sts_clock_skew_seconds)"
+            role_arn = %grant.role(),
+            requested_seconds = requested.as_secs(),
+            left_seconds = left.as_secs(),
+            "STS issued a shorter session than requested, or this node's clock is ahead (kirsa_sts_clock_skew_seconds)"
         );
     }
-    Ok(left.min(asked))
+    Ok(left.min(requested))
 }
 
-fn refused(grant: &Grant, token: &Secret, error: &SdkError<AssumeRoleWithWebIdentityError>) -> Refusal {
-    let (reason, said) = classified(error);
-    // Nothing keeps a store from quoting the token that it refuses.
+fn refusal_from(grant: &Grant, token: &Secret, error: &SdkError<AssumeRoleWithWebIdentityError>) -> Refusal {
+    let (reason, message) = classify_error(error);
+    // A store may quote the token that it rejects.
     let parts = token.expose().split('.').filter(|part| part.len() >= 8);
-    let said = parts.fold(said, |said, part| said.replace(part, "[redacted]"));
-    Refusal::new(reason, format!("AssumeRoleWithWebIdentity of {grant}: {said}"))
+    let message = parts.fold(message, |message, part| message.replace(part, "[redacted]"));
+    Refusal::new(reason, format!("AssumeRoleWithWebIdentity of {grant}: {message}"))
 }
 
-/// What kind of no, and in whose words.
-fn classified(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, String) {
+/// Returns the reason of a failed call, and a message for the log.
+fn classify_error(error: &SdkError<AssumeRoleWithWebIdentityError>) -> (Reason, String) {
     let (status, code, message) = match error {
-        SdkError::ServiceError(answer) => {
-            (Some(answer.raw().status().as_u16()), answer.err().code(), answer.err().message())
+        SdkError::ServiceError(context) => {
+            (Some(context.raw().status().as_u16()), context.err().code(), context.err().message())
         }
-        SdkError::ResponseError(answer) => (Some(answer.raw().status().as_u16()), None, None),
+        SdkError::ResponseError(context) => (Some(context.raw().status().as_u16()), None, None),
         _ => (None, None, None),
     };
-    debug!(?status, code, "STS refused");
+    debug!(?status, code, "STS call failed");
     let reason = match error {
-        SdkError::ServiceError(_) => classify(code, message.unwrap_or_default(), status.unwrap_or(0)),
+        SdkError::ServiceError(_) => classify_code(code, message.unwrap_or_default(), status.unwrap_or(0)),
         SdkError::ResponseError(_) if status.is_some_and(|status| status >= 500) => Reason::StsUnavailable,
-        SdkError::ResponseError(_) => Reason::BadStsAnswer,
+        SdkError::ResponseError(_) => Reason::BadStsResponse,
         SdkError::TimeoutError(_) => Reason::ExchangeTimeout,
         _ => Reason::StsUnavailable,
     };
-    let said = match error {
-        SdkError::ServiceError(answer) => {
+    let message = match error {
+        SdkError::ServiceError(context) => {
             let status = status.unwrap_or(0);
             match code {
                 Some(code) => format!("{status} {code}: {}", message.unwrap_or("no message")),
-                None => format!("{status} without a code: {}", summarize(answer.raw())),
+                None => format!("{status} without a code: {}", summarize(context.raw())),
             }
         }
-        SdkError::TimeoutError(_) => WAITING.to_owned(),
-        other => describe(other),
+        SdkError::TimeoutError(_) => TIMEOUT_MESSAGE.to_owned(),
+        other => with_causes(other),
     };
-    (reason, said)
+    (reason, message)
 }
 
-/// What is known of an answer that was not understood without quoting it: the SDK's own words have parts of it, and it
-/// may hold credentials.
-fn summarize(answer: &HttpResponse) -> String {
-    let size = answer.body().bytes().map_or(0, <[u8]>::len);
-    let kind = answer.headers().get("content-type").unwrap_or("no content type");
+/// Describes a response that is not an STS error, without quoting it: it may hold credentials. The SDK's own message
+/// would quote parts of it.
+fn summarize(response: &HttpResponse) -> String {
+    let size = response.body().bytes().map_or(0, <[u8]>::len);
+    let kind = response.headers().get("content-type").unwrap_or("no content type");
     let kind: String = kind.chars().filter(char::is_ascii_graphic).take(40).collect();
-    format!("{size} bytes ({kind}) that are no answer of an STS")
+    format!("{size} bytes ({kind}) that are not an STS response")
 }
 
-/// STS API Reference, AssumeRoleWithWebIdentity, "Errors", and "Common Errors".
-fn classify(code: Option<&str>, message: &str, status: u16) -> Reason {
+/// Maps an error code, or else the HTTP status, to a reason:
+/// <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html#API_AssumeRoleWithWebIdentity_Errors>,
+/// <https://docs.aws.amazon.com/STS/latest/APIReference/CommonErrors.html>.
+fn classify_code(code: Option<&str>, message: &str, status: u16) -> Reason {
     match code.unwrap_or_default() {
-        // One code for a key that is wrong and for one that could not be had just now, which AWS's own SDKs retry
-        // (aws-sdk-go-v2, credentials/stscreds/web_identity_provider.go).
+        // The same code means an invalid key and a key that could not be fetched. The AWS SDKs retry the latter too:
+        // https://github.com/aws/aws-sdk-go-v2/blob/main/credentials/stscreds/web_identity_provider.go
         "InvalidIdentityToken" if message.contains("verification key") => Reason::IdentityProviderUnreachable,
-        // MinIO's library grants the clocks no leeway, and the token is milliseconds old (golang-jwt, claims).
+        // MinIO allows no clock skew, and the token is milliseconds old:
+        // https://github.com/golang-jwt/jwt/blob/main/validator.go
         _ if message.contains("used before issued") || message.contains("not valid yet") => Reason::TokenNotYetValid,
         "AccessDenied" | "AccessDeniedException" => Reason::AccessDenied,
         "InvalidIdentityToken" | "ExpiredTokenException" | "ExpiredToken" | "IDPRejectedClaim" => {
@@ -265,12 +273,12 @@ fn classify(code: Option<&str>, message: &str, status: u16) -> Reason {
         }
         _ => match status {
             429 => Reason::StsThrottled,
-            // Without any code it is no word of an STS, but of a proxy or a web server that stands before one.
-            400..500 if code.is_none() => Reason::BadStsAnswer,
+            // Without an error code it is the response of a proxy or web server in front of STS.
+            400..500 if code.is_none() => Reason::BadStsResponse,
             403 => Reason::AccessDenied,
             400..500 => Reason::BadStsRequest,
-            // What passes for an answer and cannot be read.
-            200..300 => Reason::BadStsAnswer,
+            // A success status with a body that cannot be parsed.
+            200..300 => Reason::BadStsResponse,
             _ => Reason::StsUnavailable,
         },
     }
@@ -281,13 +289,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_decide_and_an_unknown_one_falls_back_on_the_status() {
+    fn unknown_code_is_classified_by_status() {
         let key = "Couldn't retrieve verification key from your identity provider";
         for (code, message, status, reason) in [
             (Some("InvalidIdentityToken"), key, 400, Reason::IdentityProviderUnreachable),
             (Some("InvalidIdentityToken"), "Incorrect token audience", 400, Reason::WebIdentityRefused),
             (Some("InvalidParameterValue"), "Token used before issued", 400, Reason::TokenNotYetValid),
-            (None, "", 403, Reason::BadStsAnswer),
+            (None, "", 403, Reason::BadStsResponse),
             (Some("AccessDenied"), "", 403, Reason::AccessDenied),
             (Some("ExpiredTokenException"), "", 400, Reason::WebIdentityRefused),
             (Some("IDPCommunicationError"), "", 400, Reason::IdentityProviderUnreachable),
@@ -296,10 +304,10 @@ mod tests {
             (Some("XYZ"), "", 403, Reason::AccessDenied),
             (Some("XYZ"), "", 500, Reason::StsUnavailable),
             (None, "", 429, Reason::StsThrottled),
-            (None, "", 404, Reason::BadStsAnswer),
-            (None, "", 200, Reason::BadStsAnswer),
+            (None, "", 404, Reason::BadStsResponse),
+            (None, "", 200, Reason::BadStsResponse),
         ] {
-            assert_eq!(classify(code, message, status), reason, "{code:?} {message} {status}");
+            assert_eq!(classify_code(code, message, status), reason, "{code:?} {message} {status}");
         }
     }
 }

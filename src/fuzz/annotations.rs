@@ -2,7 +2,7 @@
 
 use crate::{
     attribute::Workload,
-    authorise::{Account, Defaults, Grant},
+    authorize::{Account, Defaults, Grant},
     refusal::Reason,
 };
 
@@ -10,18 +10,18 @@ pub fn check(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let annotations: Vec<(&str, &str)> = text.split('\n').filter_map(|line| line.split_once('=')).collect();
     let has = |name: &str| annotations.iter().any(|(known, _)| *known == name);
-    for (foreign_arns, pod) in [(false, "pod-0"), (true, &"p".repeat(253))] {
+    for (store_arns, pod) in [(false, "pod-0"), (true, &"p".repeat(253))] {
         // Another one for each, since an account remembers what it was read as.
-        let account = Account::of_annotations("sa-uid", annotations.iter().copied());
-        let defaults = Defaults { foreign_arns, ..Defaults::sample() };
-        match Grant::of_account(Workload::sample(pod, "uid-a", "reader"), &account, &defaults) {
+        let account = Account::from_annotations("sa-uid", annotations.iter().copied());
+        let defaults = Defaults { store_arns, ..Defaults::sample() };
+        match Grant::from_account(Workload::sample(pod, "uid-a", "reader"), &account, &defaults) {
             Ok(grant) => {
                 let key = grant.key();
                 let value = annotations.iter().rev().find(|(name, _)| *name == "eks.amazonaws.com/role-arn").unwrap().1;
                 assert_eq!(grant.role().as_str(), value, "the role that is written there, and no other");
                 let allowed = |c: char| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c);
                 assert!((2..=64).contains(&key.session_name.len()) && key.session_name.chars().all(allowed), "{key:?}");
-                assert!((1_800..=43_200).contains(&key.duration), "{key:?}");
+                assert!((1_800..=43_200).contains(&key.duration.as_secs()), "{key:?}");
                 assert!(!key.audience.is_empty() && key.audience.bytes().all(|b| b.is_ascii_graphic()), "{key:?}");
                 assert!(key.policy_arns.len() <= 10 && key.policy.as_ref().is_none_or(|policy| policy.len() <= 2_048));
                 let scope = annotations.iter().rev().find(|(name, _)| *name == "kirsa.dev/session-scope");

@@ -3,19 +3,19 @@
 use serde_json::Value;
 
 use crate::{
-    authorise,
-    kubernetes::slim::{Broken, Filter},
+    authorize,
+    kubernetes::json_filter::{InvalidJson, JsonFilter},
 };
 
 const ROLE: &str = "eks.amazonaws.com/role-arn";
 /// Maximum length of a token that the filter holds: the longest annotation, each byte of it escaped.
 const HELD: usize = 6 * 8_192 + 2;
 
-fn filtered(data: &[u8], piece: usize) -> (Result<(), Broken>, Vec<u8>) {
-    let (mut filter, mut out) = (Filter::new(authorise::accounts::keep(ROLE)), Vec::new());
+fn filtered(data: &[u8], piece: usize) -> (Result<(), InvalidJson>, Vec<u8>) {
+    let (mut filter, mut out) = (JsonFilter::new(authorize::accounts::keep(ROLE)), Vec::new());
     let result = data.chunks(piece).try_for_each(|bytes| {
         let result = filter.push(bytes, &mut out);
-        assert!(filter.held() <= HELD, "{} bytes held", filter.held());
+        assert!(filter.buffered() <= HELD, "{} bytes held", filter.buffered());
         result
     });
     (result, out)

@@ -1,6 +1,6 @@
 //! Role ARNs.
 
-use crate::authorise::RoleArn;
+use crate::authorize::RoleArn;
 
 pub fn check(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use crate::attribute::{
     Event, cni,
-    directory::{Directory, Owner},
+    directory::{Directory, Owner, Record},
     pod::Pod,
 };
 
 pub fn check(data: &[u8]) {
-    let Ok(record) = cni::parse(data, "net-1198af-eth0", (7, 0)) else { return };
+    let Ok(record) = cni::parse(data, "net-1198af-eth0") else { return };
     let text = String::from_utf8_lossy(data);
     assert!(text.contains("K8S_POD_UID") || text.contains("\\u"), "nothing is a record that names no pod: {text}");
     let addresses: Vec<IpAddr> = record.addresses.iter().map(IpAddr::to_canonical).collect();
@@ -20,6 +20,7 @@ pub fn check(data: &[u8]) {
     let mut directory = Directory::default();
     directory.apply(Event::ListStarted);
     directory.apply(Event::Pod(neighbour.clone()));
+    directory.apply(Event::Record(Record::sample("net-b-eth0", "uid-b", "203.0.113.7")));
     directory.apply(Event::ListDone);
     let (own, id, stranger) = (neighbour.addresses[0], record.id.clone(), *record.pod.0 != *"uid-b");
     directory.apply(Event::Record(record));
@@ -28,7 +29,8 @@ pub fn check(data: &[u8]) {
         assert!(!stranger || !matches!(owner, Owner::Pod(_)), "{owner:?} by a record of nobody's");
     }
     let is_neighbours = |owner| matches!(owner, Owner::Pod(pod) if *pod == neighbour);
-    assert!(is_neighbours(directory.owner(own)) || addresses.contains(&own), "another pod lost its address");
+    let may_differ = !stranger || addresses.contains(&own);
+    assert!(is_neighbours(directory.owner(own)) || may_differ, "another pod lost its address");
     directory.apply(Event::RecordGone(id));
     assert!(is_neighbours(directory.owner(own)) || !stranger, "as if it had never been");
 }

@@ -12,7 +12,7 @@ use super::{
     route::segments,
 };
 use crate::{
-    authorise::Grant,
+    authorize::Grant,
     exchange::{Credential, Issuer},
     intercept::{Peer, Service},
     refusal::{Reason, Refusal},

@@ -6,10 +6,10 @@ use tokio::runtime::Runtime;
 
 use crate::{
     attribute::Workload,
-    authorise::Grant,
+    authorize::Grant,
     exchange::{
         credential::Secret,
-        sts::{Sts, canned::Answer},
+        sts::{Sts, canned::CannedResponse},
     },
     observe::Metrics,
 };
@@ -22,8 +22,8 @@ const SECRET: &str = "SECRETSECRETSECRET";
 
 static RUNTIME: LazyLock<Runtime> =
     LazyLock::new(|| tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
-static STS: LazyLock<(Answer, Sts)> = LazyLock::new(|| {
-    let answer = Answer::default();
+static STS: LazyLock<(CannedResponse, Sts)> = LazyLock::new(|| {
+    let answer = CannedResponse::default();
     (answer.clone(), Sts::canned(answer, Metrics::new("fuzz").unwrap()))
 });
 static GRANT: LazyLock<Grant> =
@@ -35,7 +35,7 @@ pub fn check(data: &[u8]) {
     let (answer, sts) = &*STS;
     answer.set(status, body);
     let token = Secret::new(TOKEN.join("."));
-    match RUNTIME.block_on(sts.assume(&GRANT, &token)) {
+    match RUNTIME.block_on(sts.assume_role(&GRANT, &token)) {
         Ok(credential) => {
             assert!((200..300).contains(&status), "{status}");
             assert!(body.trim_ascii_end().ends_with(b"</AssumeRoleWithWebIdentityResponse>"), "cut short");

@@ -1,8 +1,9 @@
 //! Accepts connections within limits, and tells those that came through the redirect from those that came around it.
 
 use std::{
+    fmt,
     future::Future,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -10,20 +11,27 @@ use std::{
 use nix::sys::socket::{getsockopt, sockopt};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep},
 };
 use tracing::{debug, warn};
 
-use super::{Peer, Probe, Service, Share, source::Sources};
+use super::{MAX_DELAY, Peer, Probe, Service, Share, around::Around, source::Sources};
 use crate::{
+    connections::{Bounds, ConnectionLimiter, Limit, Owner, Permit},
     observe::Metrics,
     refusal::{Reason, Refusal},
 };
 
-/// Connections that are told at once why they are not served: of pods that have too many open, and of whoever came
-/// around the redirect. These take no place of the others: the port may be reached from other nodes.
-const TURNED_AWAY: usize = 64;
-const TURNED_AWAY_AROUND: usize = 16;
+/// A client between two requests keeps its connection.
+const GRACE: Duration = Duration::from_millis(100);
+/// Connections that wait for a place or are told that there is none. One source with too many cannot use up more than
+/// half of these.
+const REJECTED: Bounds = Bounds { total: 64, per_owner: 32, grace: Duration::ZERO };
+/// The same of connections that came around the redirect. These take no place of the others: the port may be reached
+/// from other nodes.
+const BYPASSING: Bounds = Bounds { total: 16, per_owner: 4, grace: Duration::ZERO };
+/// How often a connection that waits tries again to get a place.
+const RETRY: Duration = Duration::from_millis(25);
 
 /// What pods may take.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +42,9 @@ pub struct Limits {
     /// Requests per second, and as many at once.
     pub requests_per_source: u32,
 }
+
+/// Returns the UID of the pod that a connection comes from, if it is known already.
+pub type PodOf = Box<dyn Fn(&Peer) -> Option<Arc<str>> + Send + Sync>;
 
 /// What to do with a connection that did not come from the metadata address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +59,22 @@ pub enum Direct {
 #[derive(Debug)]
 pub enum Arrival {
     Accepted(Accepted),
+    Waiting(Waiting),
     TurnedAway(TurnedAway),
+}
+
+impl Arrival {
+    /// Waits a moment for a place if the connection has none.
+    ///
+    /// # Errors
+    /// The connection and its refusal.
+    pub async fn settle(self) -> Result<Accepted, TurnedAway> {
+        match self {
+            Self::Accepted(accepted) => Ok(accepted),
+            Self::Waiting(waiting) => waiting.settle().await,
+            Self::TurnedAway(turned_away) => Err(turned_away),
+        }
+    }
 }
 
 /// A connection that is served, and its share of the limits.
@@ -58,51 +84,86 @@ pub struct Accepted {
     pub peer: Peer,
     pub share: Share,
     /// Must be kept for as long as the connection is open.
-    pub place: Place,
+    pub permit: Arc<Permit>,
 }
 
 /// A connection that is told why it is not served, and closed: SDKs retry after a 503, and give up after a reset.
 #[derive(Debug)]
 pub struct TurnedAway {
     pub stream: TcpStream,
-    pub source: IpAddr,
-    pub service: Service,
+    pub peer: Peer,
     pub refusal: Refusal,
     /// Must be kept for as long as the connection is open.
-    pub place: Place,
+    pub permit: Arc<Permit>,
 }
 
-/// One of the connections that may be open at once.
+/// A connection above a limit, which gets a place if one becomes free soon.
 #[derive(Debug)]
-pub struct Place(#[expect(dead_code, reason = "given up when dropped")] OwnedSemaphorePermit);
+pub struct Waiting {
+    stream: TcpStream,
+    peer: Peer,
+    acceptor: Arc<Acceptor>,
+    permit: Arc<Permit>,
+}
+
+impl Waiting {
+    async fn settle(self) -> Result<Accepted, TurnedAway> {
+        let Self { stream, peer, acceptor, permit } = self;
+        let until = Instant::now() + MAX_DELAY;
+        loop {
+            let is_evicted = tokio::select! {
+                () = permit.evicted() => true,
+                () = sleep(RETRY) => false,
+            };
+            match acceptor.place(&peer) {
+                Ok((share, permit)) => return Ok(Accepted { stream, peer, share, permit }),
+                Err(limit) if is_evicted || Instant::now() >= until => {
+                    let refusal = acceptor.too_many(&peer, limit);
+                    return Err(TurnedAway { stream, peer, refusal, permit });
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
 
 /// The limits on connections, shared by all listeners.
-#[derive(Debug)]
 pub struct Acceptor {
-    total: Arc<Semaphore>,
-    turning_away: Arc<Semaphore>,
-    turning_away_around: Arc<Semaphore>,
+    places: Arc<ConnectionLimiter>,
+    rejected: Arc<ConnectionLimiter>,
+    bypassing: Arc<ConnectionLimiter>,
     sources: Arc<Sources>,
     direct: Direct,
+    pod_of: PodOf,
     probe: Arc<Probe>,
+    around: Around,
     metrics: Metrics,
 }
 
+impl fmt::Debug for Acceptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Acceptor").field("direct", &self.direct).finish_non_exhaustive()
+    }
+}
+
 impl Acceptor {
-    pub fn new(limits: Limits, direct: Direct, probe: Arc<Probe>, metrics: Metrics) -> Arc<Self> {
+    pub fn new(limits: Limits, direct: Direct, pod_of: PodOf, probe: Arc<Probe>, metrics: Metrics) -> Arc<Self> {
+        let bounds = Bounds { total: limits.total, per_owner: limits.per_source, grace: GRACE };
         Arc::new(Self {
-            total: Arc::new(Semaphore::new(limits.total)),
-            turning_away: Arc::new(Semaphore::new(TURNED_AWAY)),
-            turning_away_around: Arc::new(Semaphore::new(TURNED_AWAY_AROUND)),
+            places: ConnectionLimiter::new(bounds),
+            rejected: ConnectionLimiter::new(REJECTED),
+            bypassing: ConnectionLimiter::new(BYPASSING),
             sources: Sources::new(limits, metrics.clone()),
             direct,
+            pod_of,
             probe,
+            around: Around::default(),
             metrics,
         })
     }
 
     /// Accepts connections and hands each to `serve` as a task of its own, until it is dropped.
-    pub async fn accept<F>(&self, listener: &TcpListener, serve: &(impl Fn(Arrival) -> F + Sync))
+    pub async fn accept<F>(self: &Arc<Self>, listener: &TcpListener, serve: &(impl Fn(Arrival) -> F + Sync))
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -114,63 +175,86 @@ impl Acceptor {
                     if let Some(arrival) = self.admit(stream, source) {
                         tokio::spawn(serve(arrival));
                     }
+                    self.places.let_evicted_end().await;
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: without a pause this loop would spin until some come back.
                     self.metrics.connection_refused("accept_error");
                     pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
                     warn!(%error, ?pause, "cannot accept a connection");
-                    tokio::time::sleep(pause).await;
+                    sleep(pause).await;
                 }
             }
         }
     }
 
-    fn admit(&self, stream: TcpStream, source: SocketAddr) -> Option<Arrival> {
+    fn admit(self: &Arc<Self>, stream: TcpStream, source: SocketAddr) -> Option<Arrival> {
         let source = SocketAddr::new(source.ip().to_canonical(), source.port());
         let destination = original_destination(&stream);
         if self.probe.arrived(source, destination) {
             return None;
         }
         let around = (self.direct == Direct::Accept).then_some(Service::Metadata);
-        let service = destination.and_then(Service::at).or(around);
-        let no = match self.room(source, service) {
-            Ok((peer, share, place)) => return Some(Arrival::Accepted(Accepted { stream, peer, share, place })),
-            Err(no) => no,
+        let Some(service) = destination.and_then(Service::at).or(around) else {
+            return self.turn_away_bypassing(stream, Peer { source, service: Service::Metadata });
         };
-        self.metrics.connection_refused(no.limit);
-        debug!(source = %source.ip(), limit = no.limit, "turned away");
-        // What is over this too is closed without a word.
-        let place = Place(no.queue.clone().try_acquire_owned().ok()?);
-        let service = service.unwrap_or(Service::Metadata);
-        Some(Arrival::TurnedAway(TurnedAway { stream, source: source.ip(), service, refusal: no.refusal, place }))
+        let peer = Peer { source, service };
+        let limit = match self.place(&peer) {
+            Ok((share, permit)) => return Some(Arrival::Accepted(Accepted { stream, peer, share, permit })),
+            Err(limit) => limit,
+        };
+        match self.rejected.try_admit(self.owner(&peer)) {
+            Ok((permit, _)) => Some(Arrival::Waiting(Waiting { stream, peer, acceptor: self.clone(), permit })),
+            Err(_) => {
+                // What is over this too is closed without a word.
+                self.too_many(&peer, limit);
+                None
+            }
+        }
     }
 
-    fn room(&self, source: SocketAddr, service: Option<Service>) -> Result<(Peer, Share, Place), No<'_>> {
-        let no = |limit, reason, detail: &str, queue| {
-            Err(No { limit, refusal: Refusal::new(reason, format!("{} {detail}", source.ip())), queue })
+    /// Takes a place, in that of another connection if it must.
+    fn place(&self, peer: &Peer) -> Result<(Share, Arc<Permit>), Limit> {
+        let owner = self.owner(peer);
+        let (permit, evicted) = self.places.try_admit(owner.clone())?;
+        if let Some(limit) = evicted {
+            self.metrics.connection_closed(label(limit));
+        }
+        Ok((self.sources.share(owner), permit))
+    }
+
+    fn owner(&self, peer: &Peer) -> Owner {
+        (self.pod_of)(peer).map_or(Owner::Address(peer.source.ip()), Owner::Pod)
+    }
+
+    fn too_many(&self, peer: &Peer, limit: Limit) -> Refusal {
+        let detail = match limit {
+            Limit::Total => "is one too many: all places are taken",
+            Limit::PerOwner => "has as many connections open as it may",
         };
-        let Some(service) = service else {
-            let detail = "connected to an address of the node";
-            return no("not_redirected", Reason::NotRedirected, detail, &self.turning_away_around);
-        };
-        let Ok(place) = self.total.clone().try_acquire_owned() else {
-            let detail = "is one too many: all places are taken";
-            return no("total", Reason::TooManyConnections, detail, &self.turning_away);
-        };
-        let Some(share) = self.sources.share(source.ip()) else {
-            let detail = "has as many connections open as it may";
-            return no("per_source", Reason::TooManyConnections, detail, &self.turning_away);
-        };
-        Ok((Peer { source, service }, share, Place(place)))
+        self.refuse(peer, label(limit), Reason::TooManyConnections, detail)
+    }
+
+    fn turn_away_bypassing(&self, stream: TcpStream, peer: Peer) -> Option<Arrival> {
+        let detail = self.around.detail();
+        let refusal = self.refuse(&peer, "not_redirected", Reason::NotRedirected, &detail);
+        let (permit, _) = self.bypassing.try_admit(Owner::Address(peer.source.ip())).ok()?;
+        Some(Arrival::TurnedAway(TurnedAway { stream, peer, refusal, permit }))
+    }
+
+    fn refuse(&self, peer: &Peer, limit: &'static str, reason: Reason, detail: &str) -> Refusal {
+        let source = peer.source.ip();
+        self.metrics.connection_refused(limit);
+        debug!(%source, limit, "connection refused");
+        Refusal::new(reason, format!("{source} {detail}"))
     }
 }
 
-/// Why there is no room for a connection, and where that is said.
-struct No<'a> {
-    limit: &'static str,
-    refusal: Refusal,
-    queue: &'a Arc<Semaphore>,
+fn label(limit: Limit) -> &'static str {
+    match limit {
+        Limit::PerOwner => "per_source",
+        Limit::Total => "total",
+    }
 }
 
 /// What conntrack remembers of the connection before DNAT. `None` when there was no DNAT.

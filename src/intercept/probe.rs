@@ -1,4 +1,4 @@
-//! Proof that the redirect works: a connection of our own through it. Rules are never read back to decide.
+//! Self-test of the redirect: a connection of our own through it. It decides; rules that are read back do not.
 //!
 //! Packets of this node's own processes do not pass prerouting, so the rule set has a twin for the output hook that
 //! takes only packets with [`MARK`], which takes CAP_NET_ADMIN or CAP_NET_RAW to set. Both lead to the same address
@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -28,6 +28,9 @@ pub(super) const MARK: u32 = 0x6b;
 /// A connection within this node takes microseconds; what takes longer did not arrive.
 const WAIT: Duration = Duration::from_secs(1);
 
+/// Time for the listener to see a connection that is established: what takes longer was answered by another process.
+const ARRIVAL: Duration = Duration::from_millis(200);
+
 /// Connects from one of this node's addresses to a service's of the same family, the way that pods' connections are
 /// led, so that whoever asks sees who answers there.
 ///
@@ -36,6 +39,19 @@ const WAIT: Duration = Duration::from_secs(1);
 pub async fn connect_marked(from: IpAddr, service: Service) -> io::Result<TcpStream> {
     let to = (service.of_family(from), METADATA_PORT).into();
     timeout(WAIT, marked(from)?.connect(to)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Whether the node has a route from this address to the service. Without one no packet leaves, so there is no such
+/// way to test. Connecting a UDP socket looks up the route and sends nothing, so no firewall can answer.
+pub fn has_route(from: IpAddr, service: Service) -> bool {
+    let connect = || {
+        let socket = UdpSocket::bind((from, 0))?;
+        setsockopt(&socket, sockopt::Mark, &MARK)?;
+        socket.connect((service.of_family(from), METADATA_PORT))
+    };
+    let unreachable =
+        |error: io::Error| matches!(error.kind(), io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable);
+    !connect().is_err_and(unreachable)
 }
 
 /// A socket whose packets the rule's twin takes.
@@ -62,13 +78,16 @@ impl Probe {
         let source = socket.local_addr()?;
         let (arrived, arrival) = oneshot::channel();
         self.expected().insert(source, arrived);
-        let outcome = timeout(WAIT, async {
+        let _expected = Expected { probe: self, source };
+        timeout(WAIT, async {
             let _stream = socket.connect(to).await?;
-            arrival.await.map_err(io::Error::other)
+            match timeout(ARRIVAL, arrival).await {
+                Ok(arrived) => arrived.map_err(io::Error::other),
+                Err(_) => Err(io::Error::other("connected, but not to this agent")),
+            }
         })
-        .await;
-        self.expected().remove(&source);
-        outcome.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// Asked about every connection: true if it is one of the probe's own. No pod has this node's address.
@@ -79,5 +98,17 @@ impl Probe {
 
     fn expected(&self) -> MutexGuard<'_, HashMap<SocketAddr, oneshot::Sender<()>>> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Removes the entry also when the run is cancelled.
+struct Expected<'a> {
+    probe: &'a Probe,
+    source: SocketAddr,
+}
+
+impl Drop for Expected<'_> {
+    fn drop(&mut self) {
+        self.probe.expected().remove(&self.source);
     }
 }

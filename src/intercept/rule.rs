@@ -3,13 +3,15 @@
 //! What must hold, whichever rendering: a pod's connection to the metadata address reaches this agent or nobody. So it
 //! is DNATed to the node's address (the host end of a pod's veth may have no address that `REDIRECT` could use, and
 //! DNAT to loopback would need `route_localnet`, CVE-2020-8558), and what is forwarded to the metadata address all the
-//! same is dropped. The rules stay when the agent ends: then a connection is refused, and never reaches the node's own
+//! same is refused. The rules stay when the agent ends: then a connection is refused, and never reaches the node's own
 //! role.
 //!
 //! There is no interface to configure: `fib saddr type != local` in prerouting is pod traffic on every veth CNI, and
 //! the node's own packets never pass prerouting.
 
 mod apply;
+mod bridge;
+mod fence;
 
 use std::{
     fmt::Write,
@@ -21,6 +23,8 @@ use clap::ValueEnum;
 use super::{METADATA_PORT, Service, probe::MARK};
 
 pub use apply::{Installed, drop_privileges, install, uninstall};
+pub use bridge::{BridgeGuard, PodPort};
+pub use fence::listing as fence_listing;
 
 /// How connections are brought here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -60,10 +64,13 @@ pub struct RuleSet {
 /// The name of our nftables table, family inet.
 pub const TABLE: &str = "kirsa";
 /// Our iptables chains: table, built-in chain that jumps, own chain.
-pub const CHAINS: [(&str, &str, &str); 3] = [
+pub const CHAINS: [(&str, &str, &str); 5] = [
     ("nat", "PREROUTING", "KIRSA-PREROUTING"),
     ("nat", "OUTPUT", "KIRSA-OUTPUT"),
     ("filter", "FORWARD", "KIRSA-FORWARD"),
+    // After `filter`, so an ACCEPT that another agent inserts there does not bypass it.
+    ("mangle", "POSTROUTING", "KIRSA-POSTROUTING"),
+    ("mangle", "PREROUTING", "KIRSA-MARK"),
 ];
 
 impl RuleSet {
@@ -77,10 +84,14 @@ impl RuleSet {
     }
 
     /// A script for `nft -f -`, which applies it as one transaction: there is no moment without the rules.
-    fn nft(&self) -> String {
+    ///
+    /// `reject_early` resets connections that no rule redirected before routing, where policy routing would answer with
+    /// an ICMP error. A client on this node ignores that until it repeats the SYN after a second, because it still holds
+    /// its socket. Kernels before 5.9 cannot reject there: the SYN gets a mark that takes it to the forward chain.
+    fn nft(&self, reject_early: bool) -> String {
         let mut redirect = String::new();
         let mut probe = String::new();
-        let mut drop = String::new();
+        let (mut refused, mut forward, mut leaving) = (String::new(), String::new(), String::new());
         for (host, service) in self.ways() {
             let family = if host.is_ipv4() { "ip" } else { "ip6" };
             let (to, target) = (service.of_family(host), SocketAddr::new(host, self.port));
@@ -90,10 +101,22 @@ impl RuleSet {
             let _ = writeln!(redirect, "    {at} fib saddr type != local {dnat}");
             let _ = writeln!(probe, "    {at} meta mark {MARK:#x} {dnat}");
         }
+        let refuse = match reject_early {
+            true => "reject with tcp reset".to_owned(),
+            false => format!("tcp flags & (fin | syn | rst | ack) == syn meta mark set {MARK:#x}"),
+        };
         for service in self.services() {
-            let _ = writeln!(drop, "    ip daddr {} drop\n    ip6 daddr {} drop", service.v4(), service.v6());
+            // Only the port that carries credentials: clouds other than AWS serve DNS at the same address.
+            for (family, to) in [("ip", service.v4()), ("ip6", service.v6())] {
+                let at = format!("{family} daddr {to} tcp dport {METADATA_PORT}");
+                let _ = writeln!(refused, "    {at} fib saddr type != local {refuse}");
+                let _ = writeln!(forward, "    {at} reject with tcp reset");
+                let _ = writeln!(leaving, "    {at} fib saddr type != local drop");
+            }
         }
-        // 10 before the place of kube-proxy and of iptables' nat table, which a redirect of theirs must not overtake.
+        // prerouting and output: 10 before kube-proxy and iptables' nat table, so that no redirect of theirs comes first.
+        // refuse: after -100, where the kernel translates addresses whatever the priority of a nat chain is.
+        // postrouting: IPVS sends a Service's connections without forwarding them, and no packet can be rejected there.
         format!(
             "table inet {TABLE}
 delete table inet {TABLE}
@@ -102,12 +125,18 @@ table inet {TABLE} {{
   chain prerouting {{
     type nat hook prerouting priority -110; policy accept;
 {redirect}  }}
+  chain refuse {{
+    type filter hook prerouting priority -90; policy accept;
+{refused}  }}
   chain output {{
     type nat hook output priority -110; policy accept;
 {probe}  }}
   chain forward {{
     type filter hook forward priority -10; policy accept;
-{drop}  }}
+{forward}  }}
+  chain postrouting {{
+    type filter hook postrouting priority -150; policy accept;
+{leaving}  }}
 }}
 "
         )
@@ -123,7 +152,7 @@ table inet {TABLE} {{
         let addresses =
             || self.services().map(|of| if v6 { format!("{}/128", of.v6()) } else { format!("{}/32", of.v4()) });
         let mut script = String::new();
-        for table in ["nat", "filter"] {
+        for table in ["nat", "filter", "mangle"] {
             let ours = || CHAINS.iter().zip(jumps).filter(|((of, ..), _)| *of == table);
             let _ = writeln!(script, "*{table}");
             for ((_, _, chain), _) in ours() {
@@ -136,19 +165,24 @@ table inet {TABLE} {{
                 let _ = writeln!(script, "-I {builtin} 1 -j {chain}");
             }
             for address in addresses() {
-                match (table, &target) {
-                    ("filter", _) => {
-                        let _ = writeln!(script, "-A KIRSA-FORWARD -d {address} -j DROP");
+                let to = format!("-d {address} -p tcp -m tcp --dport {METADATA_PORT}");
+                let pods = "-m addrtype ! --src-type LOCAL";
+                let _ = match (table, &target) {
+                    ("filter", _) => writeln!(script, "-A KIRSA-FORWARD {to} -j REJECT --reject-with tcp-reset"),
+                    ("nat", Some(target)) => {
+                        let to = format!("{to} -j DNAT --to-destination {target}");
+                        let _ = writeln!(script, "-A KIRSA-PREROUTING {pods} {to}");
+                        writeln!(script, "-A KIRSA-OUTPUT -m mark --mark {MARK:#x} {to}")
                     }
-                    (_, Some(target)) => {
-                        let to = format!(
-                            "-d {address} -p tcp -m tcp --dport {METADATA_PORT} -j DNAT --to-destination {target}"
-                        );
-                        let _ = writeln!(script, "-A KIRSA-PREROUTING -m addrtype ! --src-type LOCAL {to}");
-                        let _ = writeln!(script, "-A KIRSA-OUTPUT -m mark --mark {MARK:#x} {to}");
+                    ("nat", None) => Ok(()),
+                    (_, target) => {
+                        // REJECT does not exist before routing, so the SYN gets a mark that takes it to the forward
+                        // chain (see `nft`). Only the SYN is marked, so the mark lets no connection through.
+                        let mark = format!("-A KIRSA-MARK {to} --syn {pods} -j MARK --set-xmark {MARK:#x}\n");
+                        script.push_str(if target.is_none() { &mark } else { "" });
+                        writeln!(script, "-A KIRSA-POSTROUTING {to} {pods} -j DROP")
                     }
-                    (_, None) => {}
-                }
+                };
             }
             script.push_str("COMMIT\n");
         }
@@ -165,7 +199,7 @@ mod tests {
 
     #[test]
     fn nft_replaces_the_whole_table_at_once() {
-        let script = RULES.nft();
+        let script = RULES.nft(true);
         assert!(script.starts_with("table inet kirsa\ndelete table inet kirsa\ntable inet kirsa {"), "{script}");
         assert!(
             script.contains("ip daddr 169.254.169.254 tcp dport 80 fib saddr type != local dnat ip to 10.0.0.1:338")
@@ -175,32 +209,42 @@ mod tests {
 
     /// A node without an IPv6 address of its own must not leave the IPv6 metadata address open.
     #[test]
-    fn the_family_that_is_not_redirected_is_dropped() {
-        assert!(RULES.nft().contains("ip6 daddr fd00:ec2::254 drop"));
-        let v6 = RULES.iptables(true, [false; 3]);
-        assert!(v6.contains("-A KIRSA-FORWARD -d fd00:ec2::254/128 -j DROP") && !v6.contains("DNAT"), "{v6}");
+    fn family_without_host_address_is_refused() {
+        let at = "ip6 daddr fd00:ec2::254 tcp dport 80";
+        assert!(RULES.nft(true).contains(&format!("{at} fib saddr type != local reject with tcp reset")));
+        assert!(RULES.nft(false).contains("fib saddr type != local tcp flags & (fin | syn | rst | ack) == syn"));
+        assert!(RULES.nft(false).contains(&format!("{at} reject with tcp reset")));
+        let v6 = RULES.iptables(true, [false; CHAINS.len()]);
+        assert!(
+            v6.contains("-A KIRSA-FORWARD -d fd00:ec2::254/128 -p tcp -m tcp --dport 80 -j REJECT")
+                && v6.contains("--dport 80 --syn -m addrtype ! --src-type LOCAL -j MARK --set-xmark 0x6b\n")
+                && !v6.contains("DNAT"),
+            "{v6}"
+        );
+        assert!(!RULES.iptables(false, [false; CHAINS.len()]).contains("-j MARK"));
     }
 
     #[test]
     fn iptables_jumps_move_to_the_top_and_never_double() {
-        let first = RULES.iptables(false, [false; 3]);
+        let first = RULES.iptables(false, [false; CHAINS.len()]);
         assert!(first.contains("-I PREROUTING 1 -j KIRSA-PREROUTING") && !first.contains("-D "), "{first}");
-        let again = RULES.iptables(false, [true; 3]);
+        let again = RULES.iptables(false, [true; CHAINS.len()]);
         assert!(again.contains("-D PREROUTING -j KIRSA-PREROUTING\n-I PREROUTING 1 -j KIRSA-PREROUTING"), "{again}");
     }
 
     /// Another agent's address stays that agent's, unless it was asked for.
     #[test]
-    fn container_credentials_are_redirected_and_dropped_only_when_asked_for() {
+    fn container_rules_exist_only_when_asked_for() {
         let with = RuleSet { container: true, ..RULES };
-        for (with, without) in [
-            (with.nft(), RULES.nft()),
-            (with.iptables(false, [false; 3]) + &with.iptables(true, [false; 3]), RULES.iptables(false, [false; 3])),
+        let iptables = |rules: RuleSet, v6| rules.iptables(v6, [false; CHAINS.len()]);
+        for (with, without, count) in [
+            (with.nft(false), RULES.nft(false), 5),
+            (iptables(with, false) + &iptables(with, true), iptables(RULES, false) + &iptables(RULES, true), 4),
         ] {
             assert!(!without.contains("169.254.170.23") && !without.contains("fd00:ec2::23"), "{without}");
             assert!(with.contains("169.254.169.254") && with.contains("fd00:ec2::23"), "{with}");
-            let lines: Vec<&str> = with.lines().filter(|line| line.contains("169.254.170.23")).collect();
-            assert_eq!(lines.len(), 3, "redirect, its twin for the probe, and the drop: {with}");
+            let lines = with.lines().filter(|line| line.contains("169.254.170.23")).count();
+            assert_eq!(lines, count, "redirect, its twin for the self-test, and one in each other chain: {with}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The startup taint: a node joins with it, so that no pod starts there before the agent is ready.
+//! Startup taint: a node joins with it, so that no pod starts there before the agent is ready.
 
 use std::time::Duration;
 
@@ -12,18 +12,18 @@ use tracing::{info, warn};
 
 use crate::clock::Backoff;
 
-/// Takes the taint off the node, however often that must be tried.
+/// Removes the taint from the node, and retries until that succeeds.
 pub async fn remove(client: Client, node: &str, key: &str) {
     let nodes: Api<Node> = Api::all(client);
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
     loop {
         match remove_once(&nodes, node, key).await {
-            Ok(true) => return info!(node, key, "startup taint taken off: pods may start on this node"),
+            Ok(true) => return info!(node, key, "startup taint removed: pods may start on this node"),
             Ok(false) => return,
             Err(error) => {
                 warn!(
                     node, key, %error,
-                    "the startup taint cannot be taken off yet; the agent needs daemonset/components/startup-taint"
+                    "removing the startup taint failed; retrying (the agent needs daemonset/components/startup-taint)"
                 );
                 tokio::time::sleep(backoff.pause()).await;
             }
@@ -31,7 +31,7 @@ pub async fn remove(client: Client, node: &str, key: &str) {
     }
 }
 
-/// False when there was none.
+/// Returns false if the node does not have the taint.
 async fn remove_once(nodes: &Api<Node>, node: &str, key: &str) -> kube::Result<bool> {
     let found = nodes.get(node).await?;
     let taints = found.spec.and_then(|spec| spec.taints).unwrap_or_default();
@@ -39,7 +39,7 @@ async fn remove_once(nodes: &Api<Node>, node: &str, key: &str) -> kube::Result<b
     if ours.is_empty() {
         return Ok(false);
     }
-    // With the version that was read: somebody else's change of the taints in between must not be undone.
+    // Optimistic locking by resourceVersion: a concurrent change of the taints must not be undone.
     let patch = json!({
         "metadata": { "resourceVersion": found.metadata.resource_version },
         "spec": { "taints": others },

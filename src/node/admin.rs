@@ -11,10 +11,13 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
+    connections::Buffers,
     intercept::{Duties, Duty, Predecessor},
     observe::Admin,
 };
 
+/// The metrics have some 20 KiB.
+const BUFFERS: Buffers = Buffers { receive: 4 << 10, send: 16 << 10 };
 /// How soon it is tried again to have an address that another agent has.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -58,6 +61,7 @@ pub(super) async fn serve(
         }
         None => freed(address).await,
     };
+    BUFFERS.apply(&listener).context("cannot limit the socket buffers of the admin port")?;
     duties.during(Duty::Admin, || admin.serve(&listener)).await;
     Ok(())
 }

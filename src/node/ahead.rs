@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     attribute::{Attributor, Change, PodUid, ServiceAccountName, Workload},
-    authorise::Authoriser,
+    authorize::Authorizer,
     cache::Cache,
     clock,
     observe::Condition,
@@ -21,7 +21,7 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct FetchAhead {
     pub(super) attributor: Arc<Attributor>,
-    pub(super) authoriser: Arc<Authoriser>,
+    pub(super) authorizer: Arc<Authorizer>,
     pub(super) cache: Arc<Cache>,
     /// Over how long the first prefetches are spread.
     pub(super) window: Duration,
@@ -100,7 +100,7 @@ impl FetchAhead {
     fn spread(&self, early: BTreeMap<PodUid, Workload>) {
         let mut moments = HashMap::new();
         for workload in early.into_values() {
-            let session = self.authoriser.foresee(&workload).map(|grant| grant.key().clone());
+            let session = self.authorizer.grant_if_cached(&workload).map(|grant| grant.key().clone());
             let after = *moments.entry(session).or_insert_with(|| self.moment());
             self.take(Change::Bound(workload), after);
         }
@@ -150,16 +150,16 @@ impl FetchAhead {
 
     fn gone(&self, pod: &PodUid) {
         self.cache.forget(pod);
-        self.authoriser.forget_unused();
+        self.authorizer.forget_unused();
     }
 
     fn fetch(&self, workload: &Workload) {
-        if self.prefetch(workload) || !self.authoriser.begin_learning(workload) {
+        if self.prefetch(workload) || !self.authorizer.begin_fetch(workload) {
             return;
         }
         let (this, account) = (self.clone(), workload.service_account().clone());
         tokio::spawn(async move {
-            this.authoriser.learn(&account).await;
+            this.authorizer.fetch_account(&account).await;
             // Those too that were bound meanwhile.
             for workload in this.attributor.pods_of(&account) {
                 this.prefetch(&workload);
@@ -169,7 +169,7 @@ impl FetchAhead {
 
     /// Returns whether it is known what the workload is going to be granted.
     fn prefetch(&self, workload: &Workload) -> bool {
-        let grant = self.authoriser.foresee(workload);
+        let grant = self.authorizer.grant_if_cached(workload);
         grant.inspect(|grant| self.cache.prefetch(grant)).is_some()
     }
 }

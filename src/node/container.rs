@@ -4,12 +4,12 @@ use tracing::{info, warn};
 
 use crate::{
     doctor,
-    kubernetes::{Identity, Kubernetes, review},
+    kubernetes::{ClientFactory, Identity, review},
     serve::container::Tokens,
 };
 
 /// Reviews by the API server, for tokens of that audience; none where container credentials are not served.
-pub(super) fn tokens(kubernetes: &Kubernetes, audience: Option<String>) -> anyhow::Result<Option<Tokens>> {
+pub(super) fn tokens(kubernetes: &ClientFactory, audience: Option<String>) -> anyhow::Result<Option<Tokens>> {
     let Some(audience) = audience else { return Ok(None) };
     info!(audience, "container credentials are served");
     if let Some(address) = doctor::pod_identity_agent() {
@@ -19,9 +19,9 @@ pub(super) fn tokens(kubernetes: &Kubernetes, audience: Option<String>) -> anyho
              or leave --container-credentials out"
         );
     }
-    let client = kubernetes.calls(Identity::Agent)?;
+    let client = kubernetes.call_client(Identity::Agent)?;
     Ok(Some(Tokens::new(Box::new(move |token| {
         let (client, audience) = (client.clone(), audience.clone());
-        Box::pin(async move { review::pod_of(client, &token, &audience).await })
+        Box::pin(async move { review::review_token(client, &token, &audience).await })
     }))))
 }

@@ -8,10 +8,10 @@ use tracing::info;
 use super::{always, container};
 use crate::{
     attribute::{self, Attributor, ServiceAccountName, cni, file, pod},
-    authorise::{Accounts, Authoriser, Told, accounts},
+    authorize::{AccountEvent, Accounts, Authorizer, accounts},
     config::{Config, Source},
     exchange::token::{TokenMinter, TokenSource},
-    kubernetes::{self, Identity, Kubernetes, Mint},
+    kubernetes::{self, ClientFactory, Identity, MintMode},
     observe::{Condition, Metrics, Readiness},
     serve::container::Tokens,
 };
@@ -33,7 +33,7 @@ pub(super) struct Learning<'a> {
 
 /// What the stages to the right need of where pods come from.
 pub(super) struct Sources {
-    pub(super) authoriser: Arc<Authoriser>,
+    pub(super) authorizer: Arc<Authorizer>,
     pub(super) tokens: TokenSource,
     pub(super) container: Option<Tokens>,
 }
@@ -46,16 +46,17 @@ impl Learning<'_> {
         let role_annotation = defaults.role_annotation();
         match self.config.source.clone() {
             Source::File(path) => {
-                let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), defaults));
-                follow_file(&path, &self.attributor, &authoriser, role_annotation, &self.conditions, tasks)?;
-                Ok(Sources { authoriser, tokens: TokenSource::File, container: None })
+                let authorizer = Arc::new(Authorizer::new(Accounts::for_file(), defaults));
+                follow_file(&path, &self.attributor, &authorizer, role_annotation, &self.conditions, tasks)?;
+                Ok(Sources { authorizer, tokens: TokenSource::File, container: None })
             }
             Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
-                let kubernetes = Kubernetes::new(kubeconfig.as_deref(), node_name.clone()).await?;
+                let kubernetes = ClientFactory::new(kubeconfig.as_deref(), node_name.clone()).await?;
                 let (reads, pods) = (accounts::keep(&role_annotation), self.attributor.clone());
-                let accounts =
-                    Accounts::of_kubernetes(kubernetes.reads(Identity::Agent, reads)?, move |name| pods.uses(name));
-                let authoriser = Arc::new(Authoriser::new(accounts, defaults));
+                let accounts = Accounts::for_kubernetes(kubernetes.read_client(Identity::Agent, reads)?, move |name| {
+                    pods.uses(name)
+                });
+                let authorizer = Arc::new(Authorizer::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
                         "no CNI records are read: pods are known when the API server shows their address, which may be \
@@ -69,7 +70,7 @@ impl Learning<'_> {
                     tasks.spawn(always(records.follow()));
                 }
                 if let Some(taint) = startup_taint {
-                    let (client, node) = (kubernetes.calls(Identity::Agent)?, node_name.clone());
+                    let (client, node) = (kubernetes.call_client(Identity::Agent)?, node_name.clone());
                     tasks.spawn(always(async move {
                         self.readiness.ready().await;
                         kubernetes::taint::remove(client, &node, &taint).await;
@@ -86,8 +87,8 @@ impl Learning<'_> {
                     attributor: self.attributor,
                     changed: self.changed,
                 };
-                tasks.spawn(follow.run(authoriser.clone(), role_annotation, minting, self.conditions));
-                Ok(Sources { authoriser, tokens, container })
+                tasks.spawn(follow.run(authorizer.clone(), role_annotation, minting, self.conditions));
+                Ok(Sources { authorizer, tokens, container })
             }
         }
     }
@@ -95,9 +96,9 @@ impl Learning<'_> {
 
 /// In Kubernetes: find out how tokens may be minted, then follow this node's pods and their service accounts.
 struct Follow {
-    kubernetes: Kubernetes,
+    kubernetes: ClientFactory,
     node_name: String,
-    mint: Mint,
+    mint: MintMode,
     metrics: Metrics,
     attributor: Arc<Attributor>,
     changed: mpsc::UnboundedSender<ServiceAccountName>,
@@ -106,38 +107,38 @@ struct Follow {
 impl Follow {
     async fn run(
         self,
-        authoriser: Arc<Authoriser>,
+        authorizer: Arc<Authorizer>,
         role_annotation: String,
         minting: Arc<TokenMinter>,
         (pods_known, accounts_known): (Condition, Condition),
     ) -> anyhow::Result<()> {
         let heard = self.metrics.watch("serviceaccounts");
-        let accounts_client = self.kubernetes.watch(Identity::Agent, heard, accounts::keep(&role_annotation))?;
+        let accounts_client = self.kubernetes.watch_client(Identity::Agent, heard, accounts::keep(&role_annotation))?;
         let accounts = async {
             // Nobody listens any more: the agent is ending.
             let changed = |account| drop(self.changed.send(account));
             let told = |told| match told {
-                Told::All(unlisted) => {
+                AccountEvent::Synced(unlisted) => {
                     accounts_known.set(true);
                     unlisted.into_iter().for_each(changed);
                 }
-                Told::Changed(account) => changed(account),
-                Told::Nothing => {}
+                AccountEvent::Changed(account) => changed(account),
+                AccountEvent::Unchanged => {}
             };
             // The list keeps only the accounts of pods that are known.
             pods_known.met().await;
-            authoriser.accounts().follow(accounts_client, &role_annotation, told).await;
+            authorizer.accounts().follow(accounts_client, &role_annotation, told).await;
             anyhow::Ok(())
         };
         let pods = async {
-            let mut identity = self.kubernetes.choose(self.mint).await?;
+            let mut identity = self.kubernetes.resolve_identity(self.mint).await?;
             loop {
-                let calls = self.kubernetes.calls(identity)?;
-                minting.set(calls);
-                let reads = self.kubernetes.reads(identity, pod::keep())?;
+                let calls = self.kubernetes.call_client(identity)?;
+                minting.set_client(calls);
+                let reads = self.kubernetes.read_client(identity, pod::keep())?;
                 let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
                 attributor.set_live_read(attribute::watch::live_read(reads, node.clone(), attributor.clone()));
-                let client = self.kubernetes.watch(identity, self.metrics.watch("pods"), pod::keep())?;
+                let client = self.kubernetes.watch_client(identity, self.metrics.watch("pods"), pod::keep())?;
                 tokio::select! {
                     () = attribute::watch::follow(client, node, attributor, || pods_known.set(true)) => {
                         return anyhow::Ok(());
@@ -152,12 +153,12 @@ impl Follow {
     /// Returns when tokens can be minted in another name than until now: rights may be exchanged while agents run.
     async fn another_way(&self, current: Identity, minting: &TokenMinter) -> Identity {
         loop {
-            minting.forbidden().await;
+            minting.wait_forbidden().await;
             // What is forbidden for a reason of one pod's is no matter of the agent's rights.
-            if let Ok(other) = self.kubernetes.granted(self.mint).await
+            if let Ok(other) = self.kubernetes.query_identity(self.mint).await
                 && other != current
             {
-                self.kubernetes.announce(other);
+                self.kubernetes.log_identity(other);
                 return other;
             }
             sleep(ASK_AGAIN).await;
@@ -169,14 +170,14 @@ impl Follow {
 fn follow_file(
     path: &Path,
     attributor: &Arc<Attributor>,
-    authoriser: &Arc<Authoriser>,
+    authorizer: &Arc<Authorizer>,
     role_annotation: String,
     conditions: &(Condition, Condition),
     tasks: &mut JoinSet<anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
-    let (attributor, authoriser) = (attributor.clone(), authoriser.clone());
+    let (attributor, authorizer) = (attributor.clone(), authorizer.clone());
     let take = move |workloads: Vec<file::FileWorkload>| {
-        authoriser.accounts().replace(&workloads, &role_annotation);
+        authorizer.accounts().replace(&workloads, &role_annotation);
         file::apply(&workloads, &attributor);
     };
     // A file that is wrong from the start is a mistake of the configuration; later, the last good one holds.

@@ -25,11 +25,11 @@ use tokio::{
 use super::ahead::FetchAhead;
 use crate::{
     attribute::{Attributor, Workload, file, pod::Pod},
-    authorise::{Accounts, Authoriser, Defaults, Grant},
+    authorize::{Accounts, Authorizer, Defaults, Grant},
     cache::{Cache, ExchangeLimiter},
     clock,
     config::EXCHANGES,
-    exchange::{Credential, DEADLINE, Issuer},
+    exchange::{Credential, EXCHANGE_TIMEOUT, Issuer},
     observe::{Metrics, Readiness},
     refusal::{Reason, Refusal},
 };
@@ -111,10 +111,10 @@ impl Issuer for Upstream {
 /// One node's life, on a clock that passes as fast as there is nothing to do.
 fn node(site: &Site, life: &Life, seed: u64) -> Calls {
     fastrand::seed(seed);
-    clock::tests::NO_JITTER.set((!site.jitter).then_some(0.5));
+    clock::tests::FIXED_JITTER.set((!site.jitter).then_some(0.5));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let calls = LocalSet::new().block_on(&runtime, live(site, life));
-    clock::tests::NO_JITTER.set(None);
+    clock::tests::FIXED_JITTER.set(None);
     calls
 }
 
@@ -128,8 +128,8 @@ async fn live(site: &Site, life: &Life) -> Calls {
         calls: Mutex::new(Calls { api: BTreeMap::from([(0, STARTS)]), ..Calls::default() }),
     });
     let workloads: Vec<file::FileWorkload> = (0..site.pods).map(|pod| workload(pod, site.accounts)).collect();
-    let authoriser = Arc::new(Authoriser::new(Accounts::of_file(), Defaults::sample()));
-    authoriser.accounts().replace(&workloads, "eks.amazonaws.com/role-arn");
+    let authorizer = Arc::new(Authorizer::new(Accounts::for_file(), Defaults::sample()));
+    authorizer.accounts().replace(&workloads, "eks.amazonaws.com/role-arn");
     let (attributor, changes) = Attributor::new(metrics.clone());
     file::apply(&workloads, &attributor);
     let limiter = ExchangeLimiter::new(EXCHANGES.0, EXCHANGES.1, metrics.clone());
@@ -139,14 +139,14 @@ async fn live(site: &Site, life: &Life) -> Calls {
     let known = (readiness.condition("pods"), readiness.condition("service accounts"));
     known.0.set(true);
     known.1.set(true);
-    let ahead = FetchAhead { attributor, authoriser: authoriser.clone(), cache: cache.clone(), window: site.window };
+    let ahead = FetchAhead { attributor, authorizer: authorizer.clone(), cache: cache.clone(), window: site.window };
     // No service account changes its role.
     let (_, accounts) = tokio::sync::mpsc::unbounded_channel();
     let ahead = tokio::spawn(ahead.run(changes, accounts, known));
 
     let outcome = Rc::new(Cell::new((0, Duration::ZERO)));
     for pod in 0..site.pods {
-        let Some(grant) = authoriser.foresee(&sample(pod, site.accounts)) else { continue };
+        let Some(grant) = authorizer.grant_if_cached(&sample(pod, site.accounts)) else { continue };
         // A program starts when it does: that is no jitter of the agent's.
         let first = life.first_asked.mul_f64(fastrand::f64());
         tokio::task::spawn_local(sdk(cache.clone(), grant, first, outcome.clone()));
@@ -163,7 +163,7 @@ async fn sdk(cache: Arc<Cache>, grant: Grant, first: Duration, outcome: Rc<Cell<
     sleep(first).await;
     loop {
         let asked = Instant::now();
-        let answer = cache.get(&grant, asked + DEADLINE).await;
+        let answer = cache.get(&grant, asked + EXCHANGE_TIMEOUT).await;
         let (refused, longest) = outcome.get();
         outcome.set((refused + u64::from(answer.is_err()), longest.max(asked.elapsed())));
         let enough = answer.map_or(asked, |credential| credential.expires_at() - SDK_REFETCHES);

@@ -2,31 +2,39 @@
 //! reach them through the metadata address, and they hold no secret of theirs. Where the port is open to more than
 //! loopback any pod may ask there, so names of pods and roles are for this node's own processes.
 
-use std::{convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    fmt, io,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{CONNECTION, CONTENT_TYPE},
+};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
-    sync::Semaphore,
-    time::timeout,
-};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, UnixListener};
 use tracing::{debug, warn};
 
 use super::{Metrics, Readiness};
+use crate::connections::{Bounds, ConnectionLimiter, Owner, Socket, Tracked};
 
 /// What the agent holds, as JSON, for whoever debugs it.
 pub type Page = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 
-/// A few Prometheuses; whoever opens more must not take the file descriptors that pods' connections need. As many
-/// again from this node itself, so that nobody elsewhere keeps its own programs out.
-const CONNECTIONS: usize = 64;
-/// However slowly somebody reads, or often asks: the place is another's then.
-const LONGEST: Duration = Duration::from_secs(600);
+/// Connections from elsewhere: of a few Prometheuses, and of any pod where the port is exposed. A new one evicts the
+/// longest-idle one of the address that holds most, so that pods cannot keep Prometheus out.
+const ELSEWHERE: Bounds = Bounds { total: 32, per_owner: 8, grace: Duration::ZERO };
+/// Connections from this node's loopback, and at the Unix socket, so that nobody elsewhere keeps its own programs out.
+const HERE: Bounds = Bounds { total: 32, per_owner: 32, grace: Duration::ZERO };
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// Maximum size of a request in bytes.
+const MAX_HEAD: usize = 16 << 10;
 
 /// What is answered, wherever it is asked.
 #[derive(Clone)]
@@ -45,46 +53,49 @@ impl fmt::Debug for Admin {
 impl Admin {
     /// Serves until it is dropped.
     pub async fn serve(&self, listener: &TcpListener) {
-        let (here, elsewhere) = (Arc::new(Semaphore::new(CONNECTIONS)), Arc::new(Semaphore::new(CONNECTIONS)));
+        let (here, elsewhere) = (ConnectionLimiter::new(HERE), ConnectionLimiter::new(ELSEWHERE));
         loop {
             let Some((stream, from)) = accepted(listener.accept().await).await else { continue };
-            let is_here = is_here(from);
-            self.converse(stream, if is_here { &here } else { &elsewhere }, is_here);
+            let from = from.ip().to_canonical();
+            let limiter = if from.is_loopback() { &here } else { &elsewhere };
+            self.converse(stream, limiter, from);
+            limiter.let_evicted_end().await;
         }
     }
 
     /// The same on a socket in the file system: this process's own, while two agents of a node share the port.
     pub async fn serve_local(&self, listener: &UnixListener) {
-        let here = Arc::new(Semaphore::new(CONNECTIONS));
+        let here = ConnectionLimiter::new(HERE);
         loop {
             let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
-            self.converse(stream, &here, true);
+            self.converse(stream, &here, LOOPBACK);
+            here.let_evicted_end().await;
         }
     }
 
-    fn converse(
-        &self,
-        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        places: &Arc<Semaphore>,
-        is_here: bool,
-    ) {
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            debug!(is_here, "too many connections to the admin port");
+    /// Pages that name pods and roles are for loopback, whose addresses nobody can have elsewhere.
+    fn converse(&self, stream: impl Socket + Send + 'static, limiter: &Arc<ConnectionLimiter>, from: IpAddr) {
+        let Ok((permit, _)) = limiter.try_admit(Owner::Address(from)) else {
+            debug!(%from, "too many connections to the admin port");
             return;
         };
         let admin = self.clone();
         tokio::spawn(async move {
-            let _place = place;
             let answer = service_fn(|request: Request<Incoming>| {
-                let response = admin.answer(request.method(), request.uri().path(), is_here);
+                permit.busy();
+                let mut response = admin.answer(request.method(), request.uri().path(), from.is_loopback());
+                permit.idle();
+                if permit.is_evicted() {
+                    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                }
                 async move { Ok::<_, Infallible>(response) }
             });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(Duration::from_secs(30))
-                .serve_connection(TokioIo::new(stream), answer);
-            if let Ok(Err(error)) = timeout(LONGEST, connection).await {
-                debug!(%error, "admin connection");
+            let stream = TokioIo::new(Tracked::new(stream, permit.clone()));
+            let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(stream, answer);
+            match permit.drive(connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => debug!(%from, %error, "admin connection"),
+                Err(timeout) => debug!(%from, ?timeout, "admin connection closed"),
             }
         });
     }
@@ -123,14 +134,9 @@ async fn accepted<T>(accepted: io::Result<T>) -> Option<T> {
     }
 }
 
-/// By an address that nobody can have elsewhere.
-fn is_here(from: SocketAddr) -> bool {
-    from.ip().to_canonical().is_loopback()
-}
-
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/plain; version=0.0.4"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4"));
     response
 }

@@ -64,9 +64,11 @@ pub struct Metrics {
     rule_verified: IntGaugeVec,
     pub connections: IntGauge,
     connections_refused: IntCounterVec,
+    connections_closed: IntCounterVec,
     cni_records: IntGaugeVec,
     cni_skipped: IntCounterVec,
     pub cni_followed: IntGauge,
+    bridge_ports: IntGaugeVec,
     pub directory_pods: IntGauge,
     pub clock_skew: IntGauge,
 }
@@ -144,7 +146,7 @@ impl Metrics {
             )),
             rule_repaired: register!(IntCounter::new(
                 "kirsa_redirect_repaired_total",
-                "Times that the redirect was found broken and applied again"
+                "Times that the redirect or its policy routing was found broken or changed, and applied again"
             )),
             rule_verified: register!(IntGaugeVec::new(
                 Opts::new(
@@ -159,6 +161,14 @@ impl Metrics {
                 Opts::new("kirsa_connections_refused_total", "Connections that were turned away, by reason"),
                 &["reason"]
             )),
+            connections_closed: register!(IntCounterVec::new(
+                Opts::new(
+                    "kirsa_connections_closed_total",
+                    "Connections that the agent closed: evicted for another one (per_source, total), or timed out \
+                     (silent, stalled, idle)"
+                ),
+                &["reason"]
+            )),
             cni_records: register!(IntGaugeVec::new(
                 Opts::new("kirsa_cni_records", "CNI records, by what they are good for"),
                 &["state"]
@@ -170,6 +180,13 @@ impl Metrics {
             cni_followed: register!(IntGauge::new(
                 "kirsa_cni_records_followed",
                 "1 if the kernel tells of changes of CNI records; 0 while the folder is looked at again and again"
+            )),
+            bridge_ports: register!(IntGaugeVec::new(
+                Opts::new(
+                    "kirsa_bridge_ports",
+                    "Ports of Linux bridges that belong to pods, by whether a pod there can pass for its neighbors"
+                ),
+                &["state"]
             )),
             directory_pods: register!(IntGauge::new("kirsa_directory_pods", "Live pods of this node")),
             clock_skew: register!(IntGauge::new(
@@ -215,6 +232,10 @@ impl Metrics {
         self.connections_refused.with_label_values(&[reason]).inc();
     }
 
+    pub fn connection_closed(&self, reason: &'static str) {
+        self.connections_closed.with_label_values(&[reason]).inc();
+    }
+
     pub fn cni_skipped(&self, reason: &'static str) {
         self.cni_skipped.with_label_values(&[reason]).inc();
     }
@@ -222,6 +243,14 @@ impl Metrics {
     pub fn cni_records(&self, in_use: usize, pending: usize, stale: usize) {
         for (state, count) in [("in_use", in_use), ("pending", pending), ("stale", stale)] {
             self.cni_records.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    pub fn bridge_ports(&self, ports: usize, guarded: bool) {
+        let ports = i64::try_from(ports).unwrap_or(i64::MAX);
+        for (state, count) in [("guarded", if guarded { ports } else { 0 }), ("open", if guarded { 0 } else { ports })]
+        {
+            self.bridge_ports.with_label_values(&[state]).set(count);
         }
     }
 

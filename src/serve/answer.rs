@@ -9,7 +9,7 @@ use http_body_util::Full;
 use serde::Serialize;
 
 use super::TOKEN_TTL;
-use crate::{authorise::RoleArn, clock::UnixTime, exchange::json, intercept::Service, refusal::Reason};
+use crate::{authorize::RoleArn, clock::UnixTime, exchange::json, intercept::Service, refusal::Reason};
 
 /// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {

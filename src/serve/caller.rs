@@ -1,36 +1,23 @@
 //! Who is at the other end of one connection, and what is remembered of that between its requests. Knows no route.
 
-use std::{
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
-
-use tokio::time::sleep;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::{
     attribute::{PodUid, Workload},
-    authorise::Grant,
+    authorize::Grant,
     cache::SessionHandle,
+    connections::{Owner, Permit},
     intercept::{Peer, Share},
 };
-
-/// SDKs keep a connection for a minute between requests. One that ends no request in as many looks, however slowly it
-/// sends, is closed: after 75 to 100 s.
-const LOOKS: u32 = 3;
-const LOOK: Duration = Duration::from_secs(25);
 
 #[derive(Debug)]
 pub(super) struct Caller {
     pub(super) peer: Peer,
     pub(super) share: Share,
+    pub(super) permit: Arc<Permit>,
     /// Fixed by the first request, whatever the directory says later.
     pod: OnceLock<PodUid>,
     known: Mutex<Option<Arc<Known>>>,
-    /// Requests begun and ended: odd while one is being answered.
-    steps: AtomicU32,
 }
 
 /// Of the directory and of the service accounts, read before whatever rests on them.
@@ -47,13 +34,17 @@ pub(super) struct Known {
 }
 
 impl Caller {
-    pub(super) fn new(peer: Peer, share: Share) -> Self {
-        Self { peer, share, pod: OnceLock::new(), known: Mutex::default(), steps: AtomicU32::new(0) }
+    pub(super) fn new(peer: Peer, share: Share, permit: Arc<Permit>) -> Self {
+        Self { peer, share, permit, pod: OnceLock::new(), known: Mutex::default() }
     }
 
     /// Whether it is still the pod that sent the connection's first request.
     pub(super) fn is_still(&self, workload: &Workload) -> bool {
-        self.pod.get_or_init(|| workload.uid().clone()) == workload.uid()
+        let pod = self.pod.get_or_init(|| {
+            self.permit.identify(Owner::Pod(workload.uid().0.clone()));
+            workload.uid().clone()
+        });
+        pod == workload.uid()
     }
 
     pub(super) fn known(&self, editions: Editions) -> Option<Arc<Known>> {
@@ -63,27 +54,5 @@ impl Caller {
 
     pub(super) fn remember(&self, known: Arc<Known>) {
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
-    }
-
-    /// A request has begun, or has ended.
-    pub(super) fn step(&self) {
-        self.steps.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn is_being_answered(&self) -> bool {
-        !self.steps.load(Ordering::Relaxed).is_multiple_of(2)
-    }
-
-    /// Returns when no request has ended for a while and none is being answered. One timer for the connection, where
-    /// hyper's own would be a new one for every request.
-    pub(super) async fn idle(&self) {
-        let (mut seen, mut quiet) = (self.steps.load(Ordering::Relaxed), 0);
-        while quiet < LOOKS {
-            sleep(LOOK).await;
-            let steps = self.steps.load(Ordering::Relaxed);
-            let still = steps == seen && steps.is_multiple_of(2);
-            quiet = if still { quiet + 1 } else { 0 };
-            seen = steps;
-        }
     }
 }

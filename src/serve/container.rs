@@ -139,11 +139,11 @@ impl Server {
         if *owner != *workload.uid().0 {
             let whose = if owner.is_empty() { "no pod".into() } else { format!("the pod with the UID {owner}") };
             return Err(Refusal::new(
-                Reason::ContainerTokenForeign,
+                Reason::ContainerTokenMismatch,
                 format!("{workload} presents a token of {whose}; its own UID is {}", workload.uid()),
             ));
         }
-        let grant = self.authorise(&workload, until).await?;
+        let grant = self.authorize(&workload, until).await?;
         let known = Known { editions, session: self.cache.handle(&grant), workload, grant };
         let credential = self.credential(&asked.caller.peer, &known, until).await?;
         Ok(answer::document(credential.container()))

@@ -3,7 +3,7 @@
 //! Whoever is really gone keeps its place for that long. Knows connections, not what is asked on them.
 
 use std::{
-    io::{self, IoSlice},
+    io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -15,7 +15,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::caller::Caller;
+use crate::connections::Permit;
 
 /// Enough for what is in hand and for a quick exchange. No SDK closes its side and waits, but SDKs that time out try
 /// again: with more, their former tries would use up the connections of their pod.
@@ -23,14 +23,14 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 pub(super) struct Patient<S> {
     stream: S,
-    caller: Arc<Caller>,
+    permit: Arc<Permit>,
     /// Since the client sends no more.
     patience: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Patient<S> {
-    pub(super) fn new(stream: S, caller: Arc<Caller>) -> Self {
-        Self { stream, caller, patience: None }
+    pub(super) fn new(stream: S, permit: Arc<Permit>) -> Self {
+        Self { stream, permit, patience: None }
     }
 }
 
@@ -43,7 +43,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
                 return Poll::Ready(Ok(()));
             }
         }
-        if !self.caller.is_being_answered() {
+        if !self.permit.is_busy() {
             return Poll::Ready(Ok(()));
         }
         self.patience.get_or_insert_with(|| Box::pin(sleep(PATIENCE))).as_mut().poll(cx).map(Ok)
@@ -53,18 +53,6 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::memory::Memory;
-use crate::{clock::tests::NO_JITTER, exchange::script::Script, intercept::Peer, refusal::Reason};
+use crate::{clock::tests::FIXED_JITTER, exchange::script::Script, intercept::Peer, refusal::Reason};
 
 const WORKLOADS: &str = "workloads:
 - {pod: reader, serviceAccount: reader, addresses: [10.0.0.1], role: 'arn:aws:iam::111122223333:role/reader-role',
@@ -18,7 +18,7 @@ const CREDENTIALS: &str = "/latest/meta-data/iam/security-credentials/reader-rol
 const NEVER: u64 = 1_000_000;
 
 fn memory(script: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Memory {
-    NO_JITTER.set(Some(1.0));
+    FIXED_JITTER.set(Some(1.0));
     Memory::new(WORKLOADS, Script::new(script), None)
 }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     attribute::{PATIENCE, Workload},
-    authorise::Grant,
+    authorize::Grant,
     clock::UnixTime,
     refusal::{Reason, Refusal},
 };
@@ -44,7 +44,7 @@ impl Server {
     /// A pod that is known, with a right session token or none where none is required of it.
     fn permitted(&self, asked: &Asked<'_>, workload: &Workload) -> Result<(), Refusal> {
         self.session(asked, Some(workload))?;
-        self.authoriser.foresee(workload).map_or(Ok(()), |grant| suffices(&grant, asked))
+        self.authorizer.grant_if_cached(workload).map_or(Ok(()), |grant| suffices(&grant, asked))
     }
 
     /// Who is calling, with a right session token.
@@ -67,24 +67,24 @@ impl Server {
 
     fn session(&self, asked: &Asked<'_>, workload: Option<&Workload>) -> Result<(), Refusal> {
         let Some(token) = asked.headers.get(&TOKEN) else {
-            return if self.require_imdsv2.of(workload) { Err(Reason::SessionRequired.into()) } else { Ok(()) };
+            return if self.require_imdsv2.of(workload) { Err(Reason::ImdsTokenRequired.into()) } else { Ok(()) };
         };
-        let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::SessionInvalid)?;
+        let session = self.sessions.read(token.as_bytes(), UnixTime::now()).ok_or(Reason::ImdsTokenInvalid)?;
         let right = self.sessions.may_belong(&session, workload, asked.caller.peer.source().ip());
-        if right { Ok(()) } else { Err(Reason::SessionInvalid.into()) }
+        if right { Ok(()) } else { Err(Reason::ImdsTokenInvalid.into()) }
     }
 
     /// What a pod is granted, if this request may have it.
     pub(super) async fn grant(&self, workload: &Workload, asked: &Asked<'_>, until: Instant) -> Result<Grant, Refusal> {
-        let grant = self.authorise(workload, until).await?;
+        let grant = self.authorize(workload, until).await?;
         suffices(&grant, asked)?;
         Ok(grant)
     }
 
-    pub(super) async fn authorise(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
-        timeout_at(until, self.authoriser.authorise(workload)).await.unwrap_or_else(|_| {
+    pub(super) async fn authorize(&self, workload: &Workload, until: Instant) -> Result<Grant, Refusal> {
+        timeout_at(until, self.authorizer.authorize(workload)).await.unwrap_or_else(|_| {
             let account = workload.service_account();
-            if !self.authoriser.is_ready() {
+            if !self.authorizer.is_ready() {
                 return Err(Refusal::new(Reason::Starting, "the service accounts were not read yet"));
             }
             Err(Refusal::new(
@@ -107,19 +107,19 @@ impl Server {
         let grant = self.grant(&workload, asked, until).await?;
         let known = Arc::new(Known { editions, session: self.cache.handle(&grant), workload, grant });
         // What a live read told holds for less long than an edition may.
-        if self.authoriser.foresee(&known.workload).is_some() {
+        if self.authorizer.grant_if_cached(&known.workload).is_some() {
             asked.caller.remember(known.clone());
         }
         Ok(known)
     }
 
     pub(super) fn editions(&self) -> Editions {
-        (self.attributor.edition(), self.authoriser.edition())
+        (self.attributor.edition(), self.authorizer.generation())
     }
 }
 
 /// Whether the request has a session token if what it asks for requires one.
 fn suffices(grant: &Grant, asked: &Asked<'_>) -> Result<(), Refusal> {
     let lacks = grant.requires_imdsv2() && !asked.headers.contains_key(&TOKEN);
-    if lacks { Err(Reason::SessionRequired.into()) } else { Ok(()) }
+    if lacks { Err(Reason::ImdsTokenRequired.into()) } else { Ok(()) }
 }

@@ -89,11 +89,12 @@ impl Server {
         entries
     }
 
-    /// Returns false only for a pod that is known to have no role: EC2 lists no `iam/` without an instance profile.
+    /// Returns false only for a pod that is known to get no role: EC2 lists no `iam/` without an instance profile, and
+    /// programs that read all that is listed, such as cloud-init, fail as a whole where an entry is refused.
     async fn may_have_role(&self, asked: &Asked<'_>) -> bool {
         let Ok(workload) = self.attributor.peek(&asked.caller.peer) else { return true };
-        let grant = self.authorise(&workload, asked.at + LIST_HOLD).await;
-        !grant.is_err_and(|refusal| refusal.reason == Reason::NoRole)
+        let grant = self.authorize(&workload, asked.at + LIST_HOLD).await;
+        !grant.is_err_and(|refusal| matches!(refusal.reason.info().status, 403 | 404))
     }
 
     /// The node's, with the account of the pod's role. Programs take their region from it: whatever is wrong with that
@@ -110,7 +111,7 @@ impl Server {
         let grant = match self.grant(&workload, asked, asked.at + LIST_HOLD).await {
             Ok(grant) => Some(grant),
             // Of a pod that has a role, an empty account would be kept for as long as its program lives.
-            Err(refusal) if matches!(refusal.reason, Reason::SessionRequired | Reason::Starting) => {
+            Err(refusal) if matches!(refusal.reason, Reason::ImdsTokenRequired | Reason::Starting) => {
                 return Err(refusal);
             }
             Err(_) => None,
@@ -141,7 +142,7 @@ impl Server {
         let known = self.known(asked, until).await?;
         let grant = &known.grant;
         // The service account decides the role. Another name is not found, whether there is such a role or not.
-        if !grant.role().answers_to(role) {
+        if !grant.role().matches_name(role) {
             return Err(Refusal::new(Reason::NotFound, format!("role {role} is not that of {grant}")));
         }
         let credential = self.credential(&asked.caller.peer, &known, until).await?;

@@ -15,9 +15,10 @@ use super::{
 };
 use crate::{
     attribute::{Attributor, file},
-    authorise::{Accounts, Authoriser, Defaults},
+    authorize::{Accounts, Authorizer, Defaults},
     cache::{Cache, ExchangeLimiter},
     clock::UnixTime,
+    connections::Permit,
     exchange::Issuer,
     intercept::{Peer, Share},
     observe::{Metrics, RefusalLog},
@@ -38,13 +39,13 @@ impl Memory {
         let (attributor, _) = Attributor::new(metrics.clone());
         let workloads = file::parse(workloads).unwrap();
         file::apply(&workloads, &attributor);
-        let accounts = Accounts::of_file();
+        let accounts = Accounts::for_file();
         accounts.replace(&workloads, "eks.amazonaws.com/role-arn");
         let given = ("meta-data/placement/region".to_owned(), "eu-central-1".to_owned());
         let limiter = ExchangeLimiter::new(1_000, 1_000, metrics.clone());
         let server = Server {
             attributor,
-            authoriser: Arc::new(Authoriser::new(accounts, Defaults::sample())),
+            authorizer: Arc::new(Authorizer::new(accounts, Defaults::sample())),
             cache: Arc::new(Cache::new(issuer, limiter, |_| true, metrics.clone())),
             sessions: Sessions::with_key(&[7; KEY_LENGTH]),
             metadata: NodeMetadata::new([given], Allowed::default()),
@@ -86,7 +87,7 @@ impl Memory {
             }
             client.read_to_end(&mut answers).await.unwrap();
         };
-        tokio::join!(self.server.converse(stream, peer, share, graceful.watcher()), talk);
+        tokio::join!(self.server.converse(stream, peer, share, Permit::sample(), graceful.watcher()), talk);
         String::from_utf8(answers).unwrap()
     }
 }

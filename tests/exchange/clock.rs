@@ -1,4 +1,4 @@
-//! Clocks that differ from that of STS.
+//! Clock skew between the node and STS.
 
 use std::time::Duration;
 
@@ -6,18 +6,18 @@ use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, field};
 use lab::poll::poll;
 
-use super::{PATIENCE, credentials, detail, list, refusal, session, site};
+use super::{TIMEOUT, credentials, detail, list, refusal, session, site};
 
-fn warning(agent: &Agent, of: &str) -> Result<()> {
+fn warning(agent: &Agent, text: &str) -> Result<()> {
     let warned = |entry: &serde_json::Value| {
-        field(entry, "level") == Some("WARN") && field(entry, "message").is_some_and(|message| message.contains(of))
+        field(entry, "level") == Some("WARN") && field(entry, "message").is_some_and(|message| message.contains(text))
     };
     agent.wait_for_log(warned).map(drop)
 }
 
-/// SDKs would take the session for expired, and so it is not given to them.
+/// SDKs would treat the session as expired.
 #[test]
-fn an_hour_ahead_of_sts_is_refused_and_reported() -> Result<()> {
+fn node_clock_ahead_of_sts_is_refused() -> Result<()> {
     let site = site()?;
     site.sts.configure(|settings| settings.clock_skew_seconds = -3_600);
     let reader = site.pod_with_role("reader")?;
@@ -32,7 +32,7 @@ fn an_hour_ahead_of_sts_is_refused_and_reported() -> Result<()> {
     ensure!(agent.metric("kirsa_sts_clock_skew_seconds", &[])? >= 3_590.0);
 
     site.sts.configure(|settings| settings.clock_skew_seconds = 0);
-    let answer = poll("credentials", PATIENCE + Duration::from_secs(30), || {
+    let answer = poll("credentials", TIMEOUT + Duration::from_secs(30), || {
         credentials(&reader).ok().filter(|answer| answer.status == 200)
     })?;
     session(&site, &reader, &answer)?;
@@ -40,7 +40,7 @@ fn an_hour_ahead_of_sts_is_refused_and_reported() -> Result<()> {
 }
 
 #[test]
-fn an_hour_behind_sts_is_served_as_dated_by_sts_and_reported() -> Result<()> {
+fn node_clock_behind_sts_is_served_and_logged() -> Result<()> {
     let site = site()?;
     site.sts.configure(|settings| settings.clock_skew_seconds = 3_600);
     let reader = site.pod_with_role("reader")?;
@@ -53,9 +53,9 @@ fn an_hour_behind_sts_is_served_as_dated_by_sts_and_reported() -> Result<()> {
     agent.stop()
 }
 
-/// Nobody's clock need be wrong for this: a role's own rules may make its sessions short.
+/// A store may issue short sessions even if the clocks agree.
 #[test]
-fn sessions_that_end_within_two_minutes_are_refused_and_longer_ones_served() -> Result<()> {
+fn sessions_below_two_minutes_are_refused() -> Result<()> {
     let site = site()?;
     site.sts.configure(|settings| settings.session_seconds = Some(100));
     let (brief, short) = (site.pod_with_role("brief")?, site.pod_with_role("short")?);
@@ -66,7 +66,7 @@ fn sessions_that_end_within_two_minutes_are_refused_and_longer_ones_served() -> 
     session(
         &site,
         &short,
-        &poll("credentials", PATIENCE, || credentials(&short).ok().filter(|answer| answer.status == 200))?,
+        &poll("credentials", TIMEOUT, || credentials(&short).ok().filter(|answer| answer.status == 200))?,
     )?;
     warning(&agent, "shorter")?;
     agent.stop()

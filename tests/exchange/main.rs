@@ -1,14 +1,14 @@
-//! From a pod's request to STS and back, through the real binary: one exchange whoever asks, what every failure looks
-//! like to the pod and to the operator, and the life of a session.
+//! End-to-end tests of the exchange, with the real binary: single-flight, how each failure looks to the pod and to the
+//! operator, and the lifetime of a session.
 
-mod age;
 mod callers;
 mod clock;
-mod hold;
+mod expiry;
 mod policies;
 mod redaction;
 mod stores;
 mod tokens;
+mod waiting;
 mod workloads;
 
 use std::time::Duration;
@@ -23,19 +23,19 @@ use serde_json::Value;
 
 lab::enter!();
 
-/// Enough for anything that the agent does on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Timeout for anything that the agent does on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn site() -> Result<Site> {
     Site::new(env!("CARGO_BIN_EXE_kirsa"))
 }
 
-/// The role list, without a session token.
+/// Requests the role list without an IMDS token.
 fn list(pod: &Pod) -> Result<Response> {
     pod.imds().get(CREDENTIALS_PATH).send().with_context(|| format!("the list for {}", pod.name()))
 }
 
-/// The credentials of the role that [`Site::with_role`] gave the pod.
+/// Requests the credentials of the role that [`Site::with_role`] gave the pod.
 fn credentials(pod: &Pod) -> Result<Response> {
     let request = credentials_path(pod);
     pod.imds().get(&request).send().with_context(|| format!("the credentials of {}", pod.name()))
@@ -45,7 +45,7 @@ fn credentials_path(pod: &Pod) -> String {
     format!("{CREDENTIALS_PATH}{}-role", pod.name())
 }
 
-/// The session that these credentials open, which must be one of the pod's own role.
+/// Returns the session of these credentials, which must be of the pod's own role.
 fn session(site: &Site, pod: &Pod, answer: &Response) -> Result<Session> {
     ensure!(answer.status == 200, "{}: {answer:?}", pod.name());
     let session = site.session(&answer.body)?;
@@ -53,7 +53,7 @@ fn session(site: &Site, pod: &Pod, answer: &Response) -> Result<Session> {
     Ok(session)
 }
 
-/// The line in the log about a refusal of the pod's: it says why, and what to do.
+/// Waits for the log line of a refusal of the pod, which has detail and advice.
 fn refusal(agent: &Agent, pod: &Pod, reason: &str) -> Result<Value> {
     let entry = agent
         .wait_for_log(|entry| {
@@ -68,7 +68,7 @@ fn refusal(agent: &Agent, pod: &Pod, reason: &str) -> Result<Value> {
     Ok(entry)
 }
 
-/// What a refusal's line says of its cause.
+/// Returns the detail of a refusal's log line.
 fn detail(entry: &Value) -> &str {
     field(entry, "detail").unwrap_or_default()
 }

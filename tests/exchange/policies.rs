@@ -1,4 +1,4 @@
-//! What STS is asked for, beside the role.
+//! Request parameters of AssumeRoleWithWebIdentity: duration, session policies and audience.
 
 use anyhow::{Result, ensure};
 use lab::agent::field;
@@ -12,7 +12,7 @@ const POLICY: &str =
     r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"*"}]}"#;
 
 #[test]
-fn duration_policy_and_policy_arns_arrive_at_sts() -> Result<()> {
+fn duration_and_policies_reach_sts() -> Result<()> {
     let site = site()?;
     let (plain, scoped) = (site.pod_with_role("plain")?, site.stranger("scoped")?);
     let arns = "arn:aws:iam::aws:policy/ReadOnlyAccess,arn:aws:iam::111122223333:policy/team";
@@ -32,9 +32,9 @@ fn duration_policy_and_policy_arns_arrive_at_sts() -> Result<()> {
     agent.stop()
 }
 
-/// Asked for more than the role grants, STS only says that it is too much.
+/// STS rejects a duration above the role's maximum without naming that maximum.
 #[test]
-fn a_duration_above_the_roles_maximum_falls_back_once_and_is_reported() -> Result<()> {
+fn excessive_duration_falls_back_to_default() -> Result<()> {
     let site = site()?;
     let reader = site.stranger("reader")?;
     site.put(site.with_role(&reader)?.annotation("kirsa.dev/session-duration", "7200"))?;
@@ -50,9 +50,9 @@ fn a_duration_above_the_roles_maximum_falls_back_once_and_is_reported() -> Resul
     agent.stop()
 }
 
-/// The audience in the token is whatever its issuer put there: STS decides whether it is one of its own.
+/// STS decides whether the token's audience is one of the provider's client IDs.
 #[test]
-fn a_provider_with_another_audience_is_served_too() -> Result<()> {
+fn token_with_custom_audience_is_accepted() -> Result<()> {
     let site = site()?;
     let other = issuer::Issuer::new("https://other.example/cluster-1")?;
     let provider = Provider::new(other.url(), Keys::Given(other.jwks()?));
@@ -70,9 +70,9 @@ fn a_provider_with_another_audience_is_served_too() -> Result<()> {
     agent.stop()
 }
 
-/// What cannot be right is not sent: the refusal names the object, the annotation and the right form.
+/// A malformed annotation is refused without a call to STS; the refusal names the object, annotation and expected form.
 #[test]
-fn a_malformed_annotation_is_refused_by_its_name_before_anybody_is_asked() -> Result<()> {
+fn malformed_annotation_is_refused_before_sts() -> Result<()> {
     let site = site()?;
     let mut pods = Vec::new();
     for (name, annotation, value, right) in [

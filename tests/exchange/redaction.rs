@@ -1,5 +1,5 @@
-//! With every log at trace, no secret is written anywhere: no secret key, session token, web identity token, IMDSv2
-//! session token or the key of those.
+//! No secret is logged at trace level: no secret access key, session token, web identity token, IMDS token or the key
+//! that signs IMDS tokens.
 
 use std::collections::HashSet;
 use std::fs;
@@ -14,10 +14,10 @@ use lab::sts::{Effect, Fault};
 
 use super::{credentials, list, refusal, session, site};
 
-/// Of a secret, as few characters as this in a row are a leak.
-const LEAK: usize = 16;
+/// Number of consecutive characters of a secret that count as a leak.
+const LEAK_LENGTH: usize = 16;
 
-/// What STS has issued, the pods' tokens, and the key of session tokens in every way to print it.
+/// Returns the secrets that STS issued, the pods' tokens, and the key of IMDS tokens in each printable encoding.
 pub(crate) fn secrets_of(site: &Site) -> Result<Vec<String>> {
     let mut secrets = site.sts.secrets();
     for entry in fs::read_dir(site.node.state())? {
@@ -34,14 +34,14 @@ pub(crate) fn secrets_of(site: &Site) -> Result<Vec<String>> {
     Ok(secrets)
 }
 
-/// That nothing of these is in the agent's output or on its admin port.
+/// Checks that none of these is in the agent's output or on its admin port.
 pub(crate) fn nothing_leaked(agent: &Agent, secrets: &[String]) -> Result<()> {
     let mut text = agent.process().lines().join("\n");
     for page in ["/metrics", "/readyz", "/healthz", "/debug/sessions"] {
         text += &agent.admin(page)?.body;
     }
     ensure!(!text.contains("panicked"), "{text}");
-    // That these would have been found: trace is on, and what may be logged is.
+    // Proves that a leak would have been found: trace is enabled, and access key IDs, which may be logged, are there.
     ensure!(text.contains("\"level\":\"DEBUG\""), "nothing below info is logged");
     let key = agent.log().iter().find_map(|entry| field(entry, "access_key_id").map(str::to_owned));
     ensure!(!leaks(&text, &[key.context("an audit line")?]).is_empty());
@@ -50,15 +50,15 @@ pub(crate) fn nothing_leaked(agent: &Agent, secrets: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Every run of characters that the text and a secret have in common.
+/// Returns each run of characters that occurs in both the text and a secret.
 fn leaks(text: &str, secrets: &[String]) -> Vec<String> {
-    let runs: HashSet<&[u8]> = secrets.iter().flat_map(|secret| secret.as_bytes().windows(LEAK)).collect();
-    let found = text.as_bytes().windows(LEAK).filter(|run| runs.contains(run));
+    let runs: HashSet<&[u8]> = secrets.iter().flat_map(|secret| secret.as_bytes().windows(LEAK_LENGTH)).collect();
+    let found = text.as_bytes().windows(LEAK_LENGTH).filter(|run| runs.contains(run));
     found.map(|run| String::from_utf8_lossy(run).into_owned()).collect()
 }
 
 #[test]
-fn no_secret_is_written_whatever_happens() -> Result<()> {
+fn no_secret_is_logged() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     let (idle, stranger) = (site.pod("idle")?, site.stranger("stranger")?);
@@ -67,17 +67,17 @@ fn no_secret_is_written_whatever_happens() -> Result<()> {
         ("denied", Effect::error("AccessDenied"), "access_denied"),
         ("policy", Effect::error("MalformedPolicyDocument"), "bad_session_policy"),
         ("reset", Effect::Reset, "sts_unavailable"),
-        ("half", Effect::HalfAnswer, "bad_sts_answer"),
-        ("truncated", Effect::TruncatedXml, "bad_sts_answer"),
-        ("malformed", Effect::MalformedXml, "bad_sts_answer"),
-        ("incomplete", Effect::NoCredentials, "bad_sts_answer"),
+        ("half", Effect::HalfAnswer, "bad_sts_response"),
+        ("truncated", Effect::TruncatedXml, "bad_sts_response"),
+        ("malformed", Effect::MalformedXml, "bad_sts_response"),
+        ("incomplete", Effect::NoCredentials, "bad_sts_response"),
         ("throttled", Effect::error("Throttling"), "sts_throttled"),
     ];
     for (name, effect, reason) in faults {
         refused.push((site.pod_with_role(name)?, reason));
         site.sts.inject(Fault::always(effect).of_role(&site.arn(name)));
     }
-    // A store that quotes what it refuses, whole and in part.
+    // A store that quotes the rejected token, whole and in part.
     let quoted = site.issuer.pod_token("default", "quoted", "quoted", "quoted")?;
     let claims = quoted.split('.').nth(1).context("three parts")?;
     refused.push((site.pod_with_role("quoted")?, "web_identity_refused"));
@@ -85,7 +85,7 @@ fn no_secret_is_written_whatever_happens() -> Result<()> {
     let message = format!("cannot verify {quoted}, whose claims are {claims}");
     let effect = Effect::Error { code: "InvalidIdentityToken".into(), message: Some(message) };
     site.sts.inject(Fault::always(effect).of_role(&site.arn("quoted")));
-    // Files that hold a token, and something else.
+    // Files that hold a token and more.
     for (name, content) in [("json", format!("{{\"token\": \"{quoted}\"}}")), ("twice", format!("{quoted}\n{quoted}"))]
     {
         refused.push((site.pod_with_role(name)?, "token_file"));
@@ -100,7 +100,7 @@ fn no_secret_is_written_whatever_happens() -> Result<()> {
         for (path, token) in [("/", "INVALID"), (CREDENTIALS_PATH, "INVALID"), (CREDENTIALS_PATH, &token)] {
             imds.get(path).header(TOKEN, token).send()?;
         }
-        // Another pod's.
+        // Presented by another pod.
         reader.imds().get(CREDENTIALS_PATH).header(TOKEN, &token).send()?;
         secrets.push(token);
     }
@@ -112,7 +112,7 @@ fn no_secret_is_written_whatever_happens() -> Result<()> {
     session(&site, &reader, &credentials(&reader)?)?;
     let extended = "/latest/meta-data/iam/security-credentials-extended/reader-role";
     session(&site, &reader, &reader.imds().get(extended).send()?)?;
-    // A token where it does not belong.
+    // A token in the wrong place of the workloads file.
     for text in [
         format!("workloads: {quoted}\n"),
         format!("workloads:\n- pod: x\n  addresses: [{quoted}]\n"),
@@ -125,7 +125,7 @@ fn no_secret_is_written_whatever_happens() -> Result<()> {
         agent.wait_for_log_after(mark, |entry| field(entry, "file").is_some())?;
     }
 
-    ensure!(site.sts.secrets().len() > 2, "spoilt answers held secrets too");
+    ensure!(site.sts.secrets().len() > 2, "malformed responses held secrets too");
     secrets.extend(secrets_of(&site)?);
     nothing_leaked(&agent, &secrets)?;
     agent.stop()

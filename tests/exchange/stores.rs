@@ -1,4 +1,4 @@
-//! S3-compatible stores, whose STS answers less than AWS's.
+//! S3-compatible stores, whose STS returns less than AWS.
 
 use anyhow::{Result, ensure};
 use lab::net::Pod;
@@ -8,7 +8,7 @@ use lab::workloads::Workload;
 
 use super::{detail, list, refusal, site};
 
-/// A pod whose role is named as the store does it.
+/// Adds a pod with a role ARN in the store's format.
 fn pod(site: &Site, name: &str, arn: &str) -> Result<Pod> {
     let pod = site.stranger(name)?;
     site.trust(arn, name);
@@ -18,7 +18,7 @@ fn pod(site: &Site, name: &str, arn: &str) -> Result<Pod> {
 }
 
 #[test]
-fn minio_and_ceph_are_served_with_their_own_role_arns() -> Result<()> {
+fn minio_and_ceph_role_arns_are_served() -> Result<()> {
     for (dialect, arn, role) in [
         (Dialect::Minio, "arn:minio:iam:::role/idmpolicy-3fe2c1", "idmpolicy-3fe2c1"),
         (Dialect::Ceph, "arn:aws:iam:::role/path/reader", "reader"),
@@ -31,10 +31,10 @@ fn minio_and_ceph_are_served_with_their_own_role_arns() -> Result<()> {
         let document = reader.imds().credentials(role)?;
         let session = site.session(&document.body)?;
         ensure!(session.role_arn == arn && session.account.is_empty(), "{dialect:?}: {session:?}");
-        // Whole seconds, whatever the store says.
+        // Whole seconds, even if the store returns fractions.
         let expiration = document.json()?["Expiration"].as_str().map(str::to_owned);
         ensure!(expiration == Some(session.expiration.to_string()), "{dialect:?}: {document:?}");
-        // There is no account to tell.
+        // A store has no account ID.
         let extended = format!("/latest/meta-data/iam/security-credentials-extended/{role}");
         ensure!(reader.imds().get(&extended).send()?.body == document.body, "{dialect:?}");
         site.no_pod_got_outside()?;
@@ -43,9 +43,9 @@ fn minio_and_ceph_are_served_with_their_own_role_arns() -> Result<()> {
     Ok(())
 }
 
-/// MinIO refuses everything by one code: only its text tells why, so that goes to the log.
+/// MinIO uses one error code for everything, so the log has its message.
 #[test]
-fn a_refusal_of_minio_is_logged_in_its_own_words() -> Result<()> {
+fn minio_error_message_is_logged() -> Result<()> {
     let site = site()?;
     site.sts.configure(|settings| settings.dialect = Dialect::Minio);
     let arn = "arn:minio:iam:::role/denied";

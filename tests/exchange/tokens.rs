@@ -1,4 +1,4 @@
-//! The web identity tokens that STS is shown.
+//! Web identity tokens that are sent to STS.
 
 use std::fs;
 
@@ -7,14 +7,14 @@ use lab::agent::field;
 use lab::issuer::{self, AUDIENCE};
 use lab::poll::poll;
 
-use super::{PATIENCE, credentials, detail, list, refusal, session, site};
+use super::{TIMEOUT, credentials, detail, list, refusal, session, site};
 
-/// What is wrong with a token is found by STS, and reported as what it is.
+/// STS verifies the token; its error decides the reason.
 #[test]
-fn a_token_that_is_not_good_is_refused_by_sts_and_reported() -> Result<()> {
+fn invalid_token_is_rejected_by_sts() -> Result<()> {
     let site = site()?;
     let mut cases = Vec::new();
-    for (name, reason, said) in [
+    for (name, reason, message) in [
         ("expired", "web_identity_refused", "ExpiredToken"),
         ("audience", "web_identity_refused", "audience"),
         ("tampered", "web_identity_refused", "signature"),
@@ -33,21 +33,21 @@ fn a_token_that_is_not_good_is_refused_by_sts_and_reported() -> Result<()> {
             _ => site.issuer.pod_token("default", "somebody-else", name, name)?,
         };
         site.write_token(name, token)?;
-        cases.push((pod, reason, said));
+        cases.push((pod, reason, message));
     }
     let agent = site.start()?;
-    for (pod, reason, said) in &cases {
+    for (pod, reason, message) in &cases {
         ensure!(list(pod)?.status == 403 && credentials(pod)?.status == 403, "{}", pod.name());
         let entry = refusal(&agent, pod, reason)?;
-        ensure!(detail(&entry).contains(said), "{said} in {entry}");
+        ensure!(detail(&entry).contains(message), "{message} in {entry}");
         ensure!(site.calls(pod.name()).len() == 1);
     }
     agent.stop()
 }
 
-/// The token is read at every exchange, so that whoever renews it need tell nobody.
+/// The token file is read at each exchange, so that it can be renewed in place.
 #[test]
-fn a_token_file_that_cannot_be_used_is_named_and_read_again() -> Result<()> {
+fn unusable_token_file_is_named_and_reread() -> Result<()> {
     let site = site()?;
     let good = |name: &str| site.issuer.pod_token("default", name, name, name);
     let missing = site.pod_with_role("missing")?;
@@ -76,14 +76,14 @@ fn a_token_file_that_cannot_be_used_is_named_and_read_again() -> Result<()> {
         let file = site.node.state().join(format!("{}.jwt", pod.name()));
         ensure!(detail(&entry).contains(&file.display().to_string()), "{entry}");
         ensure!(field(&entry, "advice").is_some_and(|advice| advice.contains("tokenFile")), "{entry}");
-        ensure!(site.calls(pod.name()).is_empty(), "STS was asked with no token");
+        ensure!(site.calls(pod.name()).is_empty(), "STS was called without a token");
     }
     let outcome = [("step", "token"), ("outcome", "token_file")];
     ensure!(agent.metric("kirsa_exchange_seconds_count", &outcome)? >= pods.len() as f64);
 
-    // With the newline that editors leave.
+    // With a trailing newline, as editors write it.
     site.write_token("missing", good("missing")? + "\n")?;
-    let answer = poll("credentials", PATIENCE, || credentials(&pods[0]).ok().filter(|answer| answer.status == 200))?;
+    let answer = poll("credentials", TIMEOUT, || credentials(&pods[0]).ok().filter(|answer| answer.status == 200))?;
     session(&site, &pods[0], &answer)?;
     agent.stop()
 }

@@ -1,4 +1,4 @@
-//! The file of workloads, while the agent runs.
+//! Changes of the workloads file while the agent runs.
 
 use std::fs;
 
@@ -7,34 +7,34 @@ use lab::agent::{Agent, field};
 use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
-use super::{PATIENCE, credentials, list, session, site};
+use super::{TIMEOUT, credentials, list, session, site};
 
 #[test]
-fn a_change_of_the_file_is_followed_by_the_next_answer() -> Result<()> {
+fn file_change_applies_to_the_next_request() -> Result<()> {
     let site = site()?;
     let pod = site.stranger("reader")?;
     let (without, with) = (lab::workloads::Workload::new(&pod, "reader"), site.with_role(&pod)?);
     site.put(without.clone())?;
     let agent = site.start()?;
     let until =
-        |what: &str, status: u16| poll(what, PATIENCE, || list(&pod).ok().filter(|answer| answer.status == status));
+        |what: &str, status: u16| poll(what, TIMEOUT, || list(&pod).ok().filter(|answer| answer.status == status));
     ensure!(list(&pod)?.status == 404);
     site.put(with.clone())?;
     until("the role to be there", 200)?;
     let first = session(&site, &pod, &credentials(&pod)?)?;
 
-    // Another role: the next answer is of that one, and the name of the first is not found any more.
+    // Another role: the next response names it, and the first name is no longer found.
     let other = site.arn("other");
     site.trust(&other, "reader");
     let token = with.token_file.clone().unwrap_or_default();
     site.put(without.clone().role(&other, &token))?;
-    poll("the other role", PATIENCE, || list(&pod).ok().filter(|answer| answer.body == "other-role"))?;
+    poll("the other role", TIMEOUT, || list(&pod).ok().filter(|answer| answer.body == "other-role"))?;
     ensure!(site.session(&pod.imds().credentials("other-role")?.ok()?)?.role_arn == other);
     ensure!(credentials(&pod)?.status == 404);
 
-    // Back again: what was held of the role that it had no more is dropped.
+    // Back to the first role: its cached session was dropped.
     site.put(with)?;
-    poll("the first role", PATIENCE, || list(&pod).ok().filter(|answer| answer.body == "reader-role"))?;
+    poll("the first role", TIMEOUT, || list(&pod).ok().filter(|answer| answer.body == "reader-role"))?;
     ensure!(session(&site, &pod, &credentials(&pod)?)?.access_key_id != first.access_key_id);
 
     site.put(without)?;
@@ -42,14 +42,14 @@ fn a_change_of_the_file_is_followed_by_the_next_answer() -> Result<()> {
     ensure!(credentials(&pod)?.status == 404);
     site.remove("reader")?;
     until("the pod to be gone", 503)?;
-    poll("its sessions to be dropped", PATIENCE, || {
+    poll("its sessions to be dropped", TIMEOUT, || {
         agent.metric("kirsa_cache_entries", &[]).is_ok_and(|entries| entries == 0.0).then_some(())
     })?;
     agent.stop()
 }
 
 #[test]
-fn a_broken_file_changes_nothing_and_the_log_names_the_line() -> Result<()> {
+fn broken_file_is_ignored_and_its_line_logged() -> Result<()> {
     let site = site()?;
     let (reader, late) = (site.pod_with_role("reader")?, site.stranger("late")?);
     let agent = site.start()?;
@@ -77,14 +77,14 @@ fn a_broken_file_changes_nothing_and_the_log_names_the_line() -> Result<()> {
     session(&site, &reader, &credentials(&reader)?)?;
 
     site.put(site.with_role(&late)?)?;
-    poll("the next good file", PATIENCE, || credentials(&late).is_ok_and(|a| a.status == 200).then_some(()))?;
+    poll("the next good file", TIMEOUT, || credentials(&late).is_ok_and(|a| a.status == 200).then_some(()))?;
     session(&site, &reader, &credentials(&reader)?)?;
     ensure!(site.calls("reader").len() == 1, "{:?}", site.calls("reader"));
     agent.stop()
 }
 
 #[test]
-fn a_file_that_is_broken_from_the_start_ends_the_start() -> Result<()> {
+fn agent_does_not_start_with_a_broken_file() -> Result<()> {
     let site = site()?;
     fs::write(site.workloads(), "workloads:\n- pod: reader\n")?;
     let output = Agent::run_to_end(&site.node, &site.options)?;
@@ -94,19 +94,19 @@ fn a_file_that_is_broken_from_the_start_ends_the_start() -> Result<()> {
     Ok(())
 }
 
-/// A pod that is bound is going to ask: its credentials are there before.
+/// Prefetch: the credentials of a new pod are cached before its first request.
 #[test]
-fn a_new_entry_has_its_credentials_before_its_first_request() -> Result<()> {
+fn new_entry_is_prefetched() -> Result<()> {
     let site = site()?;
     let agent = site.start()?;
     let late = site.pod_with_role("late")?;
-    poll("the credentials to be in hand", PATIENCE, || {
-        agent.admin("/debug/sessions").is_ok_and(|slots| slots.body.contains("ASIA")).then_some(())
+    poll("the prefetched credentials", TIMEOUT, || {
+        agent.admin("/debug/sessions").is_ok_and(|sessions| sessions.body.contains("ASIA")).then_some(())
     })?;
     site.sts.inject(Fault::always(Effect::NoAnswer));
     session(&site, &late, &credentials(&late)?)?;
     ensure!(agent.metric("kirsa_cache_misses_total", &[])? == 0.0);
     let left = agent.metric("kirsa_credentials_left_seconds", &[])?;
-    ensure!((3_000.0..=3_600.0).contains(&left), "of the session that is in use now: {left} s");
+    ensure!((3_000.0..=3_600.0).contains(&left), "remaining lifetime of the session in use: {left} s");
     agent.stop()
 }

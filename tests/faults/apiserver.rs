@@ -34,7 +34,7 @@ struct Row {
 }
 
 const AWAY: (u16, &str) = (503, "account_unavailable");
-const SILENT: (&str, &str) = ("exchange_timeout", "still waiting for the API server's TokenRequest");
+const SILENT: (&str, &str) = ("exchange_timeout", "timed out after 4 s waiting for the API server's TokenRequest");
 
 fn table() -> Vec<Row> {
     let row = |fault, cold, refresh, without_role| Row { fault, cold, refresh, without_role };

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use kirsa::kubernetes::{Granted, Mint};
+use kirsa::kubernetes::{MintMode, MintPermissions};
 use lab::agent::{Agent, Options};
 use lab::apiserver::{ApiServer, ISSUER, client_of};
 use lab::issuer::subject;
@@ -51,8 +51,8 @@ impl Cluster {
         let cluster = Self { api, node, sts, kubeconfig, options, runtime };
         let client = cluster.runtime.block_on(client_of(&cluster.kubeconfig))?;
         poll("the rights", PATIENCE, || {
-            let granted = cluster.runtime.block_on(Granted::ask(&client)).ok()?;
-            granted.identity(Mint::Impersonate).ok()
+            let granted = cluster.runtime.block_on(MintPermissions::query(&client)).ok()?;
+            granted.identity(MintMode::Impersonation).ok()
         })?;
         Ok(cluster)
     }

@@ -49,7 +49,7 @@ fn table() -> Vec<Row> {
         let told = ("sts_unavailable", said);
         Row { fault, cold: told, refresh: told, cold_tries }
     };
-    let kept = ("exchange_timeout", "still waiting for STS after 4 s");
+    let kept = ("exchange_timeout", "timed out after 4 s waiting for STS");
     vec![
         row(Fault::Refused, "refused", 3..=30),
         // The connection of the exchange before is used again, and silent.

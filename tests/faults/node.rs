@@ -106,8 +106,8 @@ fn a_disk_that_fills_up_later_costs_nothing() -> Result<()> {
     Ok(())
 }
 
-/// What a firewall's restart does: every table goes, of everybody. Until the redirect is back, pods reach the node's
-/// own metadata service as without kirsa; hop limit 1 is what stands in their way then.
+/// What a firewall's restart does: every table goes, of everybody. Until the redirect is back, policy
+/// routing keeps pods from the node's own metadata service.
 #[test]
 fn a_flush_of_all_rules_is_repaired_counted_and_no_session_is_lost() -> Result<()> {
     let site = site()?;

@@ -51,7 +51,7 @@ fn transient(effect: Effect, reason: &'static str, said: &'static str) -> Row {
 
 /// Takes as long as the whole hold.
 fn silent(effect: Effect) -> Row {
-    let said = "still waiting for STS after 4 s";
+    let said = "timed out after 4 s waiting for STS";
     let apart = Duration::from_secs(3);
     Row { effect, status: 503, reason: "exchange_timeout", said, cold_calls: 1..=2, apart }
 }
@@ -75,10 +75,10 @@ fn table() -> Vec<Row> {
         transient(Effect::Status(500), "sts_unavailable", "500"),
         transient(Effect::Status(503), "sts_unavailable", "503"),
         transient(Effect::Reset, "sts_unavailable", "reset"),
-        transient(Effect::HalfAnswer, "bad_sts_answer", "end of file"),
-        transient(Effect::TruncatedXml, "bad_sts_answer", "cut short"),
-        transient(Effect::MalformedXml, "bad_sts_answer", "200 without a code"),
-        transient(Effect::NoCredentials, "bad_sts_answer", "no credentials"),
+        transient(Effect::HalfAnswer, "bad_sts_response", "end of file"),
+        transient(Effect::TruncatedXml, "bad_sts_response", "truncated"),
+        transient(Effect::MalformedXml, "bad_sts_response", "200 without a code"),
+        transient(Effect::NoCredentials, "bad_sts_response", "no credentials"),
         silent(Effect::NoAnswer),
         silent(Effect::delay(Duration::from_secs(10))),
     ]

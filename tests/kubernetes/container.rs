@@ -122,9 +122,9 @@ fn a_token_that_does_not_name_who_is_calling_gets_nothing() -> Result<()> {
     })?;
     let (claims, signature) = (own.rsplit_once('.').context("parts")?.0, of_other.rsplit_once('.').context("parts")?.1);
     let cases = [
-        (of_other.clone(), 403, "container_token_foreign"),
-        (token(&site, "reader", ("reader-1", &sibling_uid), PODS_AUDIENCE)?, 403, "container_token_foreign"),
-        (unbound, 403, "container_token_foreign"),
+        (of_other.clone(), 403, "container_token_mismatch"),
+        (token(&site, "reader", ("reader-1", &sibling_uid), PODS_AUDIENCE)?, 403, "container_token_mismatch"),
+        (unbound, 403, "container_token_mismatch"),
         (token(&site, "reader", ("reader-0", &uid), AUDIENCE)?, 400, "container_token_refused"),
         (
             blocking(site.api.token(site.namespace(), "reader", ("reader-0", &uid), None))?,

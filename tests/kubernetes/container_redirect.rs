@@ -15,7 +15,7 @@ use crate::PATIENCE;
 use crate::container::{PATH, PODS_AUDIENCE, site, token};
 use crate::site::Site;
 
-/// What is dropped never answers, so this is spent in full.
+/// Longer than any answer within this machine takes.
 const NEVER: Duration = Duration::from_millis(400);
 
 fn rules(site: &Site, backend: &str) -> Result<String> {
@@ -67,7 +67,10 @@ fn it_is_there_with_the_flag_and_fails_closed(backend: &str) -> Result<()> {
     })?;
     for pod in &pods {
         let kind = pod.netns().connect((CONTAINER, 80).into(), NEVER).map_err(|error| error.kind());
-        ensure!(matches!(kind, Err(ErrorKind::TimedOut)), "what leads around the redirect is dropped: {kind:?}");
+        ensure!(
+            matches!(kind, Err(ErrorKind::ConnectionRefused)),
+            "what leads around the redirect is refused: {kind:?}"
+        );
     }
     ensure!(outside.accept().is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "a pod got outside");
 
@@ -122,7 +125,7 @@ fn its_rules_alone_come_back_when_somebody_removed_them() -> Result<()> {
     ensure!(removed.lines().count() == 2, "the redirect and its twin: {removed}");
     poll("the rules to come back", PATIENCE, || rules(&site, "nft").is_ok_and(|now| now == before).then_some(()))?;
     poll("a count of the repair", PATIENCE, || {
-        agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count == 1.0).then_some(())
+        agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count >= 1.0).then_some(())
     })?;
     agent.kill()?;
     let refused = doctor(&site)?;

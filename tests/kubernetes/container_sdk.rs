@@ -43,6 +43,6 @@ fn boto3_is_the_role_of_its_pods_service_account() -> Result<()> {
     command.env("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", &file);
     let output = pod.run(&mut command)?;
     ensure!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    agent.wait_for_refusal("container_token_foreign")?;
+    agent.wait_for_refusal("container_token_mismatch")?;
     agent.stop()
 }

@@ -1,13 +1,15 @@
-//! Attribution, authorisation and exchange, through the real binary and a real kube-apiserver: each test with a node,
+//! Attribution, authorization and exchange, through the real binary and a real kube-apiserver: each test with a node,
 //! an STS and a Kubernetes namespace of its own, and an agent that has the rights of the manifests and nothing more.
 
 mod annotations;
+mod bridge;
 mod container;
 mod container_redirect;
 mod container_sdk;
 mod exchange;
 mod lifecycle;
 mod memory;
+mod minio;
 mod minting;
 mod outage;
 mod records;

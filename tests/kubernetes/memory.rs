@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::site::{ROLE_ARN, blocking, wait_for_metric};
 
-/// Accounts of one tenant. The agent reads up to 24 KiB of each: all of them are as large as its memory limit.
+/// Accounts of one tenant. The agent reads up to 24 KiB of each: all of them have 94 MiB.
 const ACCOUNTS: usize = 4_000;
 const CHANGES: usize = 500;
 /// Maximum of the agent's anonymous memory, in KiB, as docs/capacity.md states it.

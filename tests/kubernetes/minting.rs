@@ -13,9 +13,9 @@ use crate::site::{AUDIENCE, Site, blocking};
 const IMPERSONATION: &str = "daemonset/components/constrained-impersonation";
 const DIRECT: &str = "daemonset/components/direct-minting";
 
-fn way_in_the_log(agent: &Agent) -> Result<String> {
-    let line = agent.wait_for_log(|entry| field(entry, "way").is_some())?;
-    Ok(field(&line, "way").unwrap_or_default().to_owned())
+fn logged_mode(agent: &Agent) -> Result<String> {
+    let line = agent.wait_for_log(|entry| field(entry, "mode").is_some())?;
+    Ok(field(&line, "mode").unwrap_or_default().to_owned())
 }
 
 fn pods_get_credentials_of_their_service_accounts(way: Way, name: &str) -> Result<()> {
@@ -23,7 +23,7 @@ fn pods_get_credentials_of_their_service_accounts(way: Way, name: &str) -> Resul
     site.account("reader")?;
     site.account("writer")?;
     let agent = site.start()?;
-    ensure!(way_in_the_log(&agent)? == name);
+    ensure!(logged_mode(&agent)? == name);
     let (reader, writer) = (site.run("reader-0", "reader")?, site.run("writer-0", "writer")?);
     let (first, second) = (site.serves(&reader, "reader")?, site.serves(&writer, "writer")?);
     ensure!(first != second);
@@ -37,7 +37,7 @@ fn pods_get_credentials_of_their_service_accounts(way: Way, name: &str) -> Resul
 
 #[test]
 fn by_impersonation_pods_get_credentials_of_their_service_accounts() -> Result<()> {
-    pods_get_credentials_of_their_service_accounts(Way::Impersonate, "impersonate")
+    pods_get_credentials_of_their_service_accounts(Way::Impersonate, "impersonation")
 }
 
 #[test]
@@ -47,12 +47,12 @@ fn by_direct_minting_pods_get_credentials_of_their_service_accounts() -> Result<
 
 #[test]
 fn with_both_rights_impersonation_is_preferred() -> Result<()> {
-    for (wanted, used) in [("auto", "impersonate"), ("direct", "direct")] {
+    for (wanted, used) in [("auto", "impersonation"), ("direct", "direct")] {
         let mut site = Site::with(Way::Either)?;
-        site.options = site.options.flag("--mint", wanted);
+        site.options = site.options.flag("--minting", wanted);
         site.account("app")?;
         let agent = site.start()?;
-        ensure!(way_in_the_log(&agent)? == used, "--mint {wanted}");
+        ensure!(logged_mode(&agent)? == used, "--minting {wanted}");
         let pod = site.run("app-0", "app")?;
         site.serves(&pod, "app")?;
         agent.stop()?;
@@ -65,7 +65,7 @@ fn with_both_rights_impersonation_is_preferred() -> Result<()> {
 fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
     let site = Site::with(Way::Changing)?;
     let agent = site.start()?;
-    ensure!(way_in_the_log(&agent)? == "impersonate");
+    ensure!(logged_mode(&agent)? == "impersonation");
     let role = format!("kirsa-impersonate-node.{}", Way::Changing.namespace());
     let without_rules = serde_json::json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
         "metadata": {"name": role}, "rules": []});
@@ -76,7 +76,7 @@ fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
         let name = format!("app{pods}");
         pods += 1;
         site.account(&name).and_then(|()| site.bind(&name, &name)).ok()?;
-        agent.log().iter().any(|entry| field(entry, "way") == Some("direct")).then_some(())
+        agent.log().iter().any(|entry| field(entry, "mode") == Some("direct")).then_some(())
     })?;
     site.account("last")?;
     let pod = site.run("last-0", "last")?;
@@ -87,21 +87,21 @@ fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
 #[test]
 fn without_the_right_the_agent_ends_and_names_the_component() -> Result<()> {
     for (way, mint, named) in [
-        (Way::Neither, "auto", &[IMPERSONATION, "direct-minting", "--mint auto"][..]),
-        (Way::Neither, "impersonate", &[IMPERSONATION, "--mint impersonate"]),
-        (Way::Neither, "direct", &[DIRECT, "--mint direct"]),
-        (Way::Direct, "impersonate", &[IMPERSONATION, "--mint impersonate"]),
-        (Way::Impersonate, "direct", &[DIRECT, "--mint direct"]),
+        (Way::Neither, "auto", &[IMPERSONATION, "direct-minting", "--minting auto"][..]),
+        (Way::Neither, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
+        (Way::Neither, "direct", &[DIRECT, "--minting direct"]),
+        (Way::Direct, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
+        (Way::Impersonate, "direct", &[DIRECT, "--minting direct"]),
     ] {
         let mut site = Site::with(way)?;
-        site.options = site.options.flag("--mint", mint);
+        site.options = site.options.flag("--minting", mint);
         let agent = Agent::spawn(&site.node, &site.options)?;
         let said = agent.process().wait_for_line(PATIENCE, |line| line.starts_with("error: "))?;
         for named in named {
-            ensure!(said.contains(named), "{way:?}, --mint {mint}: {said}");
+            ensure!(said.contains(named), "{way:?}, --minting {mint}: {said}");
         }
         let status = agent.wait()?;
-        ensure!(status.code() == Some(1), "{way:?}, --mint {mint}: {status}");
+        ensure!(status.code() == Some(1), "{way:?}, --minting {mint}: {status}");
     }
     Ok(())
 }

@@ -73,20 +73,20 @@ fn while_the_api_server_is_away_what_is_known_is_served_and_nothing_is_denied() 
     site.account("app")?;
     site.account("cold")?;
     let agent = site.start()?;
-    let pod = site.run("app-0", "app")?;
+    let (pod, _) = site.run_recorded("app-0", "app")?;
     let key = site.serves(&pod, "app")?;
     let cut = Cut::all(&site.node)?;
     ensure!(site.serves(&pod, "app")? == key);
 
     // Made while the agent sees nothing.
-    let unknown = site.run("app-1", "app")?;
+    let (unknown, _) = site.run_recorded("app-1", "app")?;
     let (answer, document) = (list(&unknown)?, credentials(&unknown, &role("app"))?);
     ensure!(answer.status == 503 && document.status == 503, "{answer:?} {document:?}");
     // With its record alone, the agent knows that it is somebody whom it does not know.
     let uid = site.bind("cold-0", "cold")?;
     let cold = site.join("cold-0")?;
     site.records()?.add(&site.sandbox("cold-0", &uid), &cold)?;
-    wait_for_metric(&agent, "kirsa_cni_records", &[("state", "pending")], 1.0)?;
+    wait_for_metric(&agent, "kirsa_cni_records", &[("state", "pending")], 2.0)?;
     let answer = list(&cold)?;
     ensure!(answer.status == 503, "{answer:?}");
     ensure!(agent.admin("/readyz")?.status == 200, "not being ready would help nobody");
@@ -105,7 +105,7 @@ fn a_dead_watch_hands_out_nobodys_credentials_and_is_found_out(way: Way, reason:
     let site = Site::with(way)?;
     site.annotate("former", &[])?;
     site.account("next")?;
-    let former = site.run("former-0", "former")?;
+    let (former, sandbox) = site.run_recorded("former-0", "former")?;
     let agent = site.start()?;
     let cut = Cut::open_connections(&site.node)?;
     site.delete("former-0")?;
@@ -118,6 +118,7 @@ fn a_dead_watch_hands_out_nobodys_credentials_and_is_found_out(way: Way, reason:
 
     let address = former.address();
     former.delete();
+    site.records()?.remove(&sandbox)?;
     let uid = site.bind("next-0", "next")?;
     let next = site.join_at("next-0", address)?;
     site.records()?.add(&site.sandbox("next-0", &uid), &next)?;
@@ -126,7 +127,7 @@ fn a_dead_watch_hands_out_nobodys_credentials_and_is_found_out(way: Way, reason:
     ensure!(document.status != 200, "{document:?}");
     // The record alone tells that the watch is dead; the next one goes by another connection.
     site.serves(&next, "next")?;
-    let late = site.run("late-0", "next")?;
+    let (late, _) = site.run_recorded("late-0", "next")?;
     site.serves(&late, "next")?;
     cut.heal()?;
     ensure!(site.calls("former").is_empty(), "{:?}", site.calls("former"));

@@ -78,7 +78,8 @@ fn what_is_no_record_is_skipped_and_counted() -> Result<()> {
         junk(b"{}", "state.json")?;
         junk(b"", "empty")?;
         junk(&[0xff; 64], "binary")?;
-        junk(&vec![b' '; (1 << 20) + 1], "huge")
+        fs::File::create(records.folder().join("huge"))?.set_len((64 << 20) + 1)?;
+        Ok(())
     };
     lay_out()?;
     fs::create_dir(records.folder().join("folder"))?;
@@ -97,8 +98,13 @@ fn what_is_no_record_is_skipped_and_counted() -> Result<()> {
     records.add(&sandbox, &pod)?;
     states(&agent, 1.0, 0.0, 0.0)?;
     site.serves(&pod, "app")?;
-    // Cut short again, it names nobody any more.
+    // An unreadable record is not a removed one.
+    let before = agent.metric(SKIPPED, &[("reason", "not_json")])?;
     records.truncate(&sandbox)?;
+    skipped(&agent, "not_json", before + 1.0)?;
+    states(&agent, 1.0, 0.0, 0.0)?;
+    site.serves(&pod, "app")?;
+    records.remove(&sandbox)?;
     states(&agent, 0.0, 0.0, 0.0)?;
     ensure!(list(&pod)?.status == 503);
     agent.stop()
@@ -131,6 +137,25 @@ fn a_record_that_contradicts_the_api_server_is_nobodys() -> Result<()> {
     records.remove(&liar)?;
     states(&agent, 1.0, 0.0, 0.0)?;
     site.serves(&pod, "app")?;
+    agent.stop()
+}
+
+/// Its record may be lost or unreadable, and the address another pod's by now.
+#[test]
+fn shown_address_without_a_record_is_refused() -> Result<()> {
+    let site = Site::new()?;
+    ["app", "lost"].iter().try_for_each(|account| site.account(account))?;
+    let (neighbor, _) = site.run_recorded("app-0", "app")?;
+    let (pod, sandbox) = site.run_recorded("lost-0", "lost")?;
+    site.records()?.truncate(&sandbox)?;
+    let agent = site.start()?;
+    site.serves(&neighbor, "app")?;
+    ensure!(list(&pod)?.status == 503 && credentials(&pod, &role("lost"))?.status == 503);
+    let line = agent.wait_for_refusal("unknown_pod")?;
+    let detail = line["detail"].as_str().unwrap_or_default();
+    ensure!(detail.contains(&format!("{}/lost-0", site.namespace())), "{detail}");
+    site.records()?.add(&sandbox, &pod)?;
+    site.serves(&pod, "lost")?;
     agent.stop()
 }
 
@@ -239,7 +264,7 @@ fn a_static_pod_has_no_role_and_is_told_so() -> Result<()> {
     })?;
     agent.wait_for_refusal("no_role")?;
     // Its neighbour of that account is not asked for in its name.
-    let neighbour = site.run("neighbour", "default")?;
+    let (neighbour, _) = site.run_recorded("neighbour", "default")?;
     site.serves(&neighbour, "default")?;
     ensure!(list(&pod)?.status == 404 && credentials(&pod, &role("default"))?.status == 404);
     agent.stop()

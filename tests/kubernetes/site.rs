@@ -127,6 +127,15 @@ impl Site {
         Ok(pod)
     }
 
+    /// The same with a CNI record, as on a node whose runtime writes them.
+    pub(crate) fn run_recorded(&self, name: &str, account: &str) -> Result<(Pod, Sandbox)> {
+        let sandbox = self.sandbox(name, &self.bind(name, account)?);
+        let pod = self.join(name)?;
+        self.records()?.add(&sandbox, &pod)?;
+        self.show(&pod)?;
+        Ok((pod, sandbox))
+    }
+
     pub(crate) fn records(&self) -> Result<Results> {
         self.node.cni_results()
     }
@@ -195,7 +204,7 @@ pub(crate) fn wait_for_metric(agent: &Agent, name: &str, labels: &[(&str, &str)]
 }
 
 /// The first answer that is no "try again", or else the last.
-fn decided(ask: impl Fn() -> Result<Response>) -> Result<Response> {
+pub(crate) fn decided(ask: impl Fn() -> Result<Response>) -> Result<Response> {
     let mut last = ask();
     let _ = poll("another answer than 503", SOON, || {
         let again = last.as_ref().is_ok_and(|answer| answer.status == 503);

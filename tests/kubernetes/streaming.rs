@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::site::{ROLE_ARN, Site, blocking, wait_for_metric};
 
 fn lists_are_not_streamed(agent: &Agent) -> usize {
-    let said = |entry: &&Value| entry["message"].to_string().contains("streams no lists");
+    let said = |entry: &&Value| entry["message"].to_string().contains("does not support streaming lists");
     agent.log().iter().filter(said).count()
 }
 

@@ -69,7 +69,7 @@ impl Site {
     /// Take away the redirect and leave the rest, as somebody who flushes rules does.
     pub(crate) fn remove_redirect(&self) -> Result<()> {
         self.node.netns().shell(match self.backend {
-            "nft" => "nft flush chain inet kirsa prerouting; nft flush chain inet kirsa output",
+            "nft" => "nft 'flush chain inet kirsa prerouting; flush chain inet kirsa output'",
             _ => "iptables -t nat -F; ip6tables -t nat -F",
         })?;
         Ok(())

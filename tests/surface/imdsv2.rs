@@ -44,7 +44,7 @@ fn namespaces_that_are_listed_get_nothing_without_a_token_and_the_others_notice_
         }
     }
     ensure!(get(&idle, CREDENTIALS_PATH)?.status == 401, "who has no role learns of the token first");
-    let refusal = agent.wait_for_refusal("session_required")?;
+    let refusal = agent.wait_for_refusal("imds_token_required")?;
     ensure!(refusal.to_string().contains("--require-imdsv2-namespaces"), "{refusal}");
     agent.stop()
 }

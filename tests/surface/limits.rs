@@ -1,9 +1,14 @@
 //! What one pod may take, and that it takes nothing from the others.
 
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpStream};
+
 use anyhow::{Result, ensure};
-use lab::agent::Agent;
+use lab::agent::{Agent, field};
 use lab::http::{CREDENTIALS_PATH, Client, Wire};
+use lab::net::Pod;
 use lab::poll::poll;
+use lab::sts::{Effect, Fault};
 
 use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
 
@@ -11,35 +16,40 @@ fn request() -> String {
     format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n")
 }
 
+/// While all connections of a pod are being answered, none of them is given up for one more.
 #[test]
-fn connections_beyond_the_limit_are_answered_503_and_other_pods_notice_nothing() -> Result<()> {
+fn busy_connections_are_kept_and_more_get_503() -> Result<()> {
     let site = site()?;
     let (greedy, other) = (site.pod_with_role("greedy")?, site.pod_with_role("other")?);
+    site.sts.inject(Fault::always(Effect::NoAnswer).of_role(&site.arn("greedy")));
     let agent = Agent::start(&site.node, &site.options.clone().flag("--max-connections-per-source", "3"))?;
-    let mut open = Vec::new();
-    for _ in 0..3 {
-        let mut wire = Wire::open(&greedy, request())?;
-        ensure!(wire.response()?.body == role("greedy"));
-        open.push(wire);
-    }
-    for turned_away in 1..=5 {
+    ensure!(get(&other, &credentials("other"))?.status == 200);
+    let held = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", credentials("greedy"));
+    let mut open = (0..3).map(|_| Wire::open(&greedy, &held)).collect::<Result<Vec<_>>>()?;
+    poll("the requests to be held", PATIENCE, || {
+        agent.metric("kirsa_cache_misses_total", &[]).is_ok_and(|misses| misses >= 3.0).then_some(())
+    })?;
+    for refused in 1..=2 {
         let mut wire = Wire::open(&greedy, request())?;
         let answer = wire.response()?;
         ensure!(answer.status == 503 && answer.body.contains("503 - Service Unavailable"), "{answer:?}");
         ensure!(answer.header("connection") == Some("close"), "{answer:?}");
         wire.closed()?;
         let counted = agent.metric("kirsa_connections_refused_total", &[("reason", "per_source")])?;
-        ensure!(counted == f64::from(turned_away), "{counted}");
+        ensure!(counted == f64::from(refused), "{counted}");
         opens_the_session_of(&site, "other", &get(&other, &credentials("other"))?)?;
     }
+    let refused = agent.wait_for_log(|entry| field(entry, "reason") == Some("too_many_connections"))?;
+    ensure!(field(&refused, "pod") == Some("greedy"), "{refused}");
     for wire in &mut open {
-        wire.send(request())?;
-        ensure!(wire.response()?.status == 200, "those that are open stay usable");
+        let answer = wire.response()?;
+        ensure!(answer.status == 503 && answer.header("connection").is_none(), "held to the end: {answer:?}");
     }
-    drop(open);
-    poll("the closed connections to be given back", PATIENCE, || {
-        get(&greedy, CREDENTIALS_PATH).is_ok_and(|answer| answer.status == 200).then_some(())
-    })?;
+    // Now that they are idle, one of them makes room.
+    site.sts.heal();
+    poll("the role", PATIENCE, || get(&greedy, CREDENTIALS_PATH).is_ok_and(|list| list.status == 200).then_some(()))?;
+    ensure!(agent.metric("kirsa_connections_closed_total", &[("reason", "per_source")])? >= 1.0);
+    ensure!(open.iter().filter(|wire| wire.is_open()).count() >= 2);
     agent.stop()
 }
 
@@ -80,11 +90,26 @@ fn what_pods_can_read_of_the_admin_port_names_nobody_and_they_cannot_keep_the_no
     ensure!(slots.status == 403 && !slots.body.contains("reader"), "{slots:?}");
     ensure!(agent.admin("/debug/sessions")?.body.contains("reader-role"), "the node's own processes may");
 
-    let held: Vec<_> =
-        (0..64).map(|_| reader.netns().connect(admin.into(), PATIENCE)).collect::<std::io::Result<_>>()?;
-    poll("all places to be taken", PATIENCE, || ask("/metrics").is_err().then_some(()))?;
-    ensure!(agent.admin("/healthz")?.status == 200, "the kubelet has places of its own");
-    drop(held);
-    poll("a place", PATIENCE, || ask("/metrics").is_ok().then_some(()))?;
+    let crowd = (0..8).map(|number| site.pod(&format!("crowd{number}"))).collect::<Result<Vec<_>>>()?;
+    for sent in ["", "GET /metrics HTTP/1.1\r\nX-Slow: ", "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"] {
+        let held = crowd.iter().map(|pod| hold(pod, admin, sent)).collect::<Result<Vec<_>>>()?;
+        let mut prometheus = Client::new(reader.netns(), admin);
+        for _ in 0..3 {
+            ensure!(prometheus.get("/metrics").send()?.status == 200, "places are given up by whoever holds most");
+        }
+        ensure!(agent.admin("/healthz")?.status == 200, "the kubelet has places of its own");
+        drop(held);
+    }
     agent.stop()
+}
+
+/// Opens as many connections as the admin port has in all, each having sent these bytes.
+fn hold(pod: &Pod, admin: (Ipv4Addr, u16), sent: &str) -> Result<Vec<TcpStream>> {
+    let connect = || {
+        let mut stream = TcpStream::connect(admin)?;
+        // What is above the limit is closed at once.
+        let _ = stream.write_all(sent.as_bytes());
+        Ok(stream)
+    };
+    pod.netns().run(|| (0..32).map(|_| connect()).collect())
 }

@@ -1,6 +1,7 @@
 //! The surface that pods see, through the real binary: every requirement on it that docs/imds-requirements.md numbers,
 //! what hostile pods send, and the limits.
 
+mod crowd;
 mod denied;
 mod documents;
 mod drain;

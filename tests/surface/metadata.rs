@@ -60,9 +60,13 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
 #[test]
 fn root_listings_name_what_is_served() -> Result<()> {
     let site = site()?;
-    let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
+    let (reader, idle, wrong) = (site.pod_with_role("reader")?, site.pod("idle")?, site.stranger("wrong")?);
+    site.put(site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
     let agent = start(&site, &[])?;
-    for (pod, pods_own) in [(&reader, vec!["iam/"]), (&idle, vec![])] {
+    // Whatever keeps a pod from its role: where `iam/info` is refused, `iam/` is not listed.
+    ensure!(get(&wrong, "/latest/meta-data/iam/info")?.status == 403);
+    ensure!(get(&wrong, "/latest/meta-data/iam/")?.status == 404);
+    for (pod, pods_own) in [(&reader, vec!["iam/"]), (&idle, vec![]), (&wrong, vec![])] {
         let expect = |path: &str, entries: &[&str]| -> Result<()> {
             for slash in ["", "/"] {
                 let listing = get(pod, &format!("{path}{slash}"))?.ok()?;
@@ -73,7 +77,7 @@ fn root_listings_name_what_is_served() -> Result<()> {
         expect("/latest", &["dynamic", "meta-data"])?;
         expect("/latest/dynamic", &["instance-identity/"])?;
         expect("/latest/dynamic/instance-identity", &["document"])?;
-        let nodes = ["ami-id", "hostname", "instance-id", "instance-type", "local-hostname", "placement/"];
+        let nodes = ["ami-id", "hostname", "instance-id", "instance-type", "local-hostname", "placement/", "services/"];
         let mut entries = [&pods_own[..], &nodes].concat();
         entries.sort_unstable();
         expect("/latest/meta-data", &entries)?;
@@ -159,7 +163,7 @@ fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
     let document = format!("{}={{}}", DOCUMENT.trim_start_matches("/latest/"));
     let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata-value", document))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2) && said.contains("made of the other values"), "{output:?}");
+    ensure!(output.status.code() == Some(2) && said.contains("generated from the other values"), "{output:?}");
     for path in ["meta-data/iam/info", "user-data", "dynamic/instance-identity/signature", "meta-data"] {
         let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata", path))?;
         let said = String::from_utf8_lossy(&output.stderr);

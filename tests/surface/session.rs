@@ -116,7 +116,7 @@ fn requests_without_a_token_are_answered_until_imdsv2_is_required() -> Result<()
         ensure!(get_with(&mut imds, path, &[(TOKEN, &token)])?.status == 200, "{path} with a token");
     }
     ensure!(get(&idle, CREDENTIALS_PATH)?.status == 401, "who has no role learns of the token first");
-    let refusal = agent.wait_for_refusal("session_required")?;
+    let refusal = agent.wait_for_refusal("imds_token_required")?;
     ensure!(field(&refusal, "advice").is_some_and(|advice| advice.contains("--require-imdsv2")), "{refusal}");
     nobody_was_asked_but_sts_for(&site, &["reader"])?;
     agent.stop()

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     attribute::PodUid,
-    authorise::Grant,
+    authorize::Grant,
     cache::limiter::{ExchangeLimiter, Permit, Priority},
     clock,
     exchange::Issuer,

@@ -1,4 +1,6 @@
-//! What is seen of every answer of STS before the SDK makes something of it, and done where there was none.
+//! SDK interceptors: response validation, connection poisoning and clock skew measurement.
+
+use std::time::Duration;
 
 use aws_sdk_sts::config::{
     ConfigBag, Intercept, RuntimeComponents,
@@ -10,17 +12,17 @@ use tracing::warn;
 use super::http_date;
 use crate::{clock::UnixTime, observe::Metrics};
 
-/// What an answer that is whole ends with.
-const END: &[u8] = b"</AssumeRoleWithWebIdentityResponse>";
+/// Last bytes of a complete response.
+const CLOSING_TAG: &[u8] = b"</AssumeRoleWithWebIdentityResponse>";
 
-/// Refuses an answer that was cut short. The SDK takes what it has read by then: a session token that ends in the
-/// middle, or an expiration in 1970.
+/// Rejects a truncated response. The SDK would accept what it has parsed by then: half a session token, or an expiration
+/// in 1970.
 #[derive(Debug)]
 pub(super) struct CompleteResponse;
 
 impl Intercept for CompleteResponse {
     fn name(&self) -> &'static str {
-        "WholeAnswer"
+        "CompleteResponse"
     }
 
     fn read_after_deserialization(
@@ -30,21 +32,21 @@ impl Intercept for CompleteResponse {
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         if context.output_or_error().is_err() {
-            // It has failed for a reason of its own, which another one would take the place of.
+            // Another error here would replace the original one.
             return Ok(());
         }
-        let answer = context.response();
-        let whole = answer.body().bytes().is_some_and(|body| body.trim_ascii_end().ends_with(END));
-        if answer.status().is_success() && !whole {
-            return Err("the answer is no AssumeRoleWithWebIdentityResponse, or was cut short".into());
+        let response = context.response();
+        let complete = response.body().bytes().is_some_and(|body| body.trim_ascii_end().ends_with(CLOSING_TAG));
+        if response.status().is_success() && !complete {
+            return Err("the response is not an AssumeRoleWithWebIdentityResponse, or is truncated".into());
         }
         Ok(())
     }
 }
 
-/// Uses no connection again on which there was no answer in time. The SDK does that after answers that are errors, and
-/// what is dropped is closed with HTTP/1.1; of HTTP/2 only the request would be: each exchange would go to the dead
-/// connection until TCP has given up too, a quarter of an hour later.
+/// Poisons the connection of a request that timed out, so that the pool does not reuse it. Dropping an HTTP/2 request
+/// resets only its stream: without this, each exchange would use the dead connection until TCP gives up after a quarter
+/// of an hour. The SDK poisons connections only after error responses.
 #[derive(Debug)]
 pub(super) struct PoisonOnTimeout;
 
@@ -68,19 +70,19 @@ impl Intercept for PoisonOnTimeout {
     }
 }
 
-/// A difference of clocks that is worth an operator's attention: STS itself refuses tokens beyond it.
-const SKEW: i64 = 300;
+/// Clock skew that is logged. STS rejects tokens beyond it.
+const MAX_CLOCK_SKEW: Duration = Duration::from_secs(300);
 
-/// Compares the clocks by the `Date` of each answer, refusals included: how long a session lasts is the store's own
-/// affair, and says nothing of them.
+/// Measures clock skew by the `Date` header of each response, errors included. The session's expiration would not do: a
+/// store decides freely how long its sessions last.
 #[derive(Debug)]
-pub(super) struct Clock {
+pub(super) struct ClockSkewMonitor {
     pub(super) metrics: Metrics,
 }
 
-impl Intercept for Clock {
+impl Intercept for ClockSkewMonitor {
     fn name(&self) -> &'static str {
-        "Clock"
+        "ClockSkewMonitor"
     }
 
     fn read_after_deserialization(
@@ -96,9 +98,9 @@ impl Intercept for Clock {
         let signed = |time: UnixTime| i64::try_from(time.0).unwrap_or(i64::MAX);
         let ahead = signed(ours) - signed(theirs);
         self.metrics.clock_skew.set(ahead);
-        if ahead.abs() > SKEW {
-            let which = if ahead > 0 { "ahead of" } else { "behind" };
-            warn!(seconds = ahead.abs(), "this node's clock is {which} that of STS: set it");
+        if ahead.unsigned_abs() > MAX_CLOCK_SKEW.as_secs() {
+            let direction = if ahead > 0 { "ahead of" } else { "behind" };
+            warn!(seconds = ahead.abs(), "this node's clock is {direction} STS: check its time synchronization");
         }
         Ok(())
     }

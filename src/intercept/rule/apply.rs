@@ -4,28 +4,40 @@
 use std::{
     io::{ErrorKind, Write},
     process::{Command, Stdio},
+    sync::Arc,
 };
 
 use anyhow::{Context, bail, ensure};
 use caps::{CapSet, Capability, CapsHashSet};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::{Backend, CHAINS, RuleSet, TABLE};
+use super::{Backend, BridgeGuard, CHAINS, RuleSet, TABLE, bridge::INGRESS, fence};
 
 /// For the lock that all iptables tools share: one that hangs must not hang the agent, which says so and tries again.
 const WAIT: &str = "--wait=10";
 const IPTABLES: [(&str, &str); 2] = [("iptables", "iptables-restore"), ("ip6tables", "ip6tables-restore")];
 
 /// The rules as they were applied, to apply them again.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Installed {
     rules: RuleSet,
     backend: Backend,
+    /// The tool's listing right after they were applied.
+    listed: Option<Arc<str>>,
 }
 
 impl Installed {
     pub fn rules(&self) -> &RuleSet {
         &self.rules
+    }
+
+    pub fn listed(&self) -> Option<Arc<str>> {
+        self.listed.clone()
+    }
+
+    /// The guard of bridge ports, which iptables cannot carry.
+    pub fn bridge_guard(&self) -> Option<BridgeGuard> {
+        (self.backend == Backend::Nft).then(|| self.rules.bridge_guard())
     }
 
     /// # Errors
@@ -36,6 +48,38 @@ impl Installed {
             Backend::Iptables => iptables(&self.rules),
             Backend::Auto | Backend::None => Ok(()),
         }
+    }
+
+    /// Adds the policy routing that is missing, and returns how many rules that was.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn raise_fence(&self) -> std::io::Result<usize> {
+        fence::raise()
+    }
+
+    /// Returns our rules as the tool lists them, without counters: the same for the same rules.
+    ///
+    /// # Errors
+    /// What the tool said, also where a chain is missing.
+    pub fn listing(&self) -> anyhow::Result<String> {
+        if self.backend == Backend::Nft {
+            return run("nft", &["--stateless", "list", "table", "inet", TABLE], "");
+        }
+        let mut listing = String::new();
+        for ((iptables, _), v6) in IPTABLES.into_iter().zip([false, true]) {
+            for (table, builtin, chain) in CHAINS {
+                let listed = run(iptables, &[WAIT, "-t", table, "-C", builtin, "-j", chain], "")
+                    .and_then(|_| run(iptables, &[WAIT, "-t", table, "-S", chain], ""));
+                match listed {
+                    Ok(rules) => listing.push_str(&rules),
+                    // A kernel without IPv6 has no such rules: see `iptables`.
+                    Err(_) if v6 && self.rules.host.v6.is_none() => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(listing)
     }
 }
 
@@ -50,6 +94,9 @@ pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Instal
     }
     let capable = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
     ensure!(capable, "--intercept {backend:?}: needs CAP_NET_ADMIN in the node's network namespace");
+    if let Err(error) = fence::raise() {
+        warn!(%error, "policy routing rules cannot be added: pods can reach the node's role while all rules are flushed");
+    }
     let backend = match backend {
         Backend::Auto => match nft(&rules) {
             Ok(()) => Backend::Nft,
@@ -63,7 +110,12 @@ pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Instal
         Backend::Iptables | Backend::None => iptables(&rules).map(|()| Backend::Iptables)?,
     };
     info!(backend = ?backend, host = ?rules.host, port = rules.port, "redirect applied");
-    Ok(Some(Installed { rules, backend }))
+    let mut installed = Installed { rules, backend, listed: None };
+    match installed.listing() {
+        Ok(listing) => installed.listed = Some(listing.into()),
+        Err(error) => warn!(error = format!("{error:#}"), "the redirect's rules cannot be read back"),
+    }
+    Ok(Some(installed))
 }
 
 /// Removes what [`install`] left, and says what that was.
@@ -73,11 +125,13 @@ pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Instal
 pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     if matches!(backend, Backend::Auto | Backend::Nft) && available("nft", backend)? {
-        let tables = run("nft", &["list", "tables", "inet"], "")?;
-        let table = format!("table inet {TABLE}");
-        if tables.lines().any(|line| line.trim() == table) {
-            run("nft", &["delete", "table", "inet", TABLE], "")?;
-            removed.push(format!("nftables {table}"));
+        let tables = run("nft", &["list", "tables"], "")?;
+        for (family, name) in [("inet", TABLE), ("bridge", TABLE), ("netdev", INGRESS)] {
+            let table = format!("table {family} {name}");
+            if tables.lines().any(|line| line.trim() == table) {
+                run("nft", &["delete", "table", family, name], "")?;
+                removed.push(format!("nftables {table}"));
+            }
         }
     }
     if matches!(backend, Backend::Auto | Backend::Iptables) {
@@ -86,6 +140,10 @@ pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
                 removed.extend(remove_chains(iptables)?);
             }
         }
+    }
+    let fence = fence::remove().context("cannot remove the policy routing rules")?;
+    if fence > 0 {
+        removed.push(format!("{fence} policy routing rules (ip rule) for the metadata addresses"));
     }
     Ok(removed)
 }
@@ -104,7 +162,13 @@ fn remove_chains(iptables: &str) -> anyhow::Result<Vec<String>> {
 }
 
 fn nft(rules: &RuleSet) -> anyhow::Result<()> {
-    run("nft", &["-f", "-"], &rules.nft()).map(drop)
+    let apply = |reject_early| run("nft", &["-f", "-"], &rules.nft(reject_early)).map(drop);
+    let Err(error) = apply(true) else { return Ok(()) };
+    if apply(false).is_err() {
+        return Err(error);
+    }
+    debug!(error = format!("{error:#}"), "kernel cannot reject packets before routing: the forward chain does");
+    Ok(())
 }
 
 fn iptables(rules: &RuleSet) -> anyhow::Result<()> {
@@ -132,7 +196,7 @@ fn available(tool: &str, asked: Backend) -> anyhow::Result<bool> {
 }
 
 /// Runs a tool to its end.
-fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
+pub(super) fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
     let child =
         Command::new(tool).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut child = match child {

@@ -28,7 +28,7 @@ fn given(name: &str, default: u32) -> u32 {
 
 /// Of the API server, besides what the table has: watches end from the server's side and begin anew.
 fn watches_per_second(nodes: u32) -> f64 {
-    2.0 * f64::from(nodes) / f64::from(watch::SECONDS)
+    2.0 * f64::from(nodes) / f64::from(watch::WATCH_TIMEOUT_SECONDS)
 }
 
 fn row(name: &str, played: &Played, without: &Played, when: Range<Duration>) {

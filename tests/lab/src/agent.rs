@@ -127,11 +127,11 @@ impl Agent {
         node.netns().output(&mut command).context("kirsa doctor")
     }
 
-    /// `kirsa probe` at an `--admin-socket`.
+    /// `kirsa health` at an `--admin-socket`.
     pub fn probe(node: &Node, options: &Options, socket: &Path, health: &str) -> Result<Output> {
-        let mut command = options.command("probe", node);
+        let mut command = options.command("health", node);
         command.arg(health).arg("--admin-socket").arg(socket);
-        node.netns().output(&mut command).context("kirsa probe")
+        node.netns().output(&mut command).context("kirsa health")
     }
 
     /// `kirsa uninstall`.

@@ -8,6 +8,7 @@ mod cell;
 mod client;
 mod condition;
 mod expected;
+mod installed;
 mod kept;
 mod report;
 mod row;
@@ -19,6 +20,7 @@ pub use self::{
     client::{Client, Set},
     condition::Condition,
     expected::{Miss, again, miss},
+    installed::Installed,
     kept::{Kept, kept},
     report::{Report, into_page},
     row::row,

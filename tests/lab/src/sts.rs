@@ -15,6 +15,7 @@ mod object;
 mod policy;
 mod protocol;
 mod refusal;
+mod registry;
 mod role;
 mod server;
 mod session;
@@ -41,6 +42,7 @@ pub use self::{
     identity::Act,
     keys::{Jwks, Keys},
     object::{BUCKET, KEY, ObjectStore},
+    registry::{PASSWORD, Registry},
     role::{Role, TrustPolicy},
     session::Session,
     tls::Tls,
@@ -92,6 +94,11 @@ impl StandIn {
     /// Serves an object store that takes the credentials that were issued here.
     pub fn start_store(&self, listener: TcpListener) -> anyhow::Result<ObjectStore> {
         ObjectStore::start(listener, Arc::clone(&self.shared))
+    }
+
+    /// Serves logins of a container registry, to those who sign with the credentials that were issued here.
+    pub fn start_registry(&self, listener: TcpListener) -> anyhow::Result<Registry> {
+        Registry::start(listener, Arc::clone(&self.shared))
     }
 
     pub fn address(&self) -> SocketAddr {

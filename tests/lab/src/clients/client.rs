@@ -1,15 +1,11 @@
 //! One client: how it is started, and whether it is there.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::{process::Command, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use crate::{agent::REGION, sts};
+use super::installed::{Installed, isolate, programs, python, root};
+use crate::sts;
 
 /// Which clients are meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,14 +58,7 @@ impl Client {
 
     /// What it is, or why it cannot be run here.
     pub fn version(&self) -> Result<String> {
-        let folder = self.folder();
-        if let Ok(version) = fs::read_to_string(folder.join("version")) {
-            return Ok(version.trim().to_owned());
-        }
-        match fs::read_to_string(folder.with_added_extension("skipped")) {
-            Ok(reason) => bail!("{}", reason.trim()),
-            Err(_) => bail!("not installed: make clients"),
-        }
+        Ok(Installed::find(self.name)?.version)
     }
 
     /// Calls that each end with a line on standard output, the next one when a line comes in; one call without.
@@ -78,11 +67,9 @@ impl Client {
     }
 
     pub(super) fn command(&self, sts: &str, store: &str) -> Result<Command> {
-        let folder = self.folder();
-        let programs = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("clients");
-        let python = installed().join("python/bin/python");
+        let (folder, programs) = (root().join(self.name), programs());
         let mut command = match self.start {
-            Start::Python(script) => with(&python, [programs.join("python").join(script)]),
+            Start::Python(script) => with(python(), [programs.join("python").join(script)]),
             Start::Node(script) => with("node", [programs.join("node").join(script)]),
             Start::Built | Start::Once => Command::new(folder.join("client")),
             Start::Java => {
@@ -93,30 +80,15 @@ impl Client {
             Start::Shell(line) => with("sh", ["-c", line]),
             Start::Lab(arguments) => with(crate::sdk::built("sdk-client")?, arguments),
         };
-        // Nothing that a default chain would ask before the metadata service.
+        isolate(&mut command, &folder);
         command
-            .env_clear()
-            .env("PATH", env::var_os("PATH").unwrap_or_default())
-            .env("HOME", "/nonexistent")
-            .env("AWS_REGION", REGION)
-            .env("AWS_DEFAULT_REGION", REGION)
             .env("STS_URL", sts)
             .env("S3_URL", store)
             .env("BUCKET", sts::BUCKET)
             .env("KEY", sts::KEY)
-            .env("PYTHON", &python)
-            .env("PYTHONPATH", &folder)
-            .env("PYTHONDONTWRITEBYTECODE", "1")
-            .env("PYTHONUNBUFFERED", "1")
             .env("NODE_PATH", folder.join("node_modules"))
-            .env("NODE_NO_WARNINGS", "1")
-            .env("PROGRAMS", &programs)
-            .env("CLIENT", &folder);
+            .env("NODE_NO_WARNINGS", "1");
         Ok(command)
-    }
-
-    fn folder(&self) -> PathBuf {
-        installed().join(self.name)
     }
 }
 
@@ -127,9 +99,4 @@ fn with<S: AsRef<std::ffi::OsStr>>(
     let mut command = Command::new(program);
     command.args(arguments);
     command
-}
-
-fn installed() -> PathBuf {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository.join("target"), PathBuf::from).join("clients")
 }

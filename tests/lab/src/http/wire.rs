@@ -65,6 +65,13 @@ impl Wire {
         Ok(())
     }
 
+    /// Whether nothing came that was not read, and the other side has not closed.
+    pub fn is_open(&self) -> bool {
+        let stream = self.0.get_ref();
+        let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+        stream.set_nonblocking(false).is_ok() && peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    }
+
     /// Waits so long; an error if anything comes, or the other side closes.
     pub fn quiet(&mut self, duration: Duration) -> Result<()> {
         let until = Instant::now() + duration;

@@ -13,6 +13,7 @@ pub struct Instance {
     pub account: String,
     pub region: String,
     pub availability_zone: String,
+    pub availability_zone_id: String,
     pub image_id: String,
     pub instance_id: String,
     pub instance_type: String,
@@ -31,6 +32,7 @@ impl Default for Instance {
             account: "444455556666".to_owned(),
             region: "eu-central-1".to_owned(),
             availability_zone: "eu-central-1b".to_owned(),
+            availability_zone_id: "euc1-az3".to_owned(),
             image_id: "ami-0123456789abcdef0".to_owned(),
             instance_id: "i-0123456789abcdef0".to_owned(),
             instance_type: "m7g.large".to_owned(),
@@ -70,7 +72,7 @@ impl Instance {
         let text = match path {
             "" => "dynamic\nmeta-data\nuser-data",
             "/meta-data" => {
-                "ami-id\nhostname\niam/\ninstance-id\ninstance-type\nlocal-hostname\nlocal-ipv4\nplacement/"
+                "ami-id\nhostname\niam/\ninstance-id\ninstance-type\nlocal-hostname\nlocal-ipv4\nplacement/\nservices/"
             }
             "/meta-data/ami-id" => &self.image_id,
             "/meta-data/hostname" | "/meta-data/local-hostname" => {
@@ -79,9 +81,13 @@ impl Instance {
             "/meta-data/instance-id" => &self.instance_id,
             "/meta-data/instance-type" => &self.instance_type,
             "/meta-data/local-ipv4" => &self.private_ip,
-            "/meta-data/placement" => "availability-zone\nregion",
+            "/meta-data/placement" => "availability-zone\navailability-zone-id\nregion",
             "/meta-data/placement/availability-zone" => &self.availability_zone,
+            "/meta-data/placement/availability-zone-id" => &self.availability_zone_id,
             "/meta-data/placement/region" => &self.region,
+            "/meta-data/services" => "domain\npartition",
+            "/meta-data/services/domain" => "amazonaws.com",
+            "/meta-data/services/partition" => "aws",
             "/dynamic" => "instance-identity/",
             "/dynamic/instance-identity" => "document\npkcs7\nsignature",
             "/dynamic/instance-identity/document" => return Some(format!("{:#}", self.identity())),

@@ -70,7 +70,7 @@ impl Report {
         tally.latencies.values_mut().for_each(|all| all.sort_unstable());
         let (issued, failed) = fleet.exchanges();
         let mut refusals = BTreeMap::new();
-        for reason in ["unknown_pod", "ambiguous_address", "pod_gone", "exchange_timeout", "session_invalid"] {
+        for reason in ["unknown_pod", "ambiguous_address", "pod_gone", "exchange_timeout", "imds_token_invalid"] {
             refusals.insert(reason, agent.metric("kirsa_refusals_total", &[("reason", reason)])?);
         }
         Ok(Self {

@@ -1,31 +1,23 @@
-//! `kirsa probe`: how the agent of this very container is. The admin port cannot say that: while one agent hands over to
-//! the next, both are pods of this node's network, and a probe of either is answered by the one that has the port.
+//! `kirsa health`: liveness and readiness of this container's agent. The admin port cannot answer that: during a hot
+//! restart two agents share the node's network, and the one that holds the port would answer the probes of both.
 
 use std::{path::Path, process::ExitCode};
 
 use anyhow::Context;
-use clap::ValueEnum;
 use http::StatusCode;
 use tokio::net::UnixStream;
 
 use super::http::get_of;
+use crate::config::Health;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Health {
-    Live,
-    Ready,
-}
-
-impl Health {
-    fn path(self) -> &'static str {
-        match self {
-            Self::Live => "/healthz",
-            Self::Ready => "/readyz",
-        }
+fn path(health: Health) -> &'static str {
+    match health {
+        Health::Live => "/healthz",
+        Health::Ready => "/readyz",
     }
 }
 
-/// Says what the agent says, and ends with 1 if that is not that all is well.
+/// Prints the agent's answer. Exits 1 unless the agent is healthy.
 pub fn main(socket: &Path, health: Health) -> ExitCode {
     let asked = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -46,6 +38,6 @@ pub fn main(socket: &Path, health: Health) -> ExitCode {
 async fn ask(socket: &Path, health: Health) -> anyhow::Result<(StatusCode, String)> {
     let asking = || format!("--admin-socket {}: no agent answers there", socket.display());
     let stream = UnixStream::connect(socket).await.with_context(asking)?;
-    let answer = get_of(stream, "localhost".into(), health.path()).await.with_context(asking)?;
+    let answer = get_of(stream, "localhost".into(), path(health)).await.with_context(asking)?;
     Ok((answer.status(), String::from_utf8_lossy(answer.body()).into_owned()))
 }

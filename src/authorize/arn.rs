@@ -1,12 +1,13 @@
-//! `arn:<partition>:iam::<account>:role/<path><name>`, strictly (IAM User Guide, "IAM identifiers").
+//! Strict parser for `arn:<partition>:iam::<account>:role/<path><name>`:
+//! <https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_identifiers.html>.
 
 use std::{fmt, sync::Arc};
 
-/// The partitions of AWS. S3-compatible stores have names of their own, such as `minio`.
+/// Partitions of AWS. S3-compatible stores use other names, such as `minio`.
 const PARTITIONS: [&str; 8] =
     ["aws", "aws-cn", "aws-us-gov", "aws-iso", "aws-iso-b", "aws-iso-e", "aws-iso-f", "aws-eusc"];
 
-/// A role's ARN that has been read and found well-formed.
+/// A validated role ARN.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RoleArn {
     arn: Arc<str>,
@@ -15,21 +16,21 @@ pub struct RoleArn {
 }
 
 impl RoleArn {
-    /// `foreign` allows what S3-compatible stores use: other partitions (`arn:minio:iam:::role/…`) and no account
-    /// (Ceph: `arn:aws:iam:::role/…`).
+    /// Parses an ARN. `store` allows the forms of S3-compatible stores: other partitions (`arn:minio:iam:::role/…`) and an
+    /// empty account (Ceph: `arn:aws:iam:::role/…`).
     ///
     /// # Errors
-    /// What would be right.
-    pub fn parse(arn: &str, foreign: bool) -> Result<Self, String> {
-        let form = if foreign {
+    /// A message with the expected form.
+    pub fn parse(arn: &str, store: bool) -> Result<Self, String> {
+        let form = if store {
             "must be arn:<partition>:iam::[<account>]:role/<name>"
         } else {
             "must be arn:aws:iam::<12-digit account>:role/<name> (or of another AWS partition)"
         };
-        Self::read(arn, foreign).ok_or_else(|| format!("{arn:?} {form}"))
+        Self::try_parse(arn, store).ok_or_else(|| format!("{arn:?} {form}"))
     }
 
-    fn read(arn: &str, foreign: bool) -> Option<Self> {
+    fn try_parse(arn: &str, store: bool) -> Option<Self> {
         let mut parts = arn.splitn(6, ':');
         let mut next = || parts.next();
         let ("arn", partition, "iam", "", account, resource) = (next()?, next()?, next()?, next()?, next()?, next()?)
@@ -38,14 +39,14 @@ impl RoleArn {
         };
         let lower = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         let partition_ok =
-            PARTITIONS.contains(&partition) || (foreign && !partition.is_empty() && partition.chars().all(lower));
+            PARTITIONS.contains(&partition) || (store && !partition.is_empty() && partition.chars().all(lower));
         let account_ok =
-            (account.len() == 12 && account.bytes().all(|b| b.is_ascii_digit())) || (foreign && account.is_empty());
+            (account.len() == 12 && account.bytes().all(|b| b.is_ascii_digit())) || (store && account.is_empty());
         let path = resource.strip_prefix("role/")?;
         let name = path.rsplit('/').next()?;
         let name_ok =
             (1..=64).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c));
-        // A path is printable ASCII, 512 characters at most, and has no empty segment.
+        // A path has at most 512 printable ASCII characters, and no empty segment.
         let path_ok = path.len() <= 512
             && path.bytes().all(|b| b.is_ascii_graphic())
             && path.split('/').all(|segment| !segment.is_empty());
@@ -56,19 +57,19 @@ impl RoleArn {
         })
     }
 
-    /// The account's 12 digits; `None` where the store has no accounts.
+    /// Returns the account's 12 digits; `None` for a store without accounts.
     pub fn account(&self) -> Option<&str> {
         (!self.account.is_empty()).then_some(&*self.account)
     }
 
-    /// The name that pods are told: the role's, without its path. boto2 takes a name with `=` for an SSH key, so that
-    /// becomes `-`; the service account decides the role, so nothing is looked up by this name.
+    /// Returns the name that the role list shows to pods: the role's name without its path, with `=` replaced by `-`. boto2
+    /// treats a name with `=` as an SSH key. Nothing is looked up by this name, since the service account decides the role.
     pub fn alias(&self) -> String {
         self.name.replace('=', "-")
     }
 
-    /// Whether a pod may ask for it by this name: the one that it was told, or the role's own.
-    pub fn answers_to(&self, name: &str) -> bool {
+    /// Returns whether a pod may request the role by this name: its alias or its own name.
+    pub fn matches_name(&self, name: &str) -> bool {
         name == &*self.name || (self.name.contains('=') && name == self.alias())
     }
 
@@ -92,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_partition_and_path_is_read() {
+    fn partitions_and_paths_are_parsed() {
         for (arn, account, alias) in [
             ("arn:aws:iam::111122223333:role/reader", Some("111122223333"), "reader"),
             ("arn:aws-cn:iam::111122223333:role/team/a/reader", Some("111122223333"), "reader"),
@@ -100,12 +101,12 @@ mod tests {
         ] {
             let role = RoleArn::parse(arn, false).unwrap();
             assert_eq!((role.account(), role.alias().as_str(), role.as_str()), (account, alias, arn));
-            assert!(role.answers_to(alias) && role.answers_to(role.name()) && !role.answers_to("x"));
+            assert!(role.matches_name(alias) && role.matches_name(role.name()) && !role.matches_name("x"));
         }
     }
 
     #[test]
-    fn s3_compatible_stores_need_their_own_endpoint() {
+    fn store_arns_need_a_custom_endpoint() {
         for arn in ["arn:minio:iam:::role/idp_hash-1", "arn:aws:iam:::role/ceph"] {
             assert!(RoleArn::parse(arn, false).is_err(), "{arn}");
             assert_eq!(RoleArn::parse(arn, true).unwrap().account(), None, "{arn}");
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused_with_the_right_form() {
+    fn malformed_arn_error_names_expected_form() {
         for arn in [
             "",
             "reader",
@@ -130,8 +131,8 @@ mod tests {
             "arn:azure:iam::111122223333:role/reader",
             " arn:aws:iam::111122223333:role/reader",
         ] {
-            let wrong = RoleArn::parse(arn, false).unwrap_err();
-            assert!(wrong.contains("must be arn:aws:iam::"), "{arn}: {wrong}");
+            let error = RoleArn::parse(arn, false).unwrap_err();
+            assert!(error.contains("must be arn:aws:iam::"), "{arn}: {error}");
         }
         assert!(RoleArn::parse(&format!("arn:aws:iam::111122223333:role/{}", "x".repeat(65)), true).is_err());
     }

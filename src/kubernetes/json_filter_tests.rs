@@ -5,31 +5,31 @@ use super::*;
 
 const KEPT: &str = "kept/role-arn";
 
-fn keep() -> Keep {
+fn keep() -> AnnotationFilter {
     Arc::new(|name| (name == KEPT).then_some(64))
 }
 
-/// The filter's output for a document that arrives in pieces of that size.
-fn filtered(document: &[u8], piece: usize) -> Result<Vec<u8>, Broken> {
-    let (mut filter, mut out) = (Filter::new(keep()), Vec::new());
-    document.chunks(piece.max(1)).try_for_each(|bytes| filter.push(bytes, &mut out))?;
+/// Returns the filter's output for a document that arrives in chunks of that size.
+fn filtered(document: &[u8], chunk: usize) -> Result<Vec<u8>, InvalidJson> {
+    let (mut filter, mut out) = (JsonFilter::new(keep()), Vec::new());
+    document.chunks(chunk.max(1)).try_for_each(|bytes| filter.push(bytes, &mut out))?;
     Ok(out)
 }
 
-/// The same by serde_json, from the whole document.
-fn expected(value: &Value, place: Place) -> Value {
-    match (value, place) {
-        (Value::Object(_) | Value::Array(_), Place::Value(_)) => json!({}),
+/// Returns the expected output, computed by serde_json from the whole document.
+fn expected(value: &Value, position: Position) -> Value {
+    match (value, position) {
+        (Value::Object(_) | Value::Array(_), Position::Value(_)) => json!({}),
         (Value::Object(members), _) => members
             .iter()
-            .map(|(name, value)| (name, value, place.member(name, &keep())))
-            .filter(|(.., place)| *place != Place::Skipped)
-            .map(|(name, value, place)| (name.clone(), expected(value, place)))
+            .map(|(name, value)| (name, value, position.member(name, &keep())))
+            .filter(|(.., position)| *position != Position::Skipped)
+            .map(|(name, value, position)| (name.clone(), expected(value, position)))
             .collect(),
-        (Value::Array(_), _) if place.element() == Place::Skipped => json!([]),
-        (Value::Array(values), _) => values.iter().map(|value| expected(value, place.element())).collect(),
+        (Value::Array(_), _) if position.element() == Position::Skipped => json!([]),
+        (Value::Array(values), _) => values.iter().map(|value| expected(value, position.element())).collect(),
         (Value::String(text), _) => {
-            let max = place.longest();
+            let max = position.max_len();
             if text.len() <= max { value.clone() } else { "x".repeat(max + 1).into() }
         }
         _ => value.clone(),
@@ -76,13 +76,13 @@ fn documents() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn agrees_with_serde_json(document in documents(), piece in 1_usize..40, pretty: bool) {
+    fn agrees_with_serde_json(document in documents(), chunk in 1_usize..40, pretty: bool) {
         let text = if pretty { serde_json::to_vec_pretty(&document) } else { serde_json::to_vec(&document) }.unwrap();
-        let read: Value = serde_json::from_slice(&filtered(&text, piece).unwrap()).unwrap();
-        prop_assert_eq!(read, expected(&document, Place::Object));
+        let read: Value = serde_json::from_slice(&filtered(&text, chunk).unwrap()).unwrap();
+        prop_assert_eq!(read, expected(&document, Position::Object));
     }
 
-    /// A list is never shortened in silence.
+    /// A truncated list is an error.
     #[test]
     fn truncated_documents_fail(document in documents(), cut in 1_usize..64) {
         let text = serde_json::to_vec(&document).unwrap();
@@ -92,7 +92,7 @@ proptest! {
         }
     }
 
-    /// Whatever serde_json reads, the filter reads.
+    /// The filter accepts whatever serde_json accepts.
     #[test]
     fn damaged_documents_agree_with_serde_json(document in documents(), at: proptest::sample::Index, byte in b' '..127) {
         let mut text = serde_json::to_vec(&document).unwrap();
@@ -101,14 +101,14 @@ proptest! {
         let filtered = filtered(&text, 5);
         if let Ok(value) = serde_json::from_slice::<Value>(&text) {
             let read: Value = serde_json::from_slice(&filtered.unwrap()).unwrap();
-            prop_assert_eq!(read, expected(&value, Place::Object));
+            prop_assert_eq!(read, expected(&value, Position::Object));
         }
     }
 }
 
 #[test]
-fn unread_annotations_are_not_held() {
-    let (mut filter, mut out) = (Filter::new(keep()), Vec::new());
+fn unread_annotations_are_not_buffered() {
+    let (mut filter, mut out) = (JsonFilter::new(keep()), Vec::new());
     filter.push(br#"{"items":["#, &mut out).unwrap();
     let annotations: Vec<_> = (0..52_000).map(|number| format!(r#""{number:04x}":"""#)).collect();
     for number in 0..40 {
@@ -123,22 +123,22 @@ fn unread_annotations_are_not_held() {
         }
     }
     filter.push(b"]}", &mut out).unwrap();
-    assert!(filter.token.capacity() <= 2 * NAME && out.capacity() < 16 << 10, "{}", out.capacity());
+    assert!(filter.token.capacity() <= 2 * MAX_NAME_LEN && out.capacity() < 16 << 10, "{}", out.capacity());
     let read: Value = serde_json::from_slice(&out).unwrap();
     assert_eq!(read["items"].as_array().unwrap().len(), 40);
 }
 
 #[test]
-fn events_of_a_watch_stay_lines() {
+fn watch_events_stay_lines() {
     let event = r#"{"type":"ADDED","object":{"metadata":{"name":"a","labels":{"a":"b"}}}}"#;
     let out = filtered(format!("{event}\n{event}\n").as_bytes(), 9).unwrap();
-    let slim = r#"{"type":"ADDED","object":{"metadata":{"name":"a"}}}"#;
-    assert_eq!(String::from_utf8(out).unwrap(), format!("{slim}\n{slim}\n"));
+    let reduced = r#"{"type":"ADDED","object":{"metadata":{"name":"a"}}}"#;
+    assert_eq!(String::from_utf8(out).unwrap(), format!("{reduced}\n{reduced}\n"));
 }
 
 #[test]
-fn broken_structure_is_refused() {
-    for broken in [r#"{"a":[}"#, r#"{"a" 1}"#, r#"{"a":tru}"#, r#"{"a":1,}"#, "[1,]", "{\"a\":\"\n\"}", "]"] {
-        assert_eq!(filtered(broken.as_bytes(), 1), Err(Broken), "{broken}");
+fn malformed_json_is_rejected() {
+    for malformed in [r#"{"a":[}"#, r#"{"a" 1}"#, r#"{"a":tru}"#, r#"{"a":1,}"#, "[1,]", "{\"a\":\"\n\"}", "]"] {
+        assert_eq!(filtered(malformed.as_bytes(), 1), Err(InvalidJson), "{malformed}");
     }
 }

@@ -1,5 +1,5 @@
-//! Which request waits for STS, and what it is told. How long, to the millisecond, is tested on a paused clock
-//! (`src/serve/hold_tests.rs`).
+//! Which requests wait for STS, and how they are answered. `src/serve/hold_tests.rs` tests the exact durations on a
+//! paused clock.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use anyhow::{Result, ensure};
 use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
-use super::{PATIENCE, credentials, list, refusal, session, site};
+use super::{TIMEOUT, credentials, list, refusal, session, site};
 
 /// IMDS-17, IMDS-18
 #[test]
-fn with_an_sts_that_takes_1200_ms_the_list_does_not_wait_and_the_credentials_come() -> Result<()> {
+fn slow_sts_delays_credentials_but_not_the_list() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::always(Effect::delay(Duration::from_millis(1_200))));
     let cold = site.pod_with_role("cold")?;
@@ -25,39 +25,39 @@ fn with_an_sts_that_takes_1200_ms_the_list_does_not_wait_and_the_credentials_com
 
 /// IMDS-17
 #[test]
-fn with_an_sts_that_takes_10_s_the_credentials_come_with_the_next_exchange() -> Result<()> {
+fn timed_out_exchange_is_retried() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::next(1, Effect::delay(Duration::from_secs(10))));
     let cold = site.pod_with_role("cold")?;
     let agent = site.start()?;
     ensure!(list(&cold)?.ok()? == "cold-role");
-    // The exchange began with the list, and has four seconds itself: the next one may succeed before the hold ends.
+    // The exchange began with the list and times out after four seconds: its retry may succeed before the request's deadline.
     ensure!([200, 503].contains(&credentials(&cold)?.status));
     refusal(&agent, &cold, "exchange_timeout")?;
-    poll("credentials", PATIENCE, || credentials(&cold).is_ok_and(|answer| answer.status == 200).then_some(()))?;
+    poll("credentials", TIMEOUT, || credentials(&cold).is_ok_and(|answer| answer.status == 200).then_some(()))?;
     agent.stop()
 }
 
 /// IMDS-17, IMDS-27
 #[test]
-fn an_sts_that_never_answers_is_told_of_and_forgotten_when_it_answers() -> Result<()> {
+fn unresponsive_sts_is_refused_until_it_answers() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::always(Effect::NoAnswer));
     let cold = site.pod_with_role("cold")?;
     let agent = site.start()?;
     ensure!(credentials(&cold)?.status == 503);
-    ensure!(list(&cold)?.status == 503, "the list knows by now");
+    ensure!(list(&cold)?.status == 503, "the list reports the failure too");
     refusal(&agent, &cold, "exchange_timeout")?;
     let timeouts = [("step", "sts"), ("outcome", "exchange_timeout")];
     ensure!(agent.metric("kirsa_exchange_seconds_count", &timeouts)? >= 1.0);
     site.sts.heal();
-    poll("credentials", PATIENCE, || credentials(&cold).is_ok_and(|answer| answer.status == 200).then_some(()))?;
+    poll("credentials", TIMEOUT, || credentials(&cold).is_ok_and(|answer| answer.status == 200).then_some(()))?;
     agent.stop()
 }
 
 /// IMDS-27
 #[test]
-fn throttling_is_over_before_a_pod_hears_of_it() -> Result<()> {
+fn throttled_calls_are_retried_while_a_pod_waits() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::next(2, Effect::error("Throttling")));
     let cold = site.pod_with_role("cold")?;
@@ -68,9 +68,9 @@ fn throttling_is_over_before_a_pod_hears_of_it() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-27: a failure that the list may outwait is none that it knows of.
+/// IMDS-27: the list waits for the retry of a transient failure.
 #[test]
-fn the_list_waits_out_one_throttled_call() -> Result<()> {
+fn list_waits_for_retry_of_throttled_call() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::next(1, Effect::error("Throttling")));
     let cold = site.pod_with_role("cold")?;
@@ -80,15 +80,15 @@ fn the_list_waits_out_one_throttled_call() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-26: only a failure that arrives between the list and the credentials is first told at the credentials.
+/// IMDS-26: a failure that arrives after the list has been answered is returned for the credentials.
 #[test]
-fn a_refusal_that_arrives_after_the_list_is_told_at_the_credentials_at_once() -> Result<()> {
+fn refusal_after_the_list_is_returned_at_once() -> Result<()> {
     let site = site()?;
     site.sts.inject(Fault::always(Effect::delay(Duration::from_millis(1_200))));
     site.sts.inject(Fault::always(Effect::error("AccessDenied")));
     let denied = site.pod_with_role("denied")?;
     let agent = site.start()?;
-    ensure!(list(&denied)?.status == 200, "nothing is known yet");
+    ensure!(list(&denied)?.status == 200, "STS has not answered yet");
     ensure!(credentials(&denied)?.status == 403);
     ensure!(list(&denied)?.status == 403);
     agent.stop()

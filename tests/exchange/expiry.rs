@@ -1,4 +1,4 @@
-//! A session grows old: by the clock of the real process, so with the shortest session that the agent takes.
+//! Refresh and expiry of a session, in real time, so with the shortest session that the agent accepts.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use super::redaction::{nothing_leaked, secrets_of};
 use super::{credentials, list, refusal, session, site};
 
 const LIFETIME: u32 = 124;
-/// Until half of it has passed, by when it must have been refreshed, and a while.
-const HALF: Duration = Duration::from_secs(LIFETIME as u64 / 2 + 5);
-/// Between looks at what is served, where no event comes before.
-const LOOK: Duration = Duration::from_secs(1);
+/// Half of the lifetime, by when it must have been refreshed, and a margin.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(LIFETIME as u64 / 2 + 5);
+/// Maximum pause between two polls.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// IMDS-20, IMDS-22; and no secret is written down meanwhile.
+/// IMDS-20, IMDS-22; no secret is logged meanwhile.
 #[test]
-fn a_session_is_refreshed_ahead_and_otherwise_served_until_a_minute_before_its_end() -> Result<()> {
+fn session_is_refreshed_or_served_until_expiry() -> Result<()> {
     let site = site()?;
     site.sts.configure(|settings| settings.session_seconds = Some(LIFETIME));
     let (healthy, outage) = (site.pod_with_role("healthy")?, site.pod_with_role("outage")?);
@@ -30,10 +30,10 @@ fn a_session_is_refreshed_ahead_and_otherwise_served_until_a_minute_before_its_e
     site.sts.inject(Fault::always(Effect::Status(503)).of_role(&site.arn("outage")));
     site.sts.remove_role(&site.arn("revoked"));
 
-    // The one is refreshed, and the others, whose refresh fails, are served as before.
-    poll("the refresh", HALF, || {
-        // Woken by what happens at STS.
-        let _ = site.sts.wait_for_outcomes(site.sts.calls().len() + 1, LOOK);
+    // The healthy session is refreshed; the others, whose refresh fails, are served as before.
+    poll("the refresh", REFRESH_TIMEOUT, || {
+        // Returns early when STS has been called.
+        let _ = site.sts.wait_for_outcomes(site.sts.calls().len() + 1, POLL_INTERVAL);
         let now = [open(&healthy), open(&outage), open(&revoked)].map(|session| session.unwrap().access_key_id);
         assert!(now[1] == first[1].access_key_id && now[2] == first[2].access_key_id);
         let failed = site.calls("outage").len() > 1 && site.calls("revoked").len() > 1;
@@ -50,8 +50,8 @@ fn a_session_is_refreshed_ahead_and_otherwise_served_until_a_minute_before_its_e
     {
         refusal(&agent, pod, reason)?;
         let left = || first.expiration.as_second() - i64::try_from(UnixTime::now().0).unwrap();
-        let (served, refused) = poll("the end of what is honest", HALF, || {
-            let _ = site.sts.wait_for_outcomes(site.sts.calls().len() + 1, LOOK);
+        let (served, refused) = poll("the refusal", REFRESH_TIMEOUT, || {
+            let _ = site.sts.wait_for_outcomes(site.sts.calls().len() + 1, POLL_INTERVAL);
             let (before, answer) = (left(), list(pod).unwrap());
             (answer.status != 200).then_some((before, answer))
         })?;

@@ -1,17 +1,16 @@
-//! Drops, while an answer of the API server arrives, the members that the agent does not read. Pods and service
-//! accounts carry up to 256 KiB of annotations and as much of `managedFields`: neither may reach the agent's memory.
+//! Streaming filter for responses of the API server: drops the members that the agent does not read. Pods and service
+//! accounts have up to 256 KiB of annotations and as much of `managedFields`, which must not reach the agent's memory.
 //!
-//! A push parser: it keeps the member or token that it is in, with a bound, and passes on reduced JSON.
+//! The filter is a push parser. It buffers only the current token, up to a limit, and emits reduced JSON.
 
 use std::{
     fmt,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, future::BoxFuture, stream::BoxStream};
 use http::{Request, Response, header::CONTENT_LENGTH};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
@@ -19,25 +18,25 @@ use kube::client::Body;
 use serde::de::IgnoredAny;
 use tower::{BoxError, Layer, Service};
 
-/// Returns the maximum length of an annotation's value; `None` for one that is not read.
-pub type Keep = Arc<dyn Fn(&str) -> Option<usize> + Send + Sync>;
+/// Returns the maximum length of an annotation's value; `None` for an annotation that is dropped.
+pub type AnnotationFilter = Arc<dyn Fn(&str) -> Option<usize> + Send + Sync>;
 
-/// Marks the end of a streamed list; kube's watcher reads it.
+/// Annotation that marks the end of a streamed list. kube's watcher reads it.
 const LIST_END: &str = "k8s.io/initial-events-end";
-/// Maximum length of a value that is no annotation: a name has 253, a continue token a few hundred.
-const VALUE: usize = 4_096;
-/// Maximum length of a name as it is written; none that is read comes near it.
-const NAME: usize = 2_048;
+/// Maximum length of a string other than an annotation: a name has 253 bytes, a continue token a few hundred.
+const MAX_VALUE_LEN: usize = 4_096;
+/// Maximum length of a member's name, with escapes.
+const MAX_NAME_LEN: usize = 2_048;
 /// Maximum length of a number.
-const SCALAR: usize = 512;
-/// serde_json's own limit.
-const DEPTH: usize = 127;
-/// Maximum bytes of JSON per byte of a string: `\u0001`.
-const ESCAPED: usize = 6;
+const MAX_SCALAR_LEN: usize = 512;
+/// Maximum depth, as in serde_json.
+const MAX_DEPTH: usize = 127;
+/// Maximum length of an escaped byte: `\u0001`.
+const MAX_ESCAPE_LEN: usize = 6;
 
-/// Where in a document the parser is, and so which members are kept.
+/// Position in a document. It decides which members are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Position {
     /// An object, a list, a status or a watch event.
     Object,
     Metadata,
@@ -47,15 +46,17 @@ enum Place {
     Objects,
     Addresses,
     Address,
-    /// A scalar whose string has at most that length.
+    /// A scalar; a string has at most that length.
     Value(usize),
     Skipped,
 }
 
-impl Place {
-    fn member(self, name: &str, keep: &Keep) -> Self {
+impl Position {
+    fn member(self, name: &str, keep: &AnnotationFilter) -> Self {
         match (self, name) {
-            (Self::Object, "type" | "kind" | "apiVersion" | "message" | "reason" | "code") => Self::Value(VALUE),
+            (Self::Object, "type" | "kind" | "apiVersion" | "message" | "reason" | "code") => {
+                Self::Value(MAX_VALUE_LEN)
+            }
             (Self::Object, "metadata") => Self::Metadata,
             (Self::Object, "object") => Self::Object,
             (Self::Object, "items") => Self::Objects,
@@ -65,7 +66,7 @@ impl Place {
             | (Self::Spec, "serviceAccountName" | "hostNetwork")
             | (Self::Status, "phase" | "podIP")
             | (Self::Address, "ip")
-            | (Self::Annotations, LIST_END) => Self::Value(VALUE),
+            | (Self::Annotations, LIST_END) => Self::Value(MAX_VALUE_LEN),
             (Self::Metadata, "annotations") => Self::Annotations,
             (Self::Status, "podIPs") => Self::Addresses,
             (Self::Annotations, name) => keep(name).map_or(Self::Skipped, Self::Value),
@@ -73,8 +74,8 @@ impl Place {
         }
     }
 
-    fn longest(self) -> usize {
-        if let Self::Value(max) = self { max } else { VALUE }
+    fn max_len(self) -> usize {
+        if let Self::Value(max) = self { max } else { MAX_VALUE_LEN }
     }
 
     fn element(self) -> Self {
@@ -89,9 +90,9 @@ impl Place {
 #[derive(Debug)]
 struct Level {
     object: bool,
-    place: Place,
-    /// A member or element was passed on.
-    filled: bool,
+    position: Position,
+    /// At least one member or element has been emitted.
+    has_output: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,51 +110,52 @@ enum State {
     InScalar,
 }
 
-/// The answer is no JSON.
+/// The response is not JSON.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Broken;
+pub struct InvalidJson;
 
-impl fmt::Display for Broken {
+impl fmt::Display for InvalidJson {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the API server's answer is not JSON")
+        f.write_str("the API server's response is not JSON")
     }
 }
 
-impl std::error::Error for Broken {}
+impl std::error::Error for InvalidJson {}
 
-pub struct Filter {
-    keep: Keep,
+/// Push parser that reduces a JSON document, or a sequence of watch events.
+pub struct JsonFilter {
+    keep: AnnotationFilter,
     levels: Vec<Level>,
     state: State,
-    place: Place,
+    position: Position,
     escaped: bool,
     token: Vec<u8>,
     too_long: bool,
 }
 
-impl Filter {
-    pub fn new(keep: Keep) -> Self {
+impl JsonFilter {
+    pub fn new(keep: AnnotationFilter) -> Self {
         let (levels, token) = (Vec::new(), Vec::new());
-        Self { keep, levels, state: State::Value, place: Place::Object, escaped: false, token, too_long: false }
+        Self { keep, levels, state: State::Value, position: Position::Object, escaped: false, token, too_long: false }
     }
 
-    /// Takes the next bytes, and appends what is left of them.
+    /// Filters the next bytes and appends the result to `out`.
     ///
     /// # Errors
-    /// `Broken`: this is no JSON. What was appended before is good.
-    pub fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), Broken> {
-        bytes.iter().try_for_each(|byte| self.byte(*byte, out))
+    /// `InvalidJson` if the input is not JSON. What was appended before is valid.
+    pub fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), InvalidJson> {
+        bytes.iter().try_for_each(|byte| self.push_byte(*byte, out))
     }
 
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn held(&self) -> usize {
+    pub(crate) fn buffered(&self) -> usize {
         self.token.len()
     }
 
-    fn byte(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), Broken> {
+    fn push_byte(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
         match self.state {
             State::InName | State::InString => return self.string(byte, out),
-            State::InScalar if !b",]} \n\r\t".contains(&byte) => return self.note(byte, SCALAR),
+            State::InScalar if !b",]} \n\r\t".contains(&byte) => return self.push_bounded(byte, MAX_SCALAR_LEN),
             State::InScalar => self.end_scalar(out)?,
             _ => {}
         }
@@ -165,17 +167,17 @@ impl Filter {
             (State::Comma, b'}' | b']') => self.close(byte, out)?,
             (State::Colon, b':') => self.state = State::Value,
             (State::Comma, b',') => {
-                let level = self.levels.last().ok_or(Broken)?;
+                let level = self.levels.last().ok_or(InvalidJson)?;
                 self.state = if level.object { State::Name } else { State::Value };
-                self.place = level.place.element();
+                self.position = level.position.element();
             }
             (State::Comma, _) if self.levels.is_empty() => {
-                // The next event of a watch.
-                (self.state, self.place) = (State::Value, Place::Object);
+                // The next event of a watch starts.
+                (self.state, self.position) = (State::Value, Position::Object);
                 self.value(byte, out)?;
             }
             (State::Value | State::First, _) => self.value(byte, out)?,
-            _ => return Err(Broken),
+            _ => return Err(InvalidJson),
         }
         Ok(())
     }
@@ -185,7 +187,7 @@ impl Filter {
         (self.state, self.escaped, self.too_long) = (state, false, false);
     }
 
-    fn value(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), Broken> {
+    fn value(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
         match byte {
             b'{' | b'[' => return self.open(byte, out),
             b'"' => self.begin(State::InString),
@@ -193,71 +195,71 @@ impl Filter {
                 self.begin(State::InScalar);
                 self.token.push(byte);
             }
-            _ => return Err(Broken),
+            _ => return Err(InvalidJson),
         }
         Ok(())
     }
 
-    fn open(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), Broken> {
-        if self.levels.len() >= DEPTH {
-            return Err(Broken);
+    fn open(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
+        if self.levels.len() >= MAX_DEPTH {
+            return Err(InvalidJson);
         }
         let object = byte == b'{';
-        if matches!(self.place, Place::Value(_)) {
-            // An error of its type for the decoder.
+        if matches!(self.position, Position::Value(_)) {
+            // Where a scalar belongs, an empty object makes the decoder fail.
             self.separate(out);
             out.extend_from_slice(b"{}");
-            self.place = Place::Skipped;
+            self.position = Position::Skipped;
         }
-        if self.place != Place::Skipped {
+        if self.position != Position::Skipped {
             self.separate(out);
             out.push(byte);
         }
-        self.levels.push(Level { object, place: self.place, filled: false });
+        self.levels.push(Level { object, position: self.position, has_output: false });
         self.state = if object { State::FirstName } else { State::First };
-        self.place = self.place.element();
+        self.position = self.position.element();
         Ok(())
     }
 
-    fn close(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), Broken> {
-        let level = self.levels.pop().filter(|level| level.object == (byte == b'}')).ok_or(Broken)?;
-        if level.place != Place::Skipped {
+    fn close(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
+        let level = self.levels.pop().filter(|level| level.object == (byte == b'}')).ok_or(InvalidJson)?;
+        if level.position != Position::Skipped {
             out.push(byte);
         }
         self.state = State::Comma;
         Ok(())
     }
 
-    /// Elements of a list are separated here, members with their names.
+    /// Writes the comma before an element of a list. Members get theirs with their names.
     fn separate(&mut self, out: &mut Vec<u8>) {
         if let Some(level) = self.levels.last_mut().filter(|level| !level.object) {
-            if level.filled {
+            if level.has_output {
                 out.push(b',');
             }
-            level.filled = true;
+            level.has_output = true;
         }
     }
 
-    fn note(&mut self, byte: u8, max: usize) -> Result<(), Broken> {
+    fn push_bounded(&mut self, byte: u8, max: usize) -> Result<(), InvalidJson> {
         if self.token.len() >= max {
-            return Err(Broken);
+            return Err(InvalidJson);
         }
         self.token.push(byte);
         Ok(())
     }
 
-    fn string(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), Broken> {
+    fn string(&mut self, byte: u8, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
         if byte < b' ' {
-            return Err(Broken);
+            return Err(InvalidJson);
         }
         if byte == b'"' && !self.escaped {
             return if self.state == State::InName { self.end_name(out) } else { self.end_string(out) };
         }
         self.escaped = byte == b'\\' && !self.escaped;
-        let max = match (self.state, self.place) {
-            (State::InName, _) => NAME,
-            (_, Place::Skipped) => 0,
-            (_, place) => place.longest() * ESCAPED,
+        let max = match (self.state, self.position) {
+            (State::InName, _) => MAX_NAME_LEN,
+            (_, Position::Skipped) => 0,
+            (_, position) => position.max_len() * MAX_ESCAPE_LEN,
         };
         if self.token.len() < max {
             self.token.push(byte);
@@ -267,48 +269,48 @@ impl Filter {
         Ok(())
     }
 
-    fn text(&mut self) -> Result<String, Broken> {
+    fn decode_string(&mut self) -> Result<String, InvalidJson> {
         self.token.insert(0, b'"');
         self.token.push(b'"');
-        serde_json::from_slice(&self.token).map_err(|_| Broken)
+        serde_json::from_slice(&self.token).map_err(|_| InvalidJson)
     }
 
-    fn end_name(&mut self, out: &mut Vec<u8>) -> Result<(), Broken> {
-        let parent = self.levels.last().ok_or(Broken)?.place;
+    fn end_name(&mut self, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
+        let parent = self.levels.last().ok_or(InvalidJson)?.position;
         self.state = State::Colon;
-        self.place = Place::Skipped;
-        if parent == Place::Skipped || self.too_long {
+        self.position = Position::Skipped;
+        if parent == Position::Skipped || self.too_long {
             return Ok(());
         }
-        let name = self.text()?;
-        self.place = parent.member(&name, &self.keep);
-        if let Some(level) = self.levels.last_mut().filter(|_| self.place != Place::Skipped) {
-            if level.filled {
+        let name = self.decode_string()?;
+        self.position = parent.member(&name, &self.keep);
+        if let Some(level) = self.levels.last_mut().filter(|_| self.position != Position::Skipped) {
+            if level.has_output {
                 out.push(b',');
             }
-            level.filled = true;
-            serde_json::to_writer(&mut *out, &name).map_err(|_| Broken)?;
+            level.has_output = true;
+            serde_json::to_writer(&mut *out, &name).map_err(|_| InvalidJson)?;
             out.push(b':');
         }
         Ok(())
     }
 
-    fn end_string(&mut self, out: &mut Vec<u8>) -> Result<(), Broken> {
+    fn end_string(&mut self, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
         self.state = State::Comma;
-        if self.place == Place::Skipped {
+        if self.position == Position::Skipped {
             return Ok(());
         }
-        let max = self.place.longest();
-        let text = if self.too_long { None } else { Some(self.text()?) };
+        let max = self.position.max_len();
+        let text = if self.too_long { None } else { Some(self.decode_string()?) };
         self.separate(out);
-        // Too long stays too long, at the least length that is.
+        // A value that is too long is replaced by the shortest one that is too long, so that it is still refused.
         let text = text.filter(|text| text.len() <= max).unwrap_or_else(|| "x".repeat(max + 1));
-        serde_json::to_writer(out, &text).map_err(|_| Broken)
+        serde_json::to_writer(out, &text).map_err(|_| InvalidJson)
     }
 
-    fn end_scalar(&mut self, out: &mut Vec<u8>) -> Result<(), Broken> {
-        serde_json::from_slice::<IgnoredAny>(&self.token).map_err(|_| Broken)?;
-        if self.place != Place::Skipped {
+    fn end_scalar(&mut self, out: &mut Vec<u8>) -> Result<(), InvalidJson> {
+        serde_json::from_slice::<IgnoredAny>(&self.token).map_err(|_| InvalidJson)?;
+        if self.position != Position::Skipped {
             self.separate(out);
             out.extend_from_slice(&self.token);
         }
@@ -317,33 +319,33 @@ impl Filter {
     }
 }
 
-impl fmt::Debug for Filter {
+impl fmt::Debug for JsonFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Filter").finish_non_exhaustive()
+        f.debug_struct("JsonFilter").finish_non_exhaustive()
     }
 }
 
-/// Filters the answers of a client that only reads.
+/// Filters the responses of a client that only reads.
 #[derive(Clone)]
-pub(super) struct Slim<S> {
+pub(super) struct FilterService<S> {
     inner: S,
-    keep: Keep,
+    keep: AnnotationFilter,
 }
 
 #[derive(Clone)]
-pub(super) struct SlimLayer(pub(super) Keep);
+pub(super) struct FilterLayer(pub(super) AnnotationFilter);
 
-impl<S> Layer<S> for SlimLayer {
-    type Service = Slim<S>;
+impl<S> Layer<S> for FilterLayer {
+    type Service = FilterService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Slim { inner, keep: self.0.clone() }
+        FilterService { inner, keep: self.0.clone() }
     }
 }
 
-type Frames = Pin<Box<dyn Stream<Item = Result<Frame<Bytes>, BoxError>> + Send>>;
+type Frames = BoxStream<'static, Result<Frame<Bytes>, BoxError>>;
 
-impl<S, B> Service<Request<Body>> for Slim<S>
+impl<S, B> Service<Request<Body>> for FilterService<S>
 where
     S: Service<Request<Body>, Response = Response<B>>,
     S::Future: Send + 'static,
@@ -352,7 +354,7 @@ where
 {
     type Response = Response<StreamBody<Frames>>;
     type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
@@ -360,13 +362,13 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let keep = self.keep.clone();
-        let answer = self.inner.call(request);
+        let response = self.inner.call(request);
         Box::pin(async move {
-            let (mut parts, body) = answer.await?.into_parts();
+            let (mut parts, body) = response.await?.into_parts();
             let bytes = body.into_data_stream().map_err(Into::into);
             let frames: Frames = if parts.status.is_success() {
                 parts.headers.remove(CONTENT_LENGTH);
-                let mut filter = Filter::new(keep);
+                let mut filter = JsonFilter::new(keep);
                 Box::pin(bytes.map(move |bytes| {
                     let mut out = Vec::new();
                     filter.push(&bytes?, &mut out)?;
@@ -381,5 +383,5 @@ where
 }
 
 #[cfg(test)]
-#[path = "slim_tests.rs"]
+#[path = "json_filter_tests.rs"]
 mod tests;

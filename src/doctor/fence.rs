@@ -1,0 +1,54 @@
+//! The policy routing rules that keep pods from the metadata addresses while rule sets are flushed.
+
+use super::finding::Finding;
+use crate::{
+    config::Config,
+    intercept::{Backend, rule::fence_listing},
+};
+
+const CHECK: &str = "policy-routing";
+
+pub(super) fn check(config: &Config) -> Option<Finding> {
+    Some(match fence_listing() {
+        Ok(listing) => return judge(config.intercept, &listing),
+        Err(_) if config.intercept == Backend::None => return None,
+        Err(error) => Finding::skipped(CHECK, format!("policy routing rules cannot be listed: {error}")),
+    })
+}
+
+fn judge(backend: Backend, listing: &[(String, bool)]) -> Option<Finding> {
+    let (present, missing): (Vec<_>, Vec<_>) = listing.iter().partition(|(_, is_present)| *is_present);
+    if backend == Backend::None {
+        return present.first().map(|(rule, _)| {
+            let detail = format!("--intercept none, and yet there are policy routing rules of ours, such as: {rule}");
+            Finding::warning(CHECK, detail, "an agent with another --intercept left them: run kirsa uninstall")
+        });
+    }
+    if missing.is_empty() {
+        let detail = "policy routing keeps pods from TCP port 80 of the metadata addresses while rules are flushed";
+        return Some(Finding::ok(CHECK, detail));
+    }
+    let rules = missing.iter().map(|(rule, _)| rule.as_str()).collect::<Vec<_>>().join("; ");
+    Some(Finding::failed(
+        CHECK,
+        format!("missing rules: {rules}"),
+        "start the agent, which adds them within 2 s; if they disappear again, find the process that removes them \
+         (systemd-networkd: set ManageForeignRoutingPolicyRules=no)",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::finding::Verdict, *};
+
+    #[test]
+    fn missing_rules_fail_and_left_ones_warn() {
+        let verdict = |backend, present: [bool; 2]| {
+            judge(backend, &present.map(|is_present| ("ip rule".to_owned(), is_present))).map(|finding| finding.verdict)
+        };
+        assert_eq!(verdict(Backend::Auto, [true, true]), Some(Verdict::Ok));
+        assert_eq!(verdict(Backend::Nft, [true, false]), Some(Verdict::Failed));
+        assert_eq!(verdict(Backend::None, [true, false]), Some(Verdict::Warning));
+        assert_eq!(verdict(Backend::None, [false, false]), None);
+    }
+}

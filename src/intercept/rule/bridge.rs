@@ -1,0 +1,203 @@
+//! Guard of bridge ports: a pod on a shared Linux bridge reaches the metadata addresses as itself alone.
+//!
+//! On a routed veth the reply to a forged source address goes to the owner of the address. On a bridge the sender can
+//! answer ARP for it, or move the owner's MAC address to its own port, and so read credentials of its neighbors. A table
+//! of family `bridge` knows the (port, address) pairs of the node's CNI records and drops, where a frame enters a port
+//! of a pod:
+//!
+//! - requests to the metadata addresses from an address that is not the port's, and answers that pretend to come from
+//!   there;
+//! - ARP, neighbor discovery and source MAC addresses that claim what is another port's, since the agent's answers
+//!   would follow them.
+//!
+//! A second table, of family `netdev`, does the last for LLDP, from which bridges learn before any hook of theirs.
+//!
+//! Other traffic, addresses that no record names, and ports without a record pass.
+
+mod sets;
+
+use std::{collections::BTreeSet, fmt::Write, net::IpAddr, sync::Arc};
+
+use super::{RuleSet, TABLE, apply::run};
+use crate::intercept::METADATA_PORT;
+use sets::Sets;
+
+/// Ahead of translations by other bridge tables (-300), and of br_netfilter (0), which calls our redirect.
+const PRIORITY: i32 = -310;
+/// The name of the table of family netdev. Another one than [`TABLE`], whose changes are announced to the redirect: the
+/// kernel takes ports that vanish out of this one.
+pub(super) const INGRESS: &str = "kirsa_ingress";
+/// The kernel allows 256 for a chain.
+const MAX_DEVICES: usize = 200;
+
+/// A port of a bridge that belongs to a pod, and what may speak there.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PodPort {
+    pub interface: Arc<str>,
+    pub mac: Option<[u8; 6]>,
+    pub addresses: Vec<IpAddr>,
+}
+
+impl PodPort {
+    /// Whether nft takes the name as it is: quoted, and no `*` at its end.
+    fn is_plain(&self) -> bool {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-@".contains(&byte);
+        !self.interface.is_empty() && self.interface.bytes().all(plain)
+    }
+}
+
+/// Applies and lists the guard. Only nftables can carry it.
+#[derive(Debug, Clone, Copy)]
+pub struct BridgeGuard {
+    rules: RuleSet,
+}
+
+impl RuleSet {
+    /// The guard for the same addresses.
+    pub fn bridge_guard(self) -> BridgeGuard {
+        BridgeGuard { rules: self }
+    }
+}
+
+impl BridgeGuard {
+    /// Replaces the whole table in one transaction, so there is no moment without it.
+    ///
+    /// # Errors
+    /// What nft said.
+    pub fn apply(self, ports: &BTreeSet<PodPort>) -> anyhow::Result<()> {
+        run("nft", &["-f", "-"], &self.script(ports)).map(drop)
+    }
+
+    /// Keeps bridges from learning another pod's MAC address from LLDP, which passes no hook of family `bridge`.
+    ///
+    /// # Errors
+    /// What nft said: kernels before 5.5 cannot have one chain for many ports, and a port may be gone meanwhile.
+    pub fn apply_ingress(self, ports: &BTreeSet<PodPort>) -> anyhow::Result<()> {
+        run("nft", &["-f", "-"], &ingress_script(ports)).map(drop)
+    }
+
+    /// Returns the table as nft lists it: the same for the same ports.
+    ///
+    /// # Errors
+    /// What nft said, also where there is no such table.
+    pub fn listing(self) -> anyhow::Result<String> {
+        run("nft", &["--stateless", "list", "table", "bridge", TABLE], "")
+    }
+
+    /// Whether there is what [`Self::apply_ingress`] makes.
+    pub fn has_ingress(self) -> bool {
+        run("nft", &["--stateless", "list", "table", "netdev", INGRESS], "").is_ok()
+    }
+
+    fn script(self, ports: &BTreeSet<PodPort>) -> String {
+        let sets = Sets::of(ports);
+        let services = |v6: bool| {
+            let of_family = self.rules.services().map(|of| if v6 { of.v6() } else { of.v4() }.to_string());
+            format!("{{ {} }}", of_family.collect::<Vec<_>>().join(", "))
+        };
+        let (v4, v6) = (services(false), services(true));
+        // Each rule names its protocol by `meta`: nft would read it from the Ethernet header otherwise, which says VLAN
+        // for a frame with a priority tag. Nested priority tags are stripped by the kernel one by one.
+        format!(
+            "table bridge {TABLE}
+delete table bridge {TABLE}
+table bridge {TABLE} {{
+  comment \"kirsa: pods on a bridge reach the metadata addresses as themselves\"
+{sets}  chain prerouting_ports {{
+    type filter hook prerouting priority {PRIORITY}; policy accept;
+    iifname @ports jump port
+  }}
+  chain port {{
+    ether saddr @macs iifname . ether saddr != @port_macs counter drop
+    meta protocol {{ 8021q, 8021ad }} @nh,0,16 & 0x0fff == 0 counter drop
+    meta protocol arp arp saddr ip @addresses iifname . arp saddr ip != @port_addresses counter drop
+    meta protocol ip6 icmpv6 type {{ 133, 134, 135, 136, 137 }} ip6 saddr @addresses6 iifname . ip6 saddr != @port_addresses6 counter drop
+    meta protocol ip6 icmpv6 type nd-neighbor-advert @th,64,128 @targets6 iifname . @th,64,128 != @port_targets6 counter drop
+    meta protocol ip ip saddr {v4} counter drop
+    meta protocol ip6 ip6 saddr {v6} counter drop
+    meta protocol ip ip daddr {v4} iifname . ip saddr != @port_addresses goto foreign
+    meta protocol ip6 ip6 daddr {v6} iifname . ip6 saddr != @port_addresses6 goto foreign
+  }}
+  chain foreign {{
+    meta l4proto tcp tcp dport {METADATA_PORT} counter drop
+    meta protocol ip ip frag-off & 0x3fff != 0 counter drop
+    meta protocol ip6 exthdr frag exists counter drop
+  }}
+}}
+"
+        )
+    }
+}
+
+fn ingress_script(ports: &BTreeSet<PodPort>) -> String {
+    let sets = Sets::of(ports);
+    let (mut macs, mut chains) = (String::new(), String::new());
+    // Writing to a string cannot fail.
+    let _ = sets.macs.write(&mut macs, "macs", "type %ether_addr");
+    for (number, devices) in sets.ports.iter().collect::<Vec<_>>().chunks(MAX_DEVICES).enumerate() {
+        let devices = devices.iter().map(|device| device.as_str()).collect::<Vec<_>>().join(", ");
+        let _ = write!(
+            chains,
+            "  chain ports{number} {{
+    type filter hook ingress devices = {{ {devices} }} priority {PRIORITY}; policy accept;
+    @ll,0,40 0x0180c20000 ether saddr @macs iifname . ether saddr != @port_macs counter drop
+  }}
+"
+        );
+    }
+    format!("table netdev {INGRESS}\ndelete table netdev {INGRESS}\ntable netdev {INGRESS} {{\n{macs}{chains}}}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::HostAddresses, *};
+
+    fn port(interface: &str, address: &str) -> PodPort {
+        PodPort { interface: interface.into(), mac: None, addresses: vec![address.parse().unwrap()] }
+    }
+
+    fn script(ports: &[PodPort], container: bool) -> String {
+        let host = HostAddresses { v4: None, v6: None };
+        RuleSet { host, port: 338, container }.bridge_guard().script(&ports.iter().cloned().collect())
+    }
+
+    #[test]
+    fn sets_hold_addresses_alone_and_with_their_port() {
+        let mac = PodPort { mac: Some([10, 0, 0, 0, 0, 0xff]), ..port("veth1", "10.0.0.1") };
+        let script = script(&[mac, port("veth2", "fd00::2")], false);
+        for wanted in [
+            "set ports { type ifname; elements = { \"veth1\", \"veth2\" } }",
+            "set macs { type ether_addr; elements = { 0a:00:00:00:00:ff } }",
+            "set port_addresses { type ifname . ipv4_addr; elements = { \"veth1\" . 10.0.0.1 } }",
+            "set addresses6 { type ipv6_addr; elements = { fd00::2 } }",
+            "set port_targets6 { typeof iifname . @th,64,128; elements = { \"veth2\" . \
+             0xfd000000000000000000000000000002 } }",
+        ] {
+            assert!(script.contains(wanted), "{wanted}: {script}");
+        }
+        assert!(script.contains("ip daddr { 169.254.169.254 } iifname . ip saddr != @port_addresses goto foreign"));
+    }
+
+    #[test]
+    fn container_addresses_are_guarded_when_served() {
+        let without = script(&[port("veth1", "10.0.0.1")], false);
+        assert!(!without.contains("169.254.170.23") && !without.contains("fd00:ec2::23"), "{without}");
+        let with = script(&[port("veth1", "10.0.0.1")], true);
+        assert!(with.contains("{ 169.254.169.254, 169.254.170.23 }") && with.contains("fd00:ec2::23"), "{with}");
+    }
+
+    #[test]
+    fn ingress_chains_have_at_most_200_ports() {
+        let ports = (0..401).map(|number| port(&format!("veth{number}"), "10.0.0.1")).collect();
+        assert_eq!(ingress_script(&ports).matches("hook ingress").count(), 3);
+    }
+
+    /// A record is another program's text.
+    #[test]
+    fn names_that_nft_would_read_otherwise_are_left_out() {
+        let odd = ["veth*", "a\" }; flush ruleset; {", "", "a b"].map(|name| port(name, "10.0.0.1"));
+        assert_eq!(script(&odd, false), script(&[], false));
+        assert!(script(&[], false).contains("set ports { type ifname; }"));
+        assert!(!ingress_script(&odd.iter().cloned().collect()).contains("chain"));
+    }
+}

@@ -1,0 +1,83 @@
+//! Sets of the guard: what each port may call itself, and what belongs to any port.
+
+use std::{
+    collections::BTreeSet,
+    fmt::{self, Display, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use super::PodPort;
+
+/// Elements of the sets, in nft's words.
+#[derive(Debug, Default)]
+pub(super) struct Sets {
+    pub(super) ports: BTreeSet<String>,
+    pub(super) macs: Pairs,
+    addresses: Pairs,
+    addresses6: Pairs,
+    /// The same as integers: nft knows targets of neighbor discovery as raw payload only.
+    targets6: Pairs,
+}
+
+/// What belongs to some port, and each with its port.
+#[derive(Debug, Default)]
+pub(super) struct Pairs {
+    values: BTreeSet<String>,
+    with_port: BTreeSet<String>,
+}
+
+impl Pairs {
+    fn insert(&mut self, port: &str, value: impl Display) {
+        self.values.insert(value.to_string());
+        self.with_port.insert(format!("{port} . {value}"));
+    }
+
+    /// Writes both sets; `%` in `kind` is where the port's type goes.
+    pub(super) fn write(&self, f: &mut dyn Write, name: &str, kind: &str) -> fmt::Result {
+        let port = if kind.starts_with("typeof") { "iifname . " } else { "ifname . " };
+        set(f, name, &kind.replace('%', ""), &self.values)?;
+        set(f, &format!("port_{name}"), &kind.replace('%', port), &self.with_port)
+    }
+}
+
+fn set(f: &mut dyn Write, name: &str, of: &str, elements: &BTreeSet<String>) -> fmt::Result {
+    write!(f, "  set {name} {{ {of}; ")?;
+    for (at, element) in elements.iter().enumerate() {
+        f.write_str(if at == 0 { "elements = { " } else { ", " })?;
+        f.write_str(element)?;
+    }
+    f.write_str(if elements.is_empty() { "}\n" } else { " } }\n" })
+}
+
+impl Sets {
+    pub(super) fn of(ports: &BTreeSet<PodPort>) -> Self {
+        let mut sets = Self::default();
+        for port in ports.iter().filter(|port| port.is_plain()) {
+            let name = format!("\"{}\"", port.interface);
+            if let Some(mac) = port.mac {
+                sets.macs.insert(&name, mac.map(|byte| format!("{byte:02x}")).join(":"));
+            }
+            for address in &port.addresses {
+                match address.to_canonical() {
+                    IpAddr::V4(v4) => sets.addresses.insert(&name, Ipv4Addr::from(v4.octets())),
+                    IpAddr::V6(v6) => {
+                        sets.addresses6.insert(&name, Ipv6Addr::from(v6.octets()));
+                        sets.targets6.insert(&name, format!("{:#034x}", u128::from(v6)));
+                    }
+                }
+            }
+            sets.ports.insert(name);
+        }
+        sets
+    }
+}
+
+impl Display for Sets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        set(f, "ports", "type ifname", &self.ports)?;
+        self.macs.write(f, "macs", "type %ether_addr")?;
+        self.addresses.write(f, "addresses", "type %ipv4_addr")?;
+        self.addresses6.write(f, "addresses6", "type %ipv6_addr")?;
+        self.targets6.write(f, "targets6", "typeof %@th,64,128")
+    }
+}

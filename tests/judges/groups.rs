@@ -1,0 +1,105 @@
+//! The same programs where groups of the node's metadata are allowed.
+
+use anyhow::{Result, ensure};
+use lab::clients::Installed;
+use lab::site::Site;
+use serde_json::{Value, json};
+
+use super::{Lab, python::last_line, run};
+
+const MAC: &str = "0e:49:61:0f:c3:11";
+const TAG: &str = "workers";
+
+/// A node that has something in each group, and an agent that may read some of them.
+fn start(groups: &'static str) -> Result<Lab> {
+    let mut site = Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
+    site.polled = vec![
+        "/latest/meta-data/autoscaling/target-lifecycle-state",
+        "/latest/meta-data/block-device-mapping/",
+        "/latest/meta-data/events/",
+        "/latest/meta-data/instance-life-cycle",
+        "/latest/meta-data/mac",
+        "/latest/meta-data/network/interfaces/macs/",
+        "/latest/meta-data/outpost-arn",
+        "/latest/meta-data/spot/",
+        "/latest/meta-data/tags/instance/",
+    ];
+    let interface = format!("network/interfaces/macs/{MAC}");
+    for (path, document) in [
+        ("mac", MAC),
+        ("block-device-mapping/root", "/dev/xvda"),
+        ("events/maintenance/scheduled", "[]"),
+        ("events/maintenance/history", "[]"),
+        ("instance-life-cycle", "spot"),
+        ("tags/instance/aws:autoscaling:groupName", TAG),
+        (&format!("{interface}/device-number"), "0"),
+        (&format!("{interface}/interface-id"), "eni-0123456789abcdef0"),
+        (&format!("{interface}/owner-id"), "777788889999"),
+        (&format!("{interface}/subnet-id"), "subnet-0123456789abcdef0"),
+        (&format!("{interface}/vpc-id"), "vpc-0123456789abcdef0"),
+        (&format!("{interface}/vpc-ipv4-cidr-block"), "10.0.0.0/16"),
+        (&format!("{interface}/vpc-ipv4-cidr-blocks"), "10.0.0.0/16\n100.64.0.0/16"),
+    ] {
+        site.set_node_metadata(&format!("/latest/meta-data/{path}"), Some(document));
+    }
+    site.options = site.options.clone().flag("--node-metadata", format!("default,{groups}"));
+    let lab = Lab::of(site)?;
+    // Each group is read on a schedule of its own, and waited for by who asks.
+    for path in ["tags/instance/", "mac", "network/interfaces/macs/", "block-device-mapping/", "events/maintenance/"] {
+        let answer = lab.reader.imds().get(&format!("/latest/meta-data/{path}")).send()?;
+        ensure!([200, 404].contains(&answer.status), "{path}: {answer:?}");
+    }
+    Ok(lab)
+}
+
+#[test]
+fn cloud_init_finds_tags_and_lifecycle() -> Result<()> {
+    let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
+    let lab = start("tags,lifecycle")?;
+    let found = last_line(run(&lab.reader, tool.command())?.ok()?)?;
+    let metadata = &found["meta-data"];
+    ensure!(metadata["tags"]["instance"]["aws:autoscaling:groupName"] == TAG, "{found:#}");
+    ensure!(metadata["events"]["maintenance"] == json!({"history": "[]", "scheduled": "[]"}), "{found:#}");
+    ensure!(metadata["instance-life-cycle"] == "spot", "{found:#}");
+    lab.stop()
+}
+
+/// Drivers count the names of block devices and interfaces, which are listed without being served. cloud-init asks for
+/// each, and gives up: it has no business in a pod, and need only come to an end.
+#[test]
+fn cloud_init_ends_where_more_is_listed() -> Result<()> {
+    let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
+    let lab = start("vpc")?;
+    let found = last_line(run(&lab.reader, tool.command())?.ok()?)?;
+    ensure!(found["meta-data"] == json!({}) && found["dynamic"] != Value::Null, "{found:#}");
+    lab.stop()
+}
+
+#[test]
+fn ec2_metadata_package_reads_groups() -> Result<()> {
+    let Some(package) = Installed::find_or_skip("ec2-metadata") else { return Ok(()) };
+    let lab = start("vpc,tags,lifecycle")?;
+    let found = last_line(run(&lab.idle, package.python("with_ec2_metadata.py"))?.ok()?)?;
+    ensure!(found["mac"] == MAC && found["instance_life_cycle"] == "spot", "{found:#}");
+    ensure!(found["tags"] == json!({"aws:autoscaling:groupName": TAG}), "{found:#}");
+    ensure!(found["spot_instance_action"] == Value::Null, "{found:#}");
+    let interface = &found["network_interfaces"][MAC];
+    ensure!(interface["vpc_id"] == "vpc-0123456789abcdef0", "{found:#}");
+    ensure!(interface["subnet_id"] == "subnet-0123456789abcdef0" && interface["device_number"] == 0, "{found:#}");
+    ensure!(interface["vpc_ipv4_cidr_blocks"] == json!(["10.0.0.0/16", "100.64.0.0/16"]), "{found:#}");
+    lab.stop()
+}
+
+#[test]
+fn ec2_metadata_tool_prints_groups() -> Result<()> {
+    let Some(tool) = Installed::find_or_skip("amazon-ec2-utils") else { return Ok(()) };
+    let lab = start("vpc,tags,lifecycle")?;
+    let mut command = tool.command();
+    command.args(["--tags", "--block-device-mapping"]);
+    let lines = run(&lab.reader, command)?.ok()?;
+    let printed = |name: &str, value: &str| lines.iter().any(|line| line.trim() == format!("{name}: {value}").trim());
+    ensure!(printed("aws:autoscaling:groupName", TAG), "{lines:#?}");
+    // Its name is listed, its device not told.
+    ensure!(printed("root", ""), "{lines:#?}");
+    lab.stop()
+}

@@ -1,0 +1,115 @@
+//! A real MinIO as STS and as the store that its credentials are for. It verifies tokens by what the cluster's issuer
+//! publishes: <https://github.com/minio/minio/blob/master/docs/sts/web-identity.md>
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::agent::{Agent, Options, field};
+use lab::clients::Installed;
+use lab::http::Client;
+use lab::namespace::BASE;
+use lab::net::Pod;
+use lab::poll::poll_every;
+use lab::process::Process;
+
+use crate::rights::Way;
+use crate::site::{AUDIENCE, ROLE_ARN, Site, blocking, decided, list};
+
+/// MinIO names the role of an issuer by its audience: the SHA-1 of [`AUDIENCE`], base64url.
+const ROLE: &str = "arn:minio:iam:::role/oxnUw3DAuQF1uggjXGxI2AmW8IA";
+const BUCKET: &str = "readings";
+const READ_ONLY: &str =
+    r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"*"}]}"#;
+/// MinIO starts in some seconds on an idle machine.
+const START: Duration = Duration::from_secs(60);
+
+struct Minio {
+    process: Process,
+    url: String,
+}
+
+impl Minio {
+    /// With one role for every service account of the cluster, which may read and write everything.
+    fn start(program: &Installed, site: &Site) -> Result<Self> {
+        let folder = site.node.state().join("minio");
+        let (certificates, data) = (folder.join("certs"), folder.join("data"));
+        trust(&certificates, &site.api.ca())?;
+        // A folder is a bucket.
+        fs::create_dir_all(data.join(BUCKET))?;
+        let address = TcpListener::bind((BASE, 0))?.local_addr()?;
+        let mut command = program.command();
+        command.args(["server", "--address", &address.to_string(), "--certs-dir"]).args([certificates, data]);
+        command.envs([
+            ("MINIO_ROOT_USER", "administrator"),
+            ("MINIO_ROOT_PASSWORD", "the-administrators-password"),
+            ("MINIO_BROWSER", "off"),
+            ("MINIO_UPDATE", "off"),
+            // Data may be on the root's drive.
+            ("MINIO_CI_CD", "on"),
+            ("MINIO_IDENTITY_OPENID_CLIENT_ID", AUDIENCE),
+            ("MINIO_IDENTITY_OPENID_ROLE_POLICY", "readwrite"),
+        ]);
+        let issuer = format!("{}/.well-known/openid-configuration", site.api.url());
+        command.env("MINIO_IDENTITY_OPENID_CONFIG_URL", issuer);
+        let minio = Self { process: Process::spawn(None, "minio", command)?, url: format!("http://{address}") };
+        let mut health = Client::new(site.node.netns(), address);
+        // Whether it is ready, or has ended.
+        let ready = || {
+            let answers = health.get("/minio/health/ready").send().is_ok_and(|answer| answer.status == 200);
+            (answers || minio.process.ended()).then_some(answers)
+        };
+        let started = poll_every(Duration::from_millis(100), "MinIO to be ready", START, ready);
+        ensure!(started.is_ok_and(|ready| ready), "MinIO does not start: {:#?}", minio.process.lines());
+        Ok(minio)
+    }
+
+    /// What a pod gets that writes an object and reads it back.
+    fn round_trip(&self, boto3: &Installed, pod: &Pod) -> Result<String> {
+        let mut command = boto3.python("with_s3_store.py");
+        command.env("S3_URL", &self.url).env("BUCKET", BUCKET).env("KEY", pod.name());
+        let output = pod.run(&mut command)?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+}
+
+/// Certificates that MinIO accepts of others, as it looks for them.
+fn trust(folder: &Path, authority: &Path) -> Result<()> {
+    let folder = folder.join("CAs");
+    fs::create_dir_all(&folder)?;
+    fs::copy(authority, folder.join("cluster.crt"))?;
+    Ok(())
+}
+
+#[test]
+fn minio_grants_and_refuses_by_the_clusters_issuer() -> Result<()> {
+    let (Some(program), Some(boto3)) = (Installed::find_or_skip("minio"), Installed::find_or_skip("boto3")) else {
+        return Ok(());
+    };
+    let site = Site::new()?;
+    let minio = Minio::start(&program, &site)?;
+    site.annotate("writer", &[(ROLE_ARN, ROLE)])?;
+    site.annotate("reader", &[(ROLE_ARN, ROLE), ("kirsa.dev/session-policy", READ_ONLY)])?;
+    site.annotate("stray", &[(ROLE_ARN, "arn:minio:iam:::role/unknown")])?;
+    let kubeconfig = blocking(site.api.agent_kubeconfig(Way::Impersonate.namespace(), "kirsa", site.node.name()))?;
+    let options = Options::new(env!("CARGO_BIN_EXE_kirsa"))
+        .flag("--kubeconfig", &kubeconfig)
+        .flag("--sts-endpoint-url", &minio.url);
+    let agent = Agent::start(&site.node, &options)?;
+    let [writer, reader, stray] = ["writer", "reader", "stray"].map(|name| site.run(name, name));
+    let (writer, reader, stray) = (writer?, reader?, stray?);
+
+    let written = minio.round_trip(&boto3, &writer)?;
+    ensure!(written == "a reading", "{written}: {:#?}", minio.process.lines());
+    let refused = minio.round_trip(&boto3, &reader)?;
+    ensure!(refused == "AccessDenied", "{refused}");
+    // MinIO has one code for all refusals: its own words go to the log.
+    ensure!(decided(|| list(&stray))?.status == 403);
+    agent.wait_for_log(|entry| {
+        field(entry, "reason") == Some("bad_sts_request") && entry.to_string().contains("role/unknown")
+    })?;
+    agent.stop()
+}
