@@ -1,61 +1,63 @@
-//! Second stage: [`Peer`] → [`Workload`]: which pod is calling.
+//! Second stage: [`Peer`] → [`Workload`]: identifies the pod that is calling.
 //!
-//! The answer rests on what the kernel says of the connection, what the API server says of this node's pods, and what
-//! the node's own CNI records say of their addresses. The answer is the current owner or a refusal, never someone else.
-//! Knows no HTTP and no AWS; nothing after it knows how the answer came about.
+//! Attribution combines three sources: the kernel's view of the connection, the API server's view of this node's pods,
+//! and the node's own CNI records of pod addresses. It returns the current owner of the source address or a refusal
+//! (it fails closed), never another pod. Knows no HTTP and no AWS; later stages do not know how a pod was identified.
 
 mod attachment;
 pub mod cni;
-pub mod directory;
 pub mod file;
 pub mod pod;
+pub mod pod_index;
 pub mod watch;
 
 use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
     fmt,
-    future::Future,
     net::{IpAddr, Ipv4Addr},
-    pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use futures::future::BoxFuture;
+use parking_lot::{Mutex, RwLock};
 use tokio::{
     sync::{Notify, mpsc, watch as signal},
     time::{Instant, timeout, timeout_at},
 };
 
 pub use attachment::{Attachment, pod_ports};
-pub use directory::{Change, Directory, Event};
 pub use pod::{PodUid, ServiceAccountName};
+pub use pod_index::{Change, Event, PodIndex};
 
 use crate::{
+    clock::UnixTime,
     intercept::Peer,
     observe::Metrics,
     refusal::{Reason, Refusal},
 };
-use directory::Owner;
 use pod::Pod;
+use pod_index::Owner;
 
-/// Addresses that the AWS VPC CNI gives pods of IPv6 clusters for IPv4: only its plugin knows whose they are.
+/// Returns whether the AWS VPC CNI uses the address for IPv4 egress of pods in IPv6 clusters. Only its plugin knows
+/// which pod has such an address.
 pub fn is_eks_egress(address: IpAddr) -> bool {
     matches!(address.to_canonical(), IpAddr::V4(v4) if v4.to_bits() >> 10 == Ipv4Addr::new(169, 254, 172, 0).to_bits() >> 10)
 }
 
-/// Many SDKs give up after 1 s, so a pod that is not known by now gets its answer before that.
-pub const PATIENCE: Duration = Duration::from_millis(800);
-/// When the watch seems to lag, one read of the API server; early enough to be back before [`PATIENCE`] ends.
-const LIVE_READ_AFTER: Duration = Duration::from_millis(400);
-/// Of one read, its waiting for others included.
-const LIVE_READ_LIMIT: Duration = Duration::from_secs(10);
-/// Between two reads for one address: a process that stays unknown may ask as often as it likes.
-const LIVE_READ_PAUSE: Duration = Duration::from_secs(2);
+/// Maximum wait for an unknown pod. Many SDKs time out after 1 s, so the refusal must be sent before that.
+pub const ATTRIBUTION_TIMEOUT: Duration = Duration::from_millis(800);
+/// Wait before a live lookup: the watch may lag. Early enough for an answer before [`ATTRIBUTION_TIMEOUT`].
+const LIVE_LOOKUP_DELAY: Duration = Duration::from_millis(400);
+/// Deadline of one live lookup, including its wait for other lookups.
+const LIVE_LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Minimum interval between live lookups of one address: rate-limits processes that stay unknown.
+const LIVE_LOOKUP_INTERVAL: Duration = Duration::from_secs(2);
 
-/// A pod that is calling, or that was bound to this node and is going to. Only this stage makes one.
+/// A pod of this node, identified as the caller or bound to the node and expected to call. Only this stage creates one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload(Arc<Pod>);
 
@@ -76,19 +78,19 @@ impl Workload {
         &self.0.account
     }
 
-    /// When the pod was created, in seconds since the epoch by the API server's clock.
-    pub fn created(&self) -> u64 {
+    /// Returns the pod's creation time, by the API server's clock.
+    pub fn created(&self) -> UnixTime {
         self.0.created
     }
 
-    /// For tests of later stages.
+    /// Creates a workload for tests of later stages.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(pod: &str, uid: &str, service_account: &str) -> Self {
-        Self::sample_created(pod, uid, service_account, 0)
+        Self::sample_created(pod, uid, service_account, UnixTime(0))
     }
 
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn sample_created(pod: &str, uid: &str, service_account: &str, created: u64) -> Self {
+    pub(crate) fn sample_created(pod: &str, uid: &str, service_account: &str, created: UnixTime) -> Self {
         Self(Arc::new(Pod { created, ..Pod::sample(pod, uid, service_account, &[]) }))
     }
 }
@@ -99,137 +101,139 @@ impl fmt::Display for Workload {
     }
 }
 
-/// Asks the API server once who has an address, and applies the answer to the directory.
-pub type LiveRead = Box<dyn Fn(IpAddr) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
+/// Asks the API server once which pod has an address, and applies the answer to the pod index.
+pub type LiveLookup = Box<dyn Fn(IpAddr) -> BoxFuture<'static, ()> + Send + Sync>;
 
-/// The directory, as all connections share it: events go in, whoever waits is woken, nobody polls.
+/// The pod index, shared by all connections. Events change it and wake the requests that wait; nothing polls.
 pub struct Attributor {
-    directory: RwLock<Directory>,
+    index: RwLock<PodIndex>,
     changed: signal::Sender<()>,
-    /// How often the directory has changed.
-    edition: AtomicU64,
+    /// Number of events applied to the index.
+    generation: AtomicU64,
     changes: mpsc::UnboundedSender<Change>,
-    live_read: RwLock<Option<LiveRead>>,
-    /// When each address was last read live, of the last seconds.
-    reads: Mutex<HashMap<IpAddr, Instant>>,
-    /// A pod is here that the watch should have told of.
-    doubt: Notify,
+    live_lookup: RwLock<Option<LiveLookup>>,
+    /// Start of each address's last live lookup, for [`LIVE_LOOKUP_INTERVAL`].
+    recent_lookups: Mutex<HashMap<IpAddr, Instant>>,
+    /// A pod was seen that the watch should have reported.
+    resync_requested: Notify,
     metrics: Metrics,
 }
 
 impl Attributor {
-    /// The second value tells of pods that came and went, for whoever fetches ahead and clears up behind.
+    /// Returns the attributor, and the pods that are bound and removed from now on, for prefetch and clean-up.
     pub fn new(metrics: Metrics) -> (Arc<Self>, mpsc::UnboundedReceiver<Change>) {
         let (changes, changed) = mpsc::unbounded_channel();
         let attributor = Self {
-            directory: RwLock::default(),
+            index: RwLock::default(),
             changed: signal::Sender::new(()),
-            edition: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
             changes,
-            live_read: RwLock::default(),
-            reads: Mutex::default(),
-            doubt: Notify::new(),
+            live_lookup: RwLock::default(),
+            recent_lookups: Mutex::default(),
+            resync_requested: Notify::new(),
             metrics,
         };
         (Arc::new(attributor), changed)
     }
 
-    pub fn set_live_read(&self, read: LiveRead) {
-        *self.live_read.write().unwrap_or_else(PoisonError::into_inner) = Some(read);
+    pub fn set_live_lookup(&self, lookup: LiveLookup) {
+        *self.live_lookup.write() = Some(lookup);
     }
 
     pub fn apply(&self, event: Event) {
         let changes = {
-            let mut directory = self.directory.write().unwrap_or_else(PoisonError::into_inner);
-            let changes = directory.apply(event);
-            self.metrics.directory_pods.set(i64::try_from(directory.live_pods()).unwrap_or(i64::MAX));
-            let (in_use, pending, stale) = directory.record_states();
+            let mut index = self.index.write();
+            let changes = index.apply(event);
+            self.metrics.indexed_pods.set(i64::try_from(index.live_pods()).unwrap_or(i64::MAX));
+            let (in_use, pending, stale) = index.record_states();
             self.metrics.cni_records(in_use, pending, stale);
-            // While nobody can read: whoever sees the old edition after that has read the old directory before it.
-            self.edition.fetch_add(1, Ordering::SeqCst);
+            // Under the write lock: a reader that still sees the old generation has read the old index before it.
+            self.generation.fetch_add(1, Ordering::SeqCst);
             changes
         };
         for change in changes {
-            // Nobody listens any more: the agent is ending.
+            // Fails when the receiver is dropped, which happens at shutdown.
             let _ = self.changes.send(change);
         }
         self.changed.send_replace(());
     }
 
-    /// For as long as it is the same, so is every answer of [`Attributor::peek`]. To be read before the answer.
-    pub fn edition(&self) -> u64 {
-        self.edition.load(Ordering::SeqCst)
+    /// Returns the generation of the index. While it is unchanged, so is every answer of [`Attributor::lookup`]. Read it
+    /// before the lookup, so that a change between the two is noticed.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
     }
 
-    /// Who is calling, as far as is known at this moment.
+    /// Returns the pod that is calling, without waiting.
     ///
     /// # Errors
-    /// The address has no owner yet, or too many, or the directory was not read yet.
-    pub fn peek(&self, peer: &Peer) -> Result<Workload, Refusal> {
+    /// `Starting` if the pods of the node have not been listed yet; `AmbiguousAddress` if several pods claim the address;
+    /// `UnknownPod` if no pod does, or if none can be proven to own it.
+    pub fn lookup(&self, peer: &Peer) -> Result<Workload, Refusal> {
         let address = peer.source().ip();
-        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
-        match directory.owner(address) {
+        let index = self.index.read();
+        match index.owner(address) {
             Owner::Pod(pod) => Ok(Workload(pod)),
-            Owner::Nobody | Owner::Unproven(_) if !directory.synced() => Err(Reason::Starting.into()),
-            Owner::Nobody if is_eks_egress(address) => Err(Refusal::new(
+            Owner::Unknown | Owner::Unproven(_) if !index.synced() => Err(Reason::Starting.into()),
+            Owner::Unknown if is_eks_egress(address) => Err(Refusal::new(
                 Reason::UnknownPod,
                 format!(
-                    "{address} is an IPv4 address that only the CNI plugin of an IPv6 EKS cluster knows: set \
-                     AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod"
+                    "{address} is an IPv4 egress address of an IPv6 EKS cluster, which only its CNI plugin can map to a \
+                     pod: set AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod"
                 ),
             )),
-            Owner::Nobody => Err(Refusal::new(Reason::UnknownPod, format!("nobody has {address}"))),
-            Owner::NotYet(uid) => Err(Refusal::new(
+            Owner::Unknown => Err(Refusal::new(Reason::UnknownPod, format!("no pod of this node has {address}"))),
+            Owner::Pending(uid) => Err(Refusal::new(
                 Reason::UnknownPod,
-                format!("{address} belongs to pod UID {uid} by its CNI record; the API server has not shown it yet"),
+                format!("a CNI record assigns {address} to pod UID {uid}, which the API server has not reported yet"),
             )),
             Owner::Unproven(pod) => Err(Refusal::new(
                 Reason::UnknownPod,
                 format!(
-                    "no single CNI record proves that {address} is that of pod {}/{}: check that --cni-results is the \
-                     runtime's folder, and recreate the pod",
+                    "no single CNI record proves that {address} belongs to pod {}/{}: check that --cni-results is the \
+                     container runtime's directory, and recreate the pod",
                     pod.account.namespace, pod.name
                 ),
             )),
-            Owner::Several(claimants) => {
+            Owner::Ambiguous(claimants) => {
                 Err(Refusal::new(Reason::AmbiguousAddress, format!("{address} is claimed by {claimants}")))
             }
         }
     }
 
-    /// Who is calling; waits for the answer up to `until`.
+    /// Returns the pod that is calling; waits until it is known, at most until `until`.
     ///
     /// # Errors
-    /// The last refusal, when no answer came in time.
+    /// The last refusal of [`Attributor::lookup`] if the pod is not known by `until`.
     pub async fn attribute(&self, peer: &Peer, until: Instant) -> Result<Workload, Refusal> {
-        // The usual case first: following changes costs more than the answer.
-        if let Ok(workload) = self.peek(peer) {
+        // Fast path: subscribing to changes costs more than the lookup.
+        if let Ok(workload) = self.lookup(peer) {
             return Ok(workload);
         }
         let mut changed = self.changed.subscribe();
-        let mut refusal = match self.peek(peer) {
+        let mut refusal = match self.lookup(peer) {
             Ok(workload) => return Ok(workload),
             Err(refusal) => refusal,
         };
-        let live_read = async {
-            tokio::time::sleep(LIVE_READ_AFTER).await;
-            // The API server knew of a pod with a record before the runtime did.
-            if self.is_announced(peer.source().ip()) {
-                self.doubt.notify_one();
+        let live_lookup = async {
+            tokio::time::sleep(LIVE_LOOKUP_DELAY).await;
+            // The API server knew a pod that has a record before the runtime did, so the watch should have reported it.
+            if self.is_pending(peer.source().ip()) {
+                self.resync_requested.notify_one();
             }
-            self.read_live(peer.source().ip());
+            self.lookup_live(peer.source().ip());
             std::future::pending::<()>().await;
         };
-        tokio::pin!(live_read);
+        tokio::pin!(live_lookup);
         loop {
             let woken = async {
                 tokio::select! {
                     changed = changed.changed() => changed.is_ok(),
-                    () = &mut live_read => true,
+                    () = &mut live_lookup => true,
                 }
             };
             match timeout_at(until, woken).await {
-                Ok(true) => match self.peek(peer) {
+                Ok(true) => match self.lookup(peer) {
                     Ok(workload) => return Ok(workload),
                     Err(later) => refusal = later,
                 },
@@ -238,81 +242,79 @@ impl Attributor {
         }
     }
 
-    /// Unless somebody has just done so. Whatever comes of it wakes whoever waits, and is of use to whoever comes next:
-    /// the read goes on when this caller has given up.
-    fn read_live(&self, address: IpAddr) {
-        let read = self.live_read.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(read) = read.as_ref() else { return };
+    /// Starts a live lookup, unless the address had one within [`LIVE_LOOKUP_INTERVAL`]. The lookup outlives its caller:
+    /// its result wakes every waiting request and helps later ones.
+    fn lookup_live(&self, address: IpAddr) {
+        let lookup = self.live_lookup.read();
+        let Some(lookup) = lookup.as_ref() else { return };
         let now = Instant::now();
-        let mut reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
-        reads.retain(|_, at| now.duration_since(*at) < LIVE_READ_PAUSE);
-        if let Entry::Vacant(entry) = reads.entry(address) {
+        let mut recent = self.recent_lookups.lock();
+        recent.retain(|_, at| now.duration_since(*at) < LIVE_LOOKUP_INTERVAL);
+        if let Entry::Vacant(entry) = recent.entry(address) {
             entry.insert(now);
-            tokio::spawn(timeout(LIVE_READ_LIMIT, read(address)));
+            tokio::spawn(timeout(LIVE_LOOKUP_TIMEOUT, lookup(address)));
         }
     }
 
-    /// Returns when a pod has shown here of which the watch should have told: it may be dead.
-    pub(super) async fn doubted(&self) {
-        self.doubt.notified().await;
+    /// Waits until a pod is seen that the watch should have reported: the watch may be dead.
+    pub(super) async fn resync_requested(&self) {
+        self.resync_requested.notified().await;
     }
 
-    /// How often pods were removed: to be read before a live read begins.
+    /// Returns how many removals the index has seen. Read it before a live lookup begins.
     fn removals(&self) -> u64 {
-        self.directory.read().unwrap_or_else(PoisonError::into_inner).removals()
+        self.index.read().removals()
     }
 
-    /// Applies what a live read found, and returns whether it counted: not if a pod was removed after it `began`. A pod
-    /// that nobody had told of casts doubt on the watch.
-    fn found(&self, began: u64, pods: Vec<Pod>) -> bool {
+    /// Applies the pods that a live lookup found, and returns whether they were valid: they are not if a pod was removed
+    /// since `removals` was read. Requests a resync if the watch had not reported one of them.
+    fn apply_live(&self, removals: u64, pods: Vec<Pod>) -> bool {
         if pods.is_empty() {
             return true;
         }
-        let untold = {
-            let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
-            if directory.removals() != began {
+        let unreported = {
+            let index = self.index.read();
+            if index.removals() != removals {
                 return false;
             }
-            pods.iter().any(|pod| !directory.knows(&pod.uid))
+            pods.iter().any(|pod| !index.contains(&pod.uid))
         };
-        self.apply(Event::Read { began, pods });
-        if untold {
-            // After that, so that a list which begins by it does not count the pod among its own.
-            self.doubt.notify_one();
+        self.apply(Event::LiveLookup { removals, pods });
+        if unreported {
+            // After the event: a list that this request starts must not count the pod as listed.
+            self.resync_requested.notify_one();
         }
         true
     }
 
-    fn is_announced(&self, address: IpAddr) -> bool {
-        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
-        directory.synced() && matches!(directory.owner(address), Owner::NotYet(_))
+    fn is_pending(&self, address: IpAddr) -> bool {
+        let index = self.index.read();
+        index.synced() && matches!(index.owner(address), Owner::Pending(_))
     }
 
-    /// The live pods of a service account on this node.
+    /// Returns the live pods of a service account on this node.
     pub fn pods_of(&self, account: &ServiceAccountName) -> Vec<Workload> {
-        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
-        directory.pods_of(account).map(|pod| Workload(pod.clone())).collect()
+        self.index.read().pods_of(account).map(|pod| Workload(pod.clone())).collect()
     }
 
-    /// Whether a live pod on this node uses the service account, and can ask for credentials.
-    pub fn uses(&self, account: &ServiceAccountName) -> bool {
-        let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner);
-        directory.pods_of(account).next().is_some()
+    /// Returns whether a live pod on this node uses the service account and can request credentials.
+    pub fn has_pods_of(&self, account: &ServiceAccountName) -> bool {
+        self.index.read().pods_of(account).next().is_some()
     }
 
-    /// Where the node's pods are attached to it, by their CNI records.
+    /// Returns where the node's pods are attached to it, by their CNI records.
     pub fn attachments(&self) -> BTreeSet<Attachment> {
-        self.directory.read().unwrap_or_else(PoisonError::into_inner).attachments()
+        self.index.read().attachments()
     }
 
-    /// Changes with every event of the directory.
+    /// Returns a receiver that changes with every event of the index.
     pub fn changes(&self) -> signal::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// Whether the pod is one of this node's live ones still.
+    /// Returns whether the pod is still a live pod of this node.
     pub fn is_live(&self, uid: &PodUid) -> bool {
-        self.directory.read().unwrap_or_else(PoisonError::into_inner).is_live(uid)
+        self.index.read().is_live(uid)
     }
 }
 
@@ -324,7 +326,10 @@ impl fmt::Debug for Attributor {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
+    use pod_index::Record;
 
     fn attributor() -> Arc<Attributor> {
         let (attributor, _) = Attributor::new(Metrics::new("test").unwrap());
@@ -337,70 +342,72 @@ mod tests {
         Peer::from_pod(address.parse().unwrap())
     }
 
-    /// IMDS-25: the wait ends with the event, not with the time.
+    /// IMDS-25: an event ends the wait, not the timeout.
     #[tokio::test(start_paused = true)]
-    async fn who_is_not_known_yet_is_waited_for() {
+    async fn event_ends_wait_for_unknown_pod() {
         let attributor = attributor();
         let began = Instant::now();
-        let told = async {
+        let event = async {
             tokio::time::sleep(Duration::from_millis(300)).await;
             attributor.apply(Event::Pod(Pod::sample("a", "uid-a", "sa", &["10.0.0.1"])));
         };
         let peer = peer("10.0.0.1");
-        let (answer, ()) = tokio::join!(attributor.attribute(&peer, began + PATIENCE), told);
+        let (answer, ()) = tokio::join!(attributor.attribute(&peer, began + ATTRIBUTION_TIMEOUT), event);
         assert_eq!(answer.unwrap().pod(), "a");
         assert!(began.elapsed() < Duration::from_millis(310));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_stays_unknown_is_read_live_once_and_then_refused() {
+    async fn unknown_pod_costs_one_live_lookup() {
         let attributor = attributor();
-        let reads = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let counted = reads.clone();
-        attributor.set_live_read(Box::new(move |_| {
-            counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let lookups = Arc::new(AtomicUsize::new(0));
+        let counted = lookups.clone();
+        attributor.set_live_lookup(Box::new(move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
             Box::pin(async {})
         }));
         let began = Instant::now();
-        let refusal = attributor.attribute(&peer("10.0.0.1"), began + PATIENCE).await.unwrap_err();
+        let refusal = attributor.attribute(&peer("10.0.0.1"), began + ATTRIBUTION_TIMEOUT).await.unwrap_err();
         assert_eq!(refusal.reason, Reason::UnknownPod);
-        assert!(began.elapsed() >= PATIENCE && began.elapsed() < PATIENCE + Duration::from_millis(10));
-        assert_eq!(reads.load(std::sync::atomic::Ordering::SeqCst), 1);
+        let elapsed = began.elapsed();
+        assert!(elapsed >= ATTRIBUTION_TIMEOUT && elapsed < ATTRIBUTION_TIMEOUT + Duration::from_millis(10));
+        assert_eq!(lookups.load(Ordering::SeqCst), 1);
 
-        // However many ask at once, and again; another address has its own.
+        // Concurrent and repeated requests share one lookup; another address has its own.
         for (address, expected) in [("10.0.0.1", 1), ("10.0.0.2", 2), ("10.0.0.1", 3)] {
-            let (asked, until) = (peer(address), Instant::now() + PATIENCE);
-            let all = (0..50).map(|_| attributor.attribute(&asked, until));
+            let (peer, until) = (peer(address), Instant::now() + ATTRIBUTION_TIMEOUT);
+            let all = (0..50).map(|_| attributor.attribute(&peer, until));
             for answer in futures::future::join_all(all).await {
                 assert_eq!(answer.unwrap_err().reason, Reason::UnknownPod);
             }
-            assert_eq!(reads.load(std::sync::atomic::Ordering::SeqCst), expected, "{address}");
+            assert_eq!(lookups.load(Ordering::SeqCst), expected, "{address}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pod_that_its_record_announces_and_nobody_shows_casts_doubt_on_the_watch() {
+    async fn unreported_pod_requests_resync() {
         let attributor = attributor();
-        let asks = |address: &str| {
+        let refuses = |address: &str| {
             let (attributor, peer) = (attributor.clone(), peer(address));
-            async move { attributor.attribute(&peer, Instant::now() + PATIENCE).await.unwrap_err() }
+            async move { attributor.attribute(&peer, Instant::now() + ATTRIBUTION_TIMEOUT).await.unwrap_err() }
         };
-        asks("10.0.0.1").await;
-        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_err(), "a stranger is no reason");
-        attributor.apply(Event::Record(directory::Record::sample("r", "uid-a", "10.0.0.1")));
-        asks("10.0.0.1").await;
-        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
+        let resync_requested = || timeout_at(Instant::now(), attributor.resync_requested());
+        refuses("10.0.0.1").await;
+        assert!(resync_requested().await.is_err(), "an address without a record is no reason");
+        attributor.apply(Event::Record(Record::sample("r", "uid-a", "10.0.0.1")));
+        refuses("10.0.0.1").await;
+        assert!(resync_requested().await.is_ok());
 
         attributor.apply(Event::Pod(Pod::sample("b", "uid-b", "sa", &[])));
-        attributor.found(attributor.removals(), vec![Pod::sample("b", "uid-b", "sa", &["10.0.0.2"])]);
-        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_err(), "its address may come later");
-        attributor.found(attributor.removals(), vec![Pod::sample("c", "uid-c", "sa", &["10.0.0.3"])]);
-        assert!(timeout_at(Instant::now(), attributor.doubted()).await.is_ok());
+        attributor.apply_live(attributor.removals(), vec![Pod::sample("b", "uid-b", "sa", &["10.0.0.2"])]);
+        assert!(resync_requested().await.is_err(), "the watch may report the address later");
+        attributor.apply_live(attributor.removals(), vec![Pod::sample("c", "uid-c", "sa", &["10.0.0.3"])]);
+        assert!(resync_requested().await.is_ok());
 
-        let began = attributor.removals();
-        attributor.apply(Event::PodGone(PodUid("uid-d".into())));
-        assert!(!attributor.found(began, vec![Pod::sample("d", "uid-d", "sa", &["10.0.0.4"])]), "to be read again");
-        assert!(attributor.peek(&peer("10.0.0.4")).is_err());
+        let removals = attributor.removals();
+        attributor.apply(Event::PodDeleted(PodUid("uid-d".into())));
+        assert!(!attributor.apply_live(removals, vec![Pod::sample("d", "uid-d", "sa", &["10.0.0.4"])]), "stale");
+        assert!(attributor.lookup(&peer("10.0.0.4")).is_err());
     }
 
     #[test]
@@ -409,19 +416,19 @@ mod tests {
         for (address, is_egress) in
             [("169.254.172.0", true), ("169.254.175.255", true), ("169.254.171.255", false), ("169.254.176.0", false)]
         {
-            let refusal = attributor.peek(&peer(address)).unwrap_err();
+            let refusal = attributor.lookup(&peer(address)).unwrap_err();
             assert_eq!(refusal.reason, Reason::UnknownPod);
             assert_eq!(refusal.detail.contains("ENDPOINT_MODE=IPv6"), is_egress, "{}", refusal.detail);
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn two_claimants_get_nothing() {
+    async fn ambiguous_address_is_refused() {
         let attributor = attributor();
         for uid in ["a", "b"] {
             attributor.apply(Event::Pod(Pod::sample(uid, uid, "sa", &["10.0.0.1"])));
         }
-        let refusal = attributor.attribute(&peer("10.0.0.1"), Instant::now() + PATIENCE).await.unwrap_err();
+        let refusal = attributor.attribute(&peer("10.0.0.1"), Instant::now() + ATTRIBUTION_TIMEOUT).await.unwrap_err();
         assert_eq!(refusal.reason, Reason::AmbiguousAddress);
         assert!(refusal.detail.contains("default/a and default/b"), "{}", refusal.detail);
     }

@@ -189,7 +189,7 @@ pub async fn run(
     let graceful = Arc::new(GracefulShutdown::new());
     let probe = Arc::new(Probe::default());
     let direct = if installed.is_some() { Direct::Refuse } else { Direct::Accept };
-    let pod_of = move |peer: &Peer| attributor.peek(peer).ok().map(|workload| workload.uid().0.clone());
+    let pod_of = move |peer: &Peer| attributor.lookup(peer).ok().map(|workload| workload.uid().0.clone());
     let acceptor = Acceptor::new(config.limits, direct, Box::new(pod_of), probe.clone(), metrics.clone());
     let mut listening = JoinSet::new();
     for listener in listeners.pods {

@@ -198,7 +198,7 @@ impl Server {
 
     fn log(&self, peer: &Peer, refusal: &Refusal) {
         if self.refusals.is_news(refusal.reason, peer.source().ip()) {
-            match self.attributor.peek(peer) {
+            match self.attributor.lookup(peer) {
                 Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
                 Err(_) => log_refusal(refusal, "", "", ""),
             }

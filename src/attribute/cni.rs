@@ -1,8 +1,9 @@
-//! The node's own CNI records: which pod has which address, known before the pod's first instruction.
+//! The node's CNI records: they map addresses to pods before a pod's first instruction runs.
 //!
-//! libcni, in containerd as in CRI-O, writes `/var/lib/cni/results/<network>-<sandbox id>-<ifname>` when CNI ADD
-//! returns and removes it at CNI DEL (`libcni/api.go`, "cniCacheV1"). Whatever else lies in that folder, half-written,
-//! unreadable, huge or foreign, is skipped and counted, never fatal.
+//! libcni, used by containerd and CRI-O, writes `/var/lib/cni/results/<network>-<sandbox id>-<ifname>` when CNI ADD
+//! returns and deletes it at CNI DEL ("cniCacheV1",
+//! <https://github.com/containernetworking/cni/blob/main/libcni/api.go>). Any other file in that directory (partial,
+//! unreadable, huge or foreign) is skipped and counted, never fatal.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,34 +28,35 @@ use tracing::{debug, info, warn};
 use super::{
     Attributor, Event, PodUid,
     attachment::{self, Attachment, CniInterface},
-    directory::Record,
+    pod_index::Record,
 };
-use crate::observe::Metrics;
+use crate::{clock::UnixTime, observe::Metrics};
 
-/// Records carry the pod's annotations (256 KiB, which JSON may write as six times that) and host ports, as many as
-/// fit into an object of the API server's. What is not needed is skipped while parsing, so size costs no memory.
+/// Maximum size of a record. Records contain the pod's annotations (256 KiB, up to six times that when escaped in JSON)
+/// and all its host ports. The parser skips unused fields, so a large record needs no memory.
 const MAX_SIZE: u64 = 64 << 20;
-/// How soon it is tried again to follow what could not be followed. A node that never ran a pod has no folder.
-const RETRY: Duration = Duration::from_secs(1);
-/// Between two looks until then. An address that is dealt anew must be another pod's here before that pod has started.
-const LOOK: Duration = Duration::from_millis(50);
+/// Interval between attempts to watch the directory, which does not exist on a node that never ran a pod.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Polling interval while the directory cannot be watched. A reassigned address must be known before its new pod starts.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The folder of records, read once before anything that could contradict it, then followed.
+/// Reads the directory of records once before pods are listed, then watches it.
 #[derive(Debug)]
-pub struct Records {
-    folder: PathBuf,
-    /// Asked for once: by the kernel, this moment moves when the clock is set.
-    boot: i64,
+pub struct RecordWatcher {
+    directory: PathBuf,
+    /// Read once, since the kernel's boot time moves when the clock is set.
+    boot: UnixTime,
+    /// Replaceable for tests.
     inotify: fn() -> io::Result<Inotify>,
     attributor: Arc<Attributor>,
     metrics: Metrics,
 }
 
-/// Why a file of the folder is not a record of a pod's address.
+/// The reason why a file of the directory is not used as a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Skip {
-    /// For want of file descriptors or memory: nothing that the file says.
-    NotNow,
+    /// Out of file descriptors or memory: says nothing about the file.
+    OutOfResources,
     Unreadable,
     TooLarge,
     NotJson,
@@ -65,7 +67,7 @@ pub(crate) enum Skip {
 impl Skip {
     fn label(self) -> &'static str {
         match self {
-            Self::NotNow => "not_now",
+            Self::OutOfResources => "out_of_resources",
             Self::Unreadable => "unreadable",
             Self::TooLarge => "too_large",
             Self::NotJson => "not_json",
@@ -75,81 +77,80 @@ impl Skip {
     }
 }
 
-impl Records {
-    pub fn new(folder: PathBuf, attributor: Arc<Attributor>, metrics: Metrics) -> Self {
-        Self { folder, boot: boot_time(), inotify: Inotify::init, attributor, metrics }
+impl RecordWatcher {
+    pub fn new(directory: PathBuf, attributor: Arc<Attributor>, metrics: Metrics) -> Self {
+        Self { directory, boot: boot_time(), inotify: Inotify::init, attributor, metrics }
     }
 
-    /// Reads what is there. To be done before the pods are listed: what lies here then and names none of them is
-    /// stale.
+    /// Reads all records. Call it before pods are listed: a record that exists by then and names none of them is stale.
     pub fn scan(&self) {
         match self.read_all() {
-            Ok(count) => info!(folder = %self.folder.display(), files = count, "CNI records read"),
+            Ok(count) => info!(directory = %self.directory.display(), files = count, "CNI records were read"),
             Err(error) if error.kind() == io::ErrorKind::NotFound => info!(
-                folder = %self.folder.display(), %error,
-                "no CNI records yet; until there are, pods are known when the API server shows their address"
+                directory = %self.directory.display(), %error,
+                "no CNI records yet: until then, pods are identified once the API server reports their address"
             ),
             Err(error) => warn!(
-                folder = %self.folder.display(), %error,
-                "CNI records cannot be read: pods are known when the API server shows their address, which may be \
-                 seconds after they have started. Is the folder root's, and is this root? --cni-results none if there \
-                 are none"
+                directory = %self.directory.display(), %error,
+                "CNI records cannot be read: pods are identified once the API server reports their address, which may \
+                 be seconds after they start. Check that kirsa runs as root and that root owns the directory; set \
+                 --cni-results none if the runtime writes no records"
             ),
         }
     }
 
-    /// Follows the folder, through its removal and return, until dropped. What cannot be followed is looked at: what is
-    /// known of it must not grow old, since addresses change hands.
+    /// Watches the directory until dropped, also when it is deleted and recreated. Polls a directory that cannot be
+    /// watched: addresses are reassigned, so stale records are unsafe.
     pub async fn follow(self) {
-        let mut told = false;
+        let mut warned = false;
         loop {
-            let ended = self.follow_once().await;
+            let ended = self.watch_folder().await;
             self.metrics.cni_followed.set(0);
             let Err(error) = ended else {
-                told = false;
+                warned = false;
                 continue;
             };
-            if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut told, true) {
+            if error.kind() != io::ErrorKind::NotFound && !std::mem::replace(&mut warned, true) {
                 warn!(
-                    folder = %self.folder.display(), %error,
-                    "CNI records cannot be followed; looking at them every 50 ms instead. Is a file descriptor or an \
-                     inotify instance to be had (fs.inotify.max_user_instances)?"
+                    directory = %self.directory.display(), %error,
+                    "CNI records cannot be watched: polling them every 50 ms instead. Check the limits of file \
+                     descriptors and of inotify instances (fs.inotify.max_user_instances)"
                 );
             }
-            self.look_for(RETRY).await;
+            self.poll_for(RETRY_DELAY).await;
         }
     }
 
-    /// Reads all again whenever a name, a size or a time of modification has changed.
-    async fn look_for(&self, long: Duration) {
+    /// Polls for `duration`: reads all records again when a name, a size or a modification time has changed.
+    async fn poll_for(&self, duration: Duration) {
         let mut seen = None;
-        let end = Instant::now() + long;
+        let end = Instant::now() + duration;
         while Instant::now() < end {
-            let there = self.appearance().ok();
-            if there != seen
+            let current = self.fingerprint().ok();
+            if current != seen
                 && let Err(error) = self.read_all()
             {
-                debug!(folder = %self.folder.display(), %error, "CNI records cannot be read now");
+                debug!(directory = %self.directory.display(), %error, "CNI records cannot be read yet");
             } else {
-                seen = there;
+                seen = current;
             }
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 
-    fn appearance(&self) -> io::Result<BTreeMap<OsString, (i64, i64, u64)>> {
-        let looks = |entry: io::Result<DirEntry>| {
+    fn fingerprint(&self) -> io::Result<BTreeMap<OsString, (i64, i64, u64)>> {
+        let fingerprint = |entry: io::Result<DirEntry>| {
             let entry = entry?;
-            let about = entry.metadata()?;
-            Ok((entry.file_name(), (about.mtime(), about.mtime_nsec(), about.len())))
+            let metadata = entry.metadata()?;
+            Ok((entry.file_name(), (metadata.mtime(), metadata.mtime_nsec(), metadata.len())))
         };
-        std::fs::read_dir(&self.folder)?.map(looks).collect()
+        std::fs::read_dir(&self.directory)?.map(fingerprint).collect()
     }
 
-    async fn follow_once(&self) -> io::Result<()> {
+    async fn watch_folder(&self) -> io::Result<()> {
         let inotify = (self.inotify)()?;
         inotify.watches().add(
-            &self.folder,
+            &self.directory,
             WatchMask::CLOSE_WRITE
                 | WatchMask::MOVED_TO
                 | WatchMask::DELETE
@@ -157,14 +158,14 @@ impl Records {
                 | WatchMask::DELETE_SELF
                 | WatchMask::MOVE_SELF,
         )?;
-        // Only now, so that nothing falls between reading and following.
+        // Read after the watch is set up, so that no change is missed.
         self.read_all()?;
         self.metrics.cni_followed.set(1);
         let mut events = inotify.into_event_stream(vec![0; 16 << 10])?;
         while let Some(event) = events.next().await {
             let event = event?;
             if event.mask.contains(EventMask::Q_OVERFLOW) {
-                warn!(folder = %self.folder.display(), "too many changes of CNI records at once: reading them all again");
+                warn!(directory = %self.directory.display(), "inotify queue of CNI records overflowed: reading all records again");
                 return Ok(());
             }
             if event.mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED) {
@@ -172,7 +173,7 @@ impl Records {
             }
             let Some(id) = event.name.as_deref().and_then(|name| name.to_str()) else { continue };
             if event.mask.intersects(EventMask::DELETE | EventMask::MOVED_FROM) {
-                self.attributor.apply(Event::RecordGone(id.into()));
+                self.attributor.apply(Event::RecordDeleted(id.into()));
             } else {
                 self.read_one(id)?;
             }
@@ -181,10 +182,10 @@ impl Records {
     }
 
     fn read_all(&self) -> io::Result<usize> {
-        let entries = std::fs::read_dir(&self.folder).inspect_err(|error| {
-            // Gone with all that was in it, whether or not somebody was told of each file.
+        let entries = std::fs::read_dir(&self.directory).inspect_err(|error| {
+            // The directory was deleted with all its records, of which inotify may not have reported each.
             if error.kind() == io::ErrorKind::NotFound {
-                self.attributor.apply(Event::RecordsAre(Vec::new()));
+                self.attributor.apply(Event::RecordsSnapshot(Vec::new()));
             }
         })?;
         self.attributor.apply(Event::ScanStarted);
@@ -196,67 +197,74 @@ impl Records {
             }
         }
         let count = present.len();
-        self.attributor.apply(Event::RecordsAre(present));
+        self.attributor.apply(Event::RecordsSnapshot(present));
         Ok(count)
     }
 
-    /// An error is to be followed by another look at the whole folder.
+    /// Reads one record. After an error, the caller reads the whole directory again.
+    ///
+    /// # Errors
+    /// If the agent is out of file descriptors or memory.
     fn read_one(&self, id: &str) -> io::Result<()> {
-        match read(&self.folder.join(id), id, self.boot) {
+        match read(&self.directory.join(id), id, self.boot) {
             Ok(record) => {
                 if record.before_boot {
                     self.metrics.cni_skipped("before_boot");
                 }
                 self.attributor.apply(Event::Record(record));
             }
-            Err(Skip::NotNow) => {
-                self.metrics.cni_skipped(Skip::NotNow.label());
-                // What is known of it stays: a pod whose record is gone would lose its address.
-                return Err(io::Error::other("no file descriptor or memory to read a CNI record with"));
+            Err(Skip::OutOfResources) => {
+                self.metrics.cni_skipped(Skip::OutOfResources.label());
+                // Keep the known record: without it, the pod would lose its address.
+                return Err(io::Error::other("out of file descriptors or memory while reading a CNI record"));
             }
             Err(skip) => {
                 self.metrics.cni_skipped(skip.label());
-                // An unreadable record is not a removed one: what is known of that sandbox stays until the file goes.
-                debug!(file = id, reason = skip.label(), "CNI record skipped");
+                // Keep the known record of that sandbox until the file is deleted: unreadable is not deleted.
+                debug!(file = id, reason = skip.label(), "file is not used as a CNI record");
             }
         }
         Ok(())
     }
 }
 
-/// Where the pods of a folder's records are attached to the node, as the records say now.
+/// Reads a directory's records, and returns where their pods are attached to the node.
 ///
 /// # Errors
-/// The folder cannot be listed.
-pub fn attachments(folder: &Path) -> io::Result<BTreeSet<Attachment>> {
+/// If the directory cannot be listed.
+pub fn attachments(directory: &Path) -> io::Result<BTreeSet<Attachment>> {
     let boot = boot_time();
-    let names = std::fs::read_dir(folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let records = names.filter_map(|name| read(&folder.join(&name), &name, boot).ok());
-    Ok(records.filter_map(|record| Attachment::of(&record)).collect())
+    let names = std::fs::read_dir(directory)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let records = names.filter_map(|name| read(&directory.join(&name), &name, boot).ok());
+    Ok(records.filter_map(|record| Attachment::from_record(&record)).collect())
 }
 
-fn read(path: &Path, id: &str, boot: i64) -> Result<Record, Skip> {
-    let file = File::open(path).map_err(|error| unread(&error))?;
-    let metadata = file.metadata().map_err(|error| unread(&error))?;
+fn read(path: &Path, id: &str, boot: UnixTime) -> Result<Record, Skip> {
+    let file = File::open(path).map_err(|error| skip_reason(&error))?;
+    let metadata = file.metadata().map_err(|error| skip_reason(&error))?;
     if !metadata.is_file() {
         return Err(Skip::Foreign);
     }
     if metadata.len() > MAX_SIZE {
         return Err(Skip::TooLarge);
     }
-    // A reboot leaves records behind, and deals the addresses anew. A time in the future says nothing.
-    let before_boot = metadata.mtime() < boot;
+    // A reboot leaves records behind and reassigns their addresses. A time in the future proves nothing.
+    let before_boot = unix_time(metadata.mtime()) < boot;
     Ok(Record { before_boot, ..parse(BufReader::new(file.take(MAX_SIZE)), id)? })
 }
 
-fn unread(error: &io::Error) -> Skip {
+fn unix_time(seconds: i64) -> UnixTime {
+    UnixTime(u64::try_from(seconds).unwrap_or(0))
+}
+
+fn skip_reason(error: &io::Error) -> Skip {
     match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Skip::NotNow,
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Skip::OutOfResources,
         _ => Skip::Unreadable,
     }
 }
 
-/// What is needed of libcni's cache entry.
+/// The fields in use of libcni's cache entry.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct CacheEntry {
@@ -283,7 +291,7 @@ struct CniIp {
 pub(crate) fn parse(json: impl Read, id: &str) -> Result<Record, Skip> {
     let entry: CacheEntry = serde_json::from_reader(json).map_err(|error| match error.classify() {
         Category::Data => Skip::Foreign,
-        Category::Io => unread(&error.into()),
+        Category::Io => skip_reason(&error.into()),
         Category::Syntax | Category::Eof => Skip::NotJson,
     })?;
     if entry.kind != "cniCacheV1" {
@@ -300,7 +308,8 @@ pub(crate) fn parse(json: impl Read, id: &str) -> Result<Record, Skip> {
     if addresses.is_empty() || addresses.iter().all(IpAddr::is_loopback) {
         return Err(Skip::Loopback);
     }
-    let (interfaces, mac) = attachment::ends(entry.result.interfaces.as_deref().unwrap_or_default(), &entry.if_name);
+    let (interfaces, mac) =
+        attachment::split_interfaces(entry.result.interfaces.as_deref().unwrap_or_default(), &entry.if_name);
     Ok(Record {
         id: id.into(),
         pod: PodUid(pod.1.as_str().into()),
@@ -312,10 +321,11 @@ pub(crate) fn parse(json: impl Read, id: &str) -> Result<Record, Skip> {
     })
 }
 
-/// When this node booted, in seconds since the epoch; 0 (everything counts) where the kernel does not say.
-fn boot_time() -> i64 {
+/// Returns when this node booted; 0 (no record is older than the boot) if the kernel does not tell.
+fn boot_time() -> UnixTime {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok()).unwrap_or(0)
+    let boot = stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok());
+    UnixTime(boot.unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -328,7 +338,7 @@ mod tests {
     use super::*;
     use crate::{attribute::pod::Pod, intercept::Peer};
 
-    /// As containerd 2.4 leaves it, shortened.
+    /// A record of containerd 2.4, shortened.
     const BRIDGE: &str = r#"{"kind":"cniCacheV1","containerId":"1198af","config":"eyJ9","ifName":"eth0",
         "networkName":"kit","netns":"/var/run/netns/cni-68b0","cniArgs":[["K8S_POD_UID","794615a3"],
         ["IgnoreUnknown","1"],["K8S_POD_NAMESPACE","default"],["K8S_POD_NAME","reader"]],
@@ -336,20 +346,20 @@ mod tests {
         "ips":[{"address":"10.244.0.2/24","gateway":"10.244.0.1","interface":2},{"address":"fd00::2/64"}]}}"#;
 
     #[test]
-    fn a_record_names_the_pod_and_its_addresses() {
+    fn record_names_pod_and_addresses() {
         let record = parse(BRIDGE.as_bytes(), "kit-1198af-eth0").unwrap();
         assert_eq!((&*record.pod.0, &*record.interface), ("794615a3", "eth0"));
         assert_eq!(record.addresses, ["10.244.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
     }
 
-    /// Writes a file that was modified then.
+    /// Writes a file with this modification time.
     fn write_dated(path: &Path, content: &str, modified: i64) {
         std::fs::write(path, content).unwrap();
         let time = TimeSpec::seconds(modified);
         futimens(File::options().write(true).open(path).unwrap(), &time, &time).unwrap();
     }
 
-    fn read_dated(name: &str, content: &str, modified: i64, boot: i64) -> Result<Record, Skip> {
+    fn read_dated(name: &str, content: &str, modified: i64, boot: UnixTime) -> Result<Record, Skip> {
         let path = std::env::temp_dir().join(format!("kirsa-{name}-{}", std::process::id()));
         write_dated(&path, content, modified);
         let record = read(&path, "kit-1198af-eth0", boot);
@@ -357,7 +367,7 @@ mod tests {
         record
     }
 
-    /// Go's JSON writes `<` as six bytes: 256 KiB of it make 1.5 MiB. Host ports come on top.
+    /// Go's JSON encoder writes `<` as six bytes: 256 KiB of it become 1.5 MiB, plus the host ports.
     #[test]
     fn record_of_5_mib_is_readable() {
         let ports = r#"{"hostPort":8080,"containerPort":8080,"protocol":"tcp","hostIP":""},"#.repeat(56_000);
@@ -368,13 +378,13 @@ mod tests {
         );
         let large = BRIDGE.replace(r#""capabilityArgs":{"#, &args);
         assert!(large.len() > 5 << 20, "{}", large.len());
-        let record = read_dated("large", &large, 1, 0);
+        let record = read_dated("large", &large, 1, UnixTime(0));
         assert_eq!(&*record.unwrap().pod.0, "794615a3");
     }
 
     #[test]
-    fn clock_decides_only_what_is_older_than_the_boot() {
-        let boot = 1_700_000_000;
+    fn only_records_older_than_boot_are_marked() {
+        let boot = UnixTime(1_700_000_000);
         for (modified, before_boot) in [(1_699_999_999, true), (1_700_000_000, false), (4_000_000_000, false)] {
             let record = read_dated(&format!("dated-{modified}"), BRIDGE, modified, boot).unwrap();
             assert_eq!(record.before_boot, before_boot, "{modified}");
@@ -385,12 +395,16 @@ mod tests {
     /// The clock goes back by an hour between two records of an address.
     #[tokio::test(start_paused = true)]
     async fn clock_set_back_reorders_no_records() {
-        let folder = std::env::temp_dir().join(format!("kirsa-clock-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
+        let directory = std::env::temp_dir().join(format!("kirsa-clock-{}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
         let (attributor, _) = Attributor::new(Metrics::new("test").unwrap());
-        let records = Records::new(folder.clone(), attributor.clone(), Metrics::new("test").unwrap());
+        let records = RecordWatcher::new(directory.clone(), attributor.clone(), Metrics::new("test").unwrap());
         let write = |id: &str, uid: &str, after_boot: i64| {
-            write_dated(&folder.join(id), &BRIDGE.replace("794615a3", uid), records.boot + after_boot);
+            write_dated(
+                &directory.join(id),
+                &BRIDGE.replace("794615a3", uid),
+                i64::try_from(records.boot.0).unwrap() + after_boot,
+            );
             records.scan();
         };
         write("kit-1-eth0", "gone", 7_200);
@@ -399,17 +413,17 @@ mod tests {
         attributor.apply(Event::ListDone);
         write("kit-2-eth0", "uid-a", 3_600);
         let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
-        assert_eq!(attributor.peek(&peer).unwrap().pod(), "a");
-        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(attributor.lookup(&peer).unwrap().pod(), "a");
+        std::fs::remove_dir_all(&directory).unwrap();
     }
 
-    /// The node's inotify instances are used up: whoever had an address must not keep it.
+    /// The node is out of inotify instances: an address must still move to its next pod.
     #[tokio::test(start_paused = true)]
-    async fn what_cannot_be_followed_is_looked_at() {
-        let folder = std::env::temp_dir().join(format!("kirsa-records-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
+    async fn records_are_polled_without_inotify() {
+        let directory = std::env::temp_dir().join(format!("kirsa-records-{}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
         let write = |id: &str, uid: &str| {
-            std::fs::write(folder.join(id), BRIDGE.replace("794615a3", uid)).unwrap();
+            std::fs::write(directory.join(id), BRIDGE.replace("794615a3", uid)).unwrap();
         };
         let (attributor, _) = Attributor::new(Metrics::new("test").unwrap());
         attributor.apply(Event::ListStarted);
@@ -418,46 +432,48 @@ mod tests {
         }
         attributor.apply(Event::ListDone);
         write("a", "uid-a");
-        let mut records = Records::new(folder.clone(), attributor.clone(), Metrics::new("test").unwrap());
+        let mut records = RecordWatcher::new(directory.clone(), attributor.clone(), Metrics::new("test").unwrap());
         records.inotify = || Err(Errno::EMFILE.into());
         records.scan();
         let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
-        std::fs::write(folder.join("a"), &BRIDGE[..100]).unwrap();
+        std::fs::write(directory.join("a"), &BRIDGE[..100]).unwrap();
         records.scan();
-        assert!(attributor.peek(&peer).is_ok(), "an unreadable record is not a removed one");
+        assert!(attributor.lookup(&peer).is_ok(), "an unreadable record is not deleted");
         write("a", "uid-a");
         let follow = tokio::spawn(records.follow());
-        assert_eq!(attributor.peek(&peer).unwrap().pod(), "uid-a");
+        assert_eq!(attributor.lookup(&peer).unwrap().pod(), "uid-a");
 
-        std::fs::remove_file(folder.join("a")).unwrap();
+        std::fs::remove_file(directory.join("a")).unwrap();
         write("b", "uid-b");
         let is_b = async {
-            while !attributor.peek(&peer).is_ok_and(|owner| owner.pod() == "uid-b") {
+            while !attributor.lookup(&peer).is_ok_and(|owner| owner.pod() == "uid-b") {
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), is_b).await.expect("it is b's");
+        tokio::time::timeout(Duration::from_secs(10), is_b).await.expect("the address moves to b");
 
-        std::fs::remove_dir_all(&folder).unwrap();
-        let is_nobodys = async {
-            while attributor.peek(&peer).is_ok() {
+        std::fs::remove_dir_all(&directory).unwrap();
+        let is_unknown = async {
+            while attributor.lookup(&peer).is_ok() {
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), is_nobodys).await.expect("with the folder its records are gone");
+        tokio::time::timeout(Duration::from_secs(10), is_unknown)
+            .await
+            .expect("deleting the directory deletes its records");
         follow.abort();
     }
 
     #[test]
-    fn want_of_file_descriptors_is_nothing_that_a_record_says() {
-        assert_eq!(unread(&io::Error::from(Errno::EMFILE)), Skip::NotNow);
-        assert_eq!(unread(&io::Error::from(Errno::ENOENT)), Skip::Unreadable);
+    fn descriptor_exhaustion_is_no_unreadable_record() {
+        assert_eq!(skip_reason(&io::Error::from(Errno::EMFILE)), Skip::OutOfResources);
+        assert_eq!(skip_reason(&io::Error::from(Errno::ENOENT)), Skip::Unreadable);
     }
 
     #[test]
-    fn what_is_no_record_is_skipped_and_says_why() {
+    fn other_files_are_skipped_with_reason() {
         let change = |from: &str, to: &str| parse(BRIDGE.replace(from, to).as_bytes(), "x").unwrap_err();
-        assert_eq!(parse(&BRIDGE.as_bytes()[..100], "x"), Err(Skip::NotJson), "half-written");
+        assert_eq!(parse(&BRIDGE.as_bytes()[..100], "x"), Err(Skip::NotJson), "partial");
         assert_eq!(parse(&b""[..], "x"), Err(Skip::NotJson));
         assert_eq!(parse(&b"[]"[..], "x"), Err(Skip::Foreign));
         assert_eq!(change("cniCacheV1", "cniCacheV9"), Skip::Foreign);

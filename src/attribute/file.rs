@@ -1,5 +1,5 @@
-//! Workloads from a YAML file: kirsa without Kubernetes, for a laptop, systemd-nspawn or Nomad. The same directory is
-//! fed, so everything after it is the same. A broken file changes nothing: the last good one holds.
+//! Workloads from a YAML file: kirsa without Kubernetes, for a laptop, systemd-nspawn or Nomad. They enter the same pod
+//! index, so all later stages are the same. A malformed file changes nothing: the last valid one stays in effect.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -20,11 +20,12 @@ use super::{
     Attributor, Event,
     pod::{Pod, PodUid, ServiceAccountName},
 };
+use crate::clock::UnixTime;
 
-/// How soon a folder that has gone is looked for again.
-const RETRY: Duration = Duration::from_secs(1);
+/// Interval between attempts to watch the file's directory again after it was removed.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// One entry of the file: a pod, and what its service account would say.
+/// An entry of the file: a pod, and the configuration that its service account would have in Kubernetes.
 #[derive(Debug, Clone)]
 pub struct FileWorkload {
     pub pod: Pod,
@@ -62,29 +63,29 @@ fn default_name() -> String {
     "default".into()
 }
 
-/// Reads the file's text.
+/// Parses the file's content.
 ///
 /// # Errors
-/// Names the line and what would be right.
+/// If the content is no valid list of workloads. The message names the line and the fix, and contains no tokens.
 pub fn parse(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
-    // A key or a value that is wrong is quoted, and may be a token in the wrong place.
-    entries(text).map_err(|wrong| anyhow!(without_tokens(&format!("{wrong:#}"))))
+    // The error quotes invalid keys and values, and one of them may be a misplaced token.
+    parse_document(text).map_err(|error| anyhow!(redact_tokens(&format!("{error:#}"))))
 }
 
-/// The text with a word in the place of whatever may be a JWT: what begins as the JSON of its header does.
-fn without_tokens(text: &str) -> String {
-    let (mut shown, mut rest) = (String::with_capacity(text.len()), text);
+/// Replaces everything that may be a JWT: `eyJ` is the start of its base64url-encoded JSON header.
+fn redact_tokens(text: &str) -> String {
+    let (mut redacted, mut rest) = (String::with_capacity(text.len()), text);
     while let Some((before, token)) = rest.split_once("eyJ") {
         let end = token.find(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c))).unwrap_or(token.len());
-        shown.push_str(before);
-        shown.push_str("[redacted]");
+        redacted.push_str(before);
+        redacted.push_str("[redacted]");
         rest = &token[end..];
     }
-    shown + rest
+    redacted + rest
 }
 
-fn entries(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
-    // The line's number, not the line: a token that was put into the wrong place must not get into the log.
+fn parse_document(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
+    // Errors have the line number without the line: a misplaced token must not get into the log.
     let options = serde_saphyr::options! { with_snippet: false };
     let document: Document = serde_saphyr::from_str_with_options(text, options).map_err(|error| anyhow!("{error}"))?;
     let mut owners: HashMap<IpAddr, String> = HashMap::new();
@@ -94,23 +95,25 @@ fn entries(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
         let line = referenced.line();
         let name = format!("{}/{}", entry.namespace, entry.pod);
         if let Some(first) = names.insert(name.clone(), line) {
-            return Err(anyhow!("line {line}: workload {name} stands on line {first} already"));
+            return Err(anyhow!("line {line}: workload {name} is already defined on line {first}"));
         }
         if entry.addresses.is_empty() {
-            return Err(anyhow!("line {line}: workload {name} has no address; give the one that it connects from"));
+            return Err(anyhow!(
+                "line {line}: workload {name} has no address; list the addresses that it connects from"
+            ));
         }
         for address in &entry.addresses {
             if let Some(other) = owners.insert(address.to_canonical(), name.clone()) {
-                return Err(anyhow!("line {line}: address {address} of workload {name} belongs to {other} already"));
+                return Err(anyhow!("line {line}: address {address} of workload {name} already belongs to {other}"));
             }
         }
         if entry.role.is_some() && entry.token_file.is_none() {
             return Err(anyhow!(
-                "line {line}: workload {name} has a role but no tokenFile; give the file of its web identity token"
+                "line {line}: workload {name} has a role but no tokenFile; set it to the file of its web identity token"
             ));
         }
         if entry.token_file.as_ref().is_some_and(|file| !file.is_absolute()) {
-            // Which may be the token itself, so it is not shown.
+            // Not quoted: the value may be the token itself.
             return Err(anyhow!("line {line}: tokenFile of workload {name} must be an absolute path"));
         }
         let workload = FileWorkload {
@@ -122,21 +125,21 @@ fn entries(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
                 host_network: false,
                 mirror_of: None,
                 ended: false,
-                created: 0,
+                created: UnixTime(0),
             },
             role: entry.role,
             token_file: entry.token_file,
             annotations: entry.annotations,
         };
-        // A service account has one role; which of two it is must not depend on their order.
+        // A service account has one role, which must not depend on the order of the entries.
         let same_account = |other: &&FileWorkload| other.pod.account == workload.pod.account;
         if let Some(other) = workloads.iter().find(same_account)
             && (&other.role, &other.token_file, &other.annotations)
                 != (&workload.role, &workload.token_file, &workload.annotations)
         {
             return Err(anyhow!(
-                "line {line}: service account {} has another role, tokenFile or annotations than before; give the \
-                 workload a serviceAccount of its own",
+                "line {line}: service account {} has a different role, tokenFile or annotations than in an earlier \
+                 workload; give this workload its own serviceAccount",
                 workload.pod.account
             ));
         }
@@ -145,7 +148,7 @@ fn entries(text: &str) -> anyhow::Result<Vec<FileWorkload>> {
     Ok(workloads)
 }
 
-/// Tells the directory of the file's pods, and of no others.
+/// Replaces the pods of the index by those of the file.
 pub fn apply(workloads: &[FileWorkload], attributor: &Attributor) {
     attributor.apply(Event::ListStarted);
     for workload in workloads {
@@ -154,18 +157,20 @@ pub fn apply(workloads: &[FileWorkload], attributor: &Attributor) {
     attributor.apply(Event::ListDone);
 }
 
+/// Reads and parses the file.
+///
 /// # Errors
-/// Names the file, the line and what would be right.
+/// If the file cannot be read or is malformed. The message names the file, the line and the fix.
 pub fn read(file: &Path) -> anyhow::Result<Vec<FileWorkload>> {
     let text =
-        std::fs::read_to_string(file).with_context(|| format!("--workloads {}: cannot be read", file.display()))?;
+        std::fs::read_to_string(file).with_context(|| format!("--workloads {}: cannot read file", file.display()))?;
     parse(&text).with_context(|| format!("--workloads {}", file.display()))
 }
 
-/// Follows the file and hands over what it says now, until dropped.
+/// Watches the file and calls `changed` with each valid version, until dropped.
 ///
 /// # Errors
-/// The folder of the file cannot be followed at the start.
+/// If the file's directory cannot be watched at the start.
 pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -> anyhow::Result<()> {
     let mut events = watch(&file)?;
     let mut last: Option<Arc<str>> = None;
@@ -177,36 +182,36 @@ pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -
                     Ok(workloads) => {
                         let count = workloads.len();
                         changed(workloads);
-                        info!(file = %file.display(), workloads = count, "workloads read");
+                        info!(file = %file.display(), workloads = count, "workloads file was read");
                     }
-                    Err(wrong) => error!(
-                        file = %file.display(), error = format!("{wrong:#}"),
-                        "workloads file is wrong: keeping what it said before"
+                    Err(error) => error!(
+                        file = %file.display(), error = format!("{error:#}"),
+                        "workloads file is malformed: its last valid version stays in effect"
                     ),
                 }
                 last = Some(text.into());
             }
             Err(error) => {
-                error!(file = %file.display(), %error, "workloads file cannot be read: keeping what it said before")
+                error!(file = %file.display(), %error, "workloads file cannot be read: its last valid version stays in effect")
             }
         }
         let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;
         if events.next().await.is_none_or(|event| event.is_ok_and(|event| event.mask.intersects(gone))) {
-            // Its folder was replaced: what it said holds until there is another.
+            // The directory was replaced: the last version stays in effect until there is a new one.
             events = loop {
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep(RETRY_DELAY).await;
                 match watch(&file) {
                     Ok(events) => break events,
-                    Err(error) => debug!(error = format!("{error:#}"), "workloads file cannot be followed now"),
+                    Err(error) => debug!(error = format!("{error:#}"), "workloads file cannot be watched yet"),
                 }
             };
         }
     }
 }
 
-/// Of the folder rather than of the file: editors and ConfigMap volumes replace it by renaming.
+/// Watches the directory rather than the file, since editors and ConfigMap volumes replace the file by renaming.
 fn watch(file: &Path) -> anyhow::Result<EventStream<Vec<u8>>> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = file.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let inotify = Inotify::init()?;
     let mask = WatchMask::CLOSE_WRITE
         | WatchMask::MOVED_TO
@@ -214,7 +219,7 @@ fn watch(file: &Path) -> anyhow::Result<EventStream<Vec<u8>>> {
         | WatchMask::DELETE
         | WatchMask::DELETE_SELF
         | WatchMask::MOVE_SELF;
-    inotify.watches().add(folder, mask).with_context(|| format!("cannot follow {}", folder.display()))?;
+    inotify.watches().add(directory, mask).with_context(|| format!("cannot watch {}", directory.display()))?;
     Ok(inotify.into_event_stream(vec![0; 4 << 10])?)
 }
 
@@ -242,13 +247,17 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_file_names_the_line_and_the_remedy() {
+    fn malformed_file_names_line_and_fix() {
         for (from, to, named) in [
             ("10.0.0.3]", "10.0.0.2]", "line 7: address 10.0.0.2"),
             ("10.0.0.3]", "]", "line 7: workload tools/idle has no address"),
             ("10.0.0.3]", "10.0.0.x]", "line 9"),
             ("  tokenFile: /run/tokens/reader\n", "", "line 2: workload default/reader-0 has a role but no tokenFile"),
-            ("pod: idle\n  namespace: tools", "pod: reader-0", "line 7: workload default/reader-0 stands on line 2"),
+            (
+                "pod: idle\n  namespace: tools",
+                "pod: reader-0",
+                "line 7: workload default/reader-0 is already defined on line 2",
+            ),
             (
                 "/run/tokens/reader",
                 "eyJhbGciOi.eyJpc3Mi.c2ln",
@@ -267,25 +276,25 @@ mod tests {
         }
     }
 
-    /// As configuration management does it.
+    /// Configuration management replaces whole directories.
     #[tokio::test(start_paused = true)]
-    async fn a_folder_that_is_replaced_is_followed_on() {
+    async fn replaced_directory_is_watched_again() {
         let parent = std::env::temp_dir().join(format!("kirsa-workloads-{}", std::process::id()));
-        let (folder, file) = (parent.join("now"), parent.join("now/workloads.yaml"));
+        let (directory, file) = (parent.join("now"), parent.join("now/workloads.yaml"));
         let entry = |pod: &str| format!("workloads:\n- {{pod: {pod}, serviceAccount: sa, addresses: [10.0.0.2]}}\n");
-        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::create_dir_all(&directory).unwrap();
         std::fs::write(&file, entry("a")).unwrap();
-        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
-        let following = tokio::spawn(follow(file.clone(), move |workloads| told.send(workloads).unwrap()));
-        assert_eq!(&*heard.recv().await.unwrap()[0].pod.name, "a");
+        let (sender, mut versions) = tokio::sync::mpsc::unbounded_channel();
+        let following = tokio::spawn(follow(file.clone(), move |workloads| sender.send(workloads).unwrap()));
+        assert_eq!(&*versions.recv().await.unwrap()[0].pod.name, "a");
         let next = parent.join("next");
         std::fs::create_dir(&next).unwrap();
         std::fs::write(next.join("workloads.yaml"), entry("b")).unwrap();
-        std::fs::rename(&folder, parent.join("old")).unwrap();
-        std::fs::rename(&next, &folder).unwrap();
-        assert_eq!(&*heard.recv().await.unwrap()[0].pod.name, "b");
+        std::fs::rename(&directory, parent.join("old")).unwrap();
+        std::fs::rename(&next, &directory).unwrap();
+        assert_eq!(&*versions.recv().await.unwrap()[0].pod.name, "b");
         std::fs::write(&file, entry("c")).unwrap();
-        assert_eq!(&*heard.recv().await.unwrap()[0].pod.name, "c", "not only once");
+        assert_eq!(&*versions.recv().await.unwrap()[0].pod.name, "c", "the new directory is watched");
         following.abort();
         std::fs::remove_dir_all(&parent).unwrap();
     }

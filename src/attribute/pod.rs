@@ -1,23 +1,24 @@
-//! A pod, as little of it as attribution needs.
+//! The parts of a pod that attribution needs.
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use k8s_openapi::{api::core::v1::Pod as KubePod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use serde::{Deserialize, Serialize};
 
-use crate::kubernetes::json_filter::AnnotationFilter;
+use crate::{clock::UnixTime, kubernetes::json_filter::AnnotationFilter};
 
-/// What the kubelet writes to the mirror of a static pod (Kubernetes, "Well-known labels, annotations and taints").
-const MIRROR: &str = "kubernetes.io/config.mirror";
-/// Maximum length of a static pod's UID: a hash.
-const LONGEST_MIRROR: usize = 256;
+/// Annotation that the kubelet sets on the mirror of a static pod:
+/// <https://kubernetes.io/docs/reference/labels-annotations-taints/#kubernetes-io-config-mirror>
+const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+/// Maximum length of the annotation's value: a static pod's UID, which is a hash.
+const MAX_MIRROR_LEN: usize = 256;
 
-/// The annotations of pods that clients of the API server receive.
-pub fn keep() -> AnnotationFilter {
-    Arc::new(|name| (name == MIRROR).then_some(LONGEST_MIRROR))
+/// Returns a filter for the pod annotations that the Kubernetes clients keep.
+pub fn annotation_filter() -> AnnotationFilter {
+    Arc::new(|name| (name == MIRROR_ANNOTATION).then_some(MAX_MIRROR_LEN))
 }
 
-/// What a pod is, for as long as it exists, whatever its name and address.
+/// A pod's UID: identifies it for its lifetime, unlike its name and address, which can be reused.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(pub Arc<str>);
 
@@ -39,7 +40,7 @@ impl fmt::Display for ServiceAccountName {
     }
 }
 
-/// One pod of this node.
+/// A pod of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pod {
     pub uid: PodUid,
@@ -47,12 +48,12 @@ pub struct Pod {
     pub account: ServiceAccountName,
     pub addresses: Vec<IpAddr>,
     pub host_network: bool,
-    /// Of a static pod's mirror: the UID that the kubelet and the container runtime know that pod by.
+    /// For the mirror of a static pod: the pod's UID at the kubelet and the container runtime.
     pub mirror_of: Option<PodUid>,
-    /// Succeeded or Failed: its address may have gone to another pod already.
+    /// The phase is Succeeded or Failed: another pod may already have the address.
     pub ended: bool,
-    /// Seconds since the epoch, by the API server's clock.
-    pub created: u64,
+    /// Creation time, by the API server's clock.
+    pub created: UnixTime,
 }
 
 impl Pod {
@@ -66,12 +67,12 @@ impl Pod {
             host_network: false,
             mirror_of: None,
             ended: false,
-            created: 0,
+            created: UnixTime(0),
         }
     }
 }
 
-/// A pod as the API server sends it, less all that is not needed: 110 pods cost a third of the memory.
+/// A pod as the API server sends it, reduced to the fields in use: 110 pods take a third of the memory.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SlimPod {
     metadata: ObjectMeta,
@@ -134,29 +135,30 @@ impl kube::Resource for SlimPod {
 }
 
 impl SlimPod {
-    /// `None` for an object without UID, name or namespace, which the API server does not send.
+    /// Returns `None` for an object without UID, name or namespace, which the API server does not send.
     pub fn into_pod(self) -> Option<Pod> {
         let created = self.metadata.creation_timestamp.map_or(0, |time| time.0.as_second());
         let addresses = self.status.pod_ips.iter().map(|ip| &ip.ip).chain(self.status.pod_ip.as_ref());
         let mut addresses: Vec<IpAddr> = addresses.filter_map(|ip| ip.parse().ok()).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        // Of a pod that has an account it would be a way to be taken for another one.
+        // Ignored on a pod with a service account, which could use it to impersonate another pod.
         let account = self.spec.service_account_name.unwrap_or_default();
-        let mirror_of = self.metadata.annotations.unwrap_or_default().remove(MIRROR).filter(|_| account.is_empty());
+        let mirror_of =
+            self.metadata.annotations.unwrap_or_default().remove(MIRROR_ANNOTATION).filter(|_| account.is_empty());
         Some(Pod {
             uid: PodUid(self.metadata.uid?.into()),
             name: self.metadata.name?.into(),
             account: ServiceAccountName {
                 namespace: self.metadata.namespace?.into(),
-                // Only a mirror of a static pod has none, and it may not have any: it is no pod of `default` either.
+                // Empty only for mirrors of static pods, which cannot have one; they do not use `default` either.
                 name: account.into(),
             },
             addresses,
             host_network: self.spec.host_network,
             mirror_of: mirror_of.map(|uid| PodUid(uid.into())),
             ended: matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed")),
-            created: u64::try_from(created).unwrap_or(0),
+            created: UnixTime(u64::try_from(created).unwrap_or(0)),
         })
     }
 }
@@ -165,18 +167,18 @@ impl SlimPod {
 mod tests {
     use super::*;
 
-    /// What a mirror refers to is believed of it since it can be granted nothing.
+    /// A mirror's reference is trusted, since a mirror has no service account and gets no credentials.
     #[test]
-    fn a_pod_with_a_service_account_is_no_mirror_whatever_its_annotations_say() {
+    fn pod_with_service_account_is_no_mirror() {
         let read = |spec: serde_json::Value| {
-            let annotations = serde_json::json!({ MIRROR: "hash" });
+            let annotations = serde_json::json!({ MIRROR_ANNOTATION: "hash" });
             let metadata = serde_json::json!({"name": "a", "namespace": "n", "uid": "u", "annotations": annotations});
             let pod: SlimPod = serde_json::from_value(serde_json::json!({"metadata": metadata, "spec": spec})).unwrap();
             pod.into_pod().unwrap()
         };
         let mirror = read(serde_json::json!({}));
         assert_eq!((&*mirror.account.name, mirror.mirror_of), ("", Some(PodUid("hash".into()))));
-        let liar = read(serde_json::json!({"serviceAccountName": "reader"}));
-        assert_eq!((&*liar.account.name, liar.mirror_of), ("reader", None));
+        let forged = read(serde_json::json!({"serviceAccountName": "reader"}));
+        assert_eq!((&*forged.account.name, forged.mirror_of), ("reader", None));
     }
 }

@@ -61,7 +61,7 @@ pub(super) async fn of_cluster(
 ) -> anyhow::Result<Pods> {
     let identity = cluster.identity.context("the agent may not mint tokens")?;
     let client = cluster.kubernetes.call_client(identity)?;
-    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.read_client(identity, pod::keep())?);
+    let pods: Api<SlimPod> = Api::all(cluster.kubernetes.read_client(identity, pod::annotation_filter())?);
     let listed = pods.list(&ListParams::default().fields(&format!("spec.nodeName={node}"))).await;
     let listed = listed.context("this node's pods cannot be listed")?;
     let (attributor, changes) = Attributor::new(metrics.clone());
@@ -70,7 +70,7 @@ pub(super) async fn of_cluster(
     let annotation = config.defaults().role_annotation();
     let keep = accounts::keep(&annotation);
     let reads = cluster.kubernetes.read_client(Identity::Agent, keep.clone())?;
-    let accounts = Accounts::for_kubernetes(reads, move |name| attributor.uses(name));
+    let accounts = Accounts::for_kubernetes(reads, move |name| attributor.has_pods_of(name));
     let authorizer = Authorizer::new(accounts, config.defaults());
     let reader = cluster.kubernetes.watch_client(Identity::Agent, metrics.watch("serviceaccounts"), keep)?;
     let read = tokio::sync::Notify::new();

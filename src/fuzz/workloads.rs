@@ -3,12 +3,11 @@
 use std::collections::HashSet;
 
 use crate::attribute::{
-    Event,
-    directory::{Directory, Owner},
-    file,
+    Event, file,
+    pod_index::{Owner, PodIndex},
 };
 
-/// How the corpus begins a token that was put into the wrong place.
+/// Start of the corpus's misplaced tokens.
 const TOKEN: &str = "eyJhbGciOiJSUzI1NiJ9";
 
 pub fn check(data: &[u8]) {
@@ -16,21 +15,21 @@ pub fn check(data: &[u8]) {
     match file::parse(text) {
         Ok(workloads) => {
             let mut addresses = HashSet::new();
-            let mut directory = Directory::default();
-            directory.apply(Event::ListStarted);
+            let mut index = PodIndex::default();
+            index.apply(Event::ListStarted);
             for workload in &workloads {
                 assert!(!workload.pod.addresses.is_empty());
                 for address in &workload.pod.addresses {
-                    assert!(addresses.insert(address.to_canonical()), "{address} is two workloads'");
+                    assert!(addresses.insert(address.to_canonical()), "two workloads have {address}");
                 }
                 assert!(workload.role.is_none() || workload.token_file.as_ref().is_some_and(|file| file.is_absolute()));
-                directory.apply(Event::Pod(workload.pod.clone()));
+                index.apply(Event::Pod(workload.pod.clone()));
             }
-            directory.apply(Event::ListDone);
+            index.apply(Event::ListDone);
             let uids: HashSet<_> = workloads.iter().map(|workload| &workload.pod.uid).collect();
             for workload in workloads.iter().filter(|_| uids.len() == workloads.len()) {
                 for address in &workload.pod.addresses {
-                    let owner = directory.owner(address.to_canonical());
+                    let owner = index.owner(address.to_canonical());
                     assert_eq!(owner, Owner::Pod(workload.pod.clone().into()), "{address}");
                 }
             }

@@ -54,7 +54,7 @@ impl Learning<'_> {
                 let kubernetes = ClientFactory::new(kubeconfig.as_deref(), node_name.clone()).await?;
                 let (reads, pods) = (accounts::keep(&role_annotation), self.attributor.clone());
                 let accounts = Accounts::for_kubernetes(kubernetes.read_client(Identity::Agent, reads)?, move |name| {
-                    pods.uses(name)
+                    pods.has_pods_of(name)
                 });
                 let authorizer = Arc::new(Authorizer::new(accounts, defaults));
                 if cni_results.is_none() {
@@ -64,7 +64,7 @@ impl Learning<'_> {
                     );
                 }
                 if let Some(folder) = cni_results {
-                    let records = cni::Records::new(folder, self.attributor.clone(), self.metrics.clone());
+                    let records = cni::RecordWatcher::new(folder, self.attributor.clone(), self.metrics.clone());
                     // Before the pods are listed: what then names none of them is a leftover.
                     records.scan();
                     tasks.spawn(always(records.follow()));
@@ -135,10 +135,11 @@ impl Follow {
             loop {
                 let calls = self.kubernetes.call_client(identity)?;
                 minting.set_client(calls);
-                let reads = self.kubernetes.read_client(identity, pod::keep())?;
+                let reads = self.kubernetes.read_client(identity, pod::annotation_filter())?;
                 let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
-                attributor.set_live_read(attribute::watch::live_read(reads, node.clone(), attributor.clone()));
-                let client = self.kubernetes.watch_client(identity, self.metrics.watch("pods"), pod::keep())?;
+                attributor.set_live_lookup(attribute::watch::live_lookup(reads, node.clone(), attributor.clone()));
+                let client =
+                    self.kubernetes.watch_client(identity, self.metrics.watch("pods"), pod::annotation_filter())?;
                 tokio::select! {
                     () = attribute::watch::follow(client, node, attributor, || pods_known.set(true)) => {
                         return anyhow::Ok(());

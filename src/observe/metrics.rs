@@ -69,7 +69,7 @@ pub struct Metrics {
     cni_skipped: IntCounterVec,
     pub cni_followed: IntGauge,
     bridge_ports: IntGaugeVec,
-    pub directory_pods: IntGauge,
+    pub indexed_pods: IntGauge,
     pub clock_skew: IntGauge,
 }
 
@@ -188,7 +188,7 @@ impl Metrics {
                 ),
                 &["state"]
             )),
-            directory_pods: register!(IntGauge::new("kirsa_directory_pods", "Live pods of this node")),
+            indexed_pods: register!(IntGauge::new("kirsa_indexed_pods", "Live pods of this node")),
             clock_skew: register!(IntGauge::new(
                 "kirsa_sts_clock_skew_seconds",
                 "How far this node's clock is ahead of STS, in seconds, as of the last exchange"

@@ -10,7 +10,7 @@ use super::{
     caller::{Caller, Editions, Known},
 };
 use crate::{
-    attribute::{PATIENCE, Workload},
+    attribute::{ATTRIBUTION_TIMEOUT, Workload},
     authorize::Grant,
     clock::UnixTime,
     refusal::{Reason, Refusal},
@@ -28,7 +28,7 @@ impl Server {
     /// For what is the same for every pod, whose caller need not be known: only a session token that is wrong, or
     /// missing where that is known to matter, stands in the way.
     pub(super) async fn anybody(&self, asked: &Asked<'_>) -> Result<(), Refusal> {
-        if let Ok(workload) = self.attributor.peek(&asked.caller.peer) {
+        if let Ok(workload) = self.attributor.lookup(&asked.caller.peer) {
             return self.permitted(asked, &workload);
         }
         match asked.headers.get(&TOKEN).map(|token| self.sessions.read(token.as_bytes(), UnixTime::now())) {
@@ -58,7 +58,7 @@ impl Server {
 
     /// Who is calling, if it is still who it was on this connection's first request.
     pub(super) async fn attributed(&self, asked: &Asked<'_>) -> Result<Workload, Refusal> {
-        let workload = self.attributor.attribute(&asked.caller.peer, asked.at + PATIENCE).await?;
+        let workload = self.attributor.attribute(&asked.caller.peer, asked.at + ATTRIBUTION_TIMEOUT).await?;
         if !asked.caller.is_still(&workload) {
             return Err(Refusal::new(Reason::UnknownPod, "the address changed hands while this connection was open"));
         }
@@ -114,7 +114,7 @@ impl Server {
     }
 
     pub(super) fn editions(&self) -> Editions {
-        (self.attributor.edition(), self.authorizer.generation())
+        (self.attributor.generation(), self.authorizer.generation())
     }
 }
 

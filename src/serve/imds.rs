@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{Server, TOKEN_TTL, answer, caller::Known, identity::Asked, session_token};
 use crate::{
-    attribute::PATIENCE,
+    attribute::ATTRIBUTION_TIMEOUT,
     cache::SessionStatus,
     clock::UnixTime,
     exchange::Credential,
@@ -36,7 +36,7 @@ impl Server {
         // Rust reads "+60" as a number too.
         let ttl = ttl.filter(|ttl| ttl.bytes().all(|byte| byte.is_ascii_digit())).and_then(|ttl| ttl.parse().ok());
         let ttl: u32 = ttl.filter(|ttl| session_token::TTL.contains(ttl)).ok_or(Reason::BadTtl)?;
-        let workload = self.attributor.peek(&asked.caller.peer).ok();
+        let workload = self.attributor.lookup(&asked.caller.peer).ok();
         let token = self.sessions.issue(workload.as_ref(), asked.caller.peer.source().ip(), ttl, UnixTime::now());
         Ok(answer::token(token, ttl))
     }
@@ -56,7 +56,7 @@ impl Server {
             return Ok(answer::text(value));
         }
         let awaited = if path.is_empty() { "dynamic" } else { path };
-        let fetched = self.metadata.is_told(awaited, asked.at + PATIENCE).await;
+        let fetched = self.metadata.is_told(awaited, asked.at + ATTRIBUTION_TIMEOUT).await;
         // These folders hold more than node metadata: list them as far as they are known.
         if !matches!(path, "" | "meta-data" | "meta-data/iam") {
             told(fetched)?;
@@ -92,7 +92,7 @@ impl Server {
     /// Returns false only for a pod that is known to get no role: EC2 lists no `iam/` without an instance profile, and
     /// programs that read all that is listed, such as cloud-init, fail as a whole where an entry is refused.
     async fn may_have_role(&self, asked: &Asked<'_>) -> bool {
-        let Ok(workload) = self.attributor.peek(&asked.caller.peer) else { return true };
+        let Ok(workload) = self.attributor.lookup(&asked.caller.peer) else { return true };
         let grant = self.authorize(&workload, asked.at + LIST_HOLD).await;
         !grant.is_err_and(|refusal| matches!(refusal.reason.info().status, 403 | 404))
     }
@@ -102,7 +102,7 @@ impl Server {
     pub(super) async fn identity_document(&self, asked: &Asked<'_>) -> Answer {
         if !self.metadata.has_identity_document() {
             self.anybody(asked).await?;
-            told(self.metadata.document_is_told(asked.at + PATIENCE).await)?;
+            told(self.metadata.document_is_told(asked.at + ATTRIBUTION_TIMEOUT).await)?;
             if !self.metadata.has_identity_document() {
                 return Err(Reason::NotFound.into());
             }
@@ -123,13 +123,13 @@ impl Server {
 
     pub(super) async fn iam_info(&self, asked: &Asked<'_>) -> Answer {
         let workload = self.caller(asked).await?;
-        let grant = self.grant(&workload, asked, asked.at + PATIENCE).await?;
+        let grant = self.grant(&workload, asked, asked.at + ATTRIBUTION_TIMEOUT).await?;
         answer::iam_info(grant.role(), UnixTime::now()).ok_or_else(|| Reason::NotFound.into())
     }
 
     pub(super) async fn role_list(&self, asked: &Asked<'_>) -> Answer {
         let workload = self.caller(asked).await?;
-        let grant = self.grant(&workload, asked, asked.at + PATIENCE).await?;
+        let grant = self.grant(&workload, asked, asked.at + ATTRIBUTION_TIMEOUT).await?;
         match self.cache.status(&grant, asked.at + LIST_HOLD).await {
             SessionStatus::Failed(refusal) => Err(refusal),
             // The name follows from the service account: nobody need wait for STS to learn it.
@@ -162,7 +162,7 @@ impl Server {
         };
         // A last look: the address may have changed hands while this request was held. What else is told of the pod
         // meanwhile, such as that address, makes no other pod of it.
-        if self.editions() != known.editions && self.attributor.peek(peer)?.uid() != known.workload.uid() {
+        if self.editions() != known.editions && self.attributor.lookup(peer)?.uid() != known.workload.uid() {
             return Err(Refusal::new(Reason::UnknownPod, format!("{} lost its address meanwhile", known.workload)));
         }
         Ok(credential)

@@ -59,7 +59,7 @@ impl Memory {
 
     /// A good session token, of whoever has the address.
     pub(crate) fn session_token(&self, address: [u8; 4]) -> String {
-        let workload = self.server.attributor.peek(&Peer::from_pod(address.into())).ok();
+        let workload = self.server.attributor.lookup(&Peer::from_pod(address.into())).ok();
         self.server.sessions.issue(workload.as_ref(), address.into(), 21_600, UnixTime::now())
     }
 

@@ -144,7 +144,7 @@ impl Sessions {
 
     /// Whether the token was issued to this pod.
     pub fn belongs(&self, session: &Session, workload: &Workload, source: IpAddr) -> bool {
-        let existed = session.is_a_pods() || workload.created() <= session.issued + CLOCK_TOLERANCE;
+        let existed = session.is_a_pods() || workload.created().0 <= session.issued + CLOCK_TOLERANCE;
         self.authentic(session, session.is_a_pods().then_some(workload), source) && existed
     }
 
@@ -248,7 +248,7 @@ mod tests {
         let token = sessions.issue(None, source, 21_600, NOW);
         assert!(accepts(&sessions, &token, &pod, source, NOW));
         assert!(!accepts(&sessions, &token, &pod, [10, 0, 0, 2].into(), NOW));
-        let created = |seconds| Workload::sample_created("b", "uid-b", "sa", NOW.0 + seconds);
+        let created = |seconds| Workload::sample_created("b", "uid-b", "sa", UnixTime(NOW.0 + seconds));
         for (seconds, good) in [(0, true), (300, true), (301, false), (3_600, false)] {
             let accepted = accepts(&sessions, &token, &created(seconds), source, UnixTime(NOW.0 + 3_700));
             assert_eq!(accepted, good, "this node's clock is {seconds} s behind, or the pod another one");

@@ -91,7 +91,7 @@ fn that_there_is_no_role_is_decided_by_one_live_read_and_remembered() -> Result<
     let agent = site.start()?;
     let (plain, unasked) = (site.run("plain-0", "plain")?, site.run("unasked-0", "unasked")?);
     ensure!(list(&plain)?.status == 404);
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], 3.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], 3.0)?;
     let cut = Cut::all(&site.node)?;
     ensure!(list(&plain)?.status == 404, "a second read was needed");
     // "No role" is final for SDKs: it is never said without having asked.

@@ -34,7 +34,7 @@ fn a_pod_is_served_from_pending_until_it_is_gone() -> Result<()> {
 
     // That tokens are minted for a pod that is being terminated shows with a session that nobody fetched before.
     let late = site.run("late-0", "late")?;
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], AGENT + 2.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT + 2.0)?;
     for (name, pod, account) in [("app-0", &pod, "app"), ("late-0", &late, "late")] {
         crate::site::blocking(site.api.terminate_pod(site.namespace(), name))?;
         site.account(account)?;
@@ -82,7 +82,7 @@ fn host_network_pods_are_not_attributed() -> Result<()> {
     let spec = json!({"serviceAccountName": "host", "nodeName": site.node.name(), "hostNetwork": true});
     crate::site::blocking(site.api.create_pod(site.namespace(), "host-0", spec))?;
     site.report("host-0", "Running", &site.node.host_ips())?;
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], AGENT + 1.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT + 1.0)?;
     let mut direct = Client::new(site.node.netns(), (site.node.host_ip(), 338));
     let answer = direct.role_list()?;
     ensure!(answer.status == 503, "{answer:?}");
@@ -166,7 +166,7 @@ fn hand_over(rounds: &[Handover]) -> Result<()> {
         }
         if matches!(handover, WithoutRecords | AfterDeletion) {
             delete()?;
-            wait_for_metric(&agent, "kirsa_directory_pods", &[], AGENT)?;
+            wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT)?;
         }
         let uid = site.bind(&name, account)?;
         let pod = site.join_at(&name, address)?;

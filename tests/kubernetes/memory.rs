@@ -122,7 +122,7 @@ fn stays_bounded(flags: &[&str]) -> Result<()> {
     is_fetched_for(&agent, "after-0")?;
     // Of a pod that uses one of them, one is kept.
     blocking(api.pod("tenant", "tenant-0", "account-0", node.name()))?;
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], 3.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], 3.0)?;
     is_bounded(&agent, "after the changes")?;
     agent.stop()
 }
@@ -152,7 +152,7 @@ fn listed_annotations_take_no_memory() -> Result<()> {
         .flag("--kubeconfig", api.admin_kubeconfig())
         .flag("--sts-endpoint-url", "http://127.0.0.1:9");
     let agent = Agent::start(&node, &options)?;
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], PODS as f64)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], PODS as f64)?;
     is_bounded(&agent, "after the list")?;
     agent.stop()
 }

@@ -153,8 +153,7 @@ fn without_records_a_live_read_finds_out_that_the_watch_is_dead() -> Result<()> 
     let cut = Cut::open_connections(&site.node)?;
     let pod = site.run("app-0", "app")?;
     site.serves(&pod, "app")?;
-    agent
-        .wait_for_log(|entry| entry["message"].as_str().is_some_and(|said| said.contains("starting the watch anew")))?;
+    agent.wait_for_log(|entry| entry["message"].as_str().is_some_and(|said| said.contains("relisting pods")))?;
     cut.heal()?;
     agent.stop()
 }

@@ -37,9 +37,9 @@ fn pods_and_service_accounts_are_read_from_an_api_server_that_streams_no_lists()
     let agent = Agent::start(&node, &options)?;
     ensure!(lists_are_not_streamed(&agent) == 2, "{:?}", agent.log());
     // What was listed, and what is told after that.
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], 1.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], 1.0)?;
     agent.wait_for_log(|entry| entry["message"] == "refused" && entry["pod"] == "before-0").context("its session")?;
     blocking(api.pod("default", "after-0", "before", node.name()))?;
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], 2.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], 2.0)?;
     agent.stop()
 }

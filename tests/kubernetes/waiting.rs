@@ -66,7 +66,7 @@ fn an_account_that_gets_its_role_after_its_pod_was_bound_is_fetched_for_at_once(
     site.trust(&arn("app"), "app");
     let agent = site.start()?;
     site.bind("app-0", "app")?;
-    wait_for_metric(&agent, "kirsa_directory_pods", &[], 2.0).context("the agent's own and this one")?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], 2.0).context("the agent's own and this one")?;
     site.account("app")?;
     site.sts.wait_for_outcomes(1, PATIENCE)?;
     agent.wait_for_log(|entry| entry["message"] == "credentials issued" && entry["pod"] == "app-0")?;

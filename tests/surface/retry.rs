@@ -27,7 +27,7 @@ fn two_503s_are_forgotten_with_the_next_try_on_the_same_connection() -> Result<(
         }
         let mark = agent.process().mark();
         site.put(entry)?;
-        agent.wait_for_log_after(mark, |entry| field(entry, "message") == Some("workloads read"))?;
+        agent.wait_for_log_after(mark, |entry| field(entry, "message") == Some("workloads file was read"))?;
         wire.send(get(path))?;
         let mut answer = wire.response()?;
         if path == CREDENTIALS_PATH {

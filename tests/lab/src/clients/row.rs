@@ -133,7 +133,7 @@ impl<'a> Row<'a> {
         let agent = self.agent.as_ref().expect("an agent that runs");
         let mark = agent.process().mark();
         self.site.put(workload)?;
-        agent.wait_for_log_after(mark, |entry| field(entry, "message") == Some("workloads read"))?;
+        agent.wait_for_log_after(mark, |entry| field(entry, "message") == Some("workloads file was read"))?;
         if matches!(condition, Condition::Bound(_)) {
             // The condition is a time.
             thread::sleep(SINCE_BINDING);
