@@ -1,4 +1,4 @@
-//! Which role a service account has: its annotations, as they are when a pod asks.
+//! Service-account annotations: role, session parameters and their changes.
 
 use std::collections::BTreeMap;
 
@@ -6,25 +6,25 @@ use anyhow::{Result, ensure};
 use lab::agent::field;
 use lab::poll::poll;
 
-use crate::outage::Cut;
+use crate::outage::ApiServerOutage;
 use crate::site::{ROLE_ARN, Site, arn, credentials, list, role, wait_for_metric};
-use crate::{PATIENCE, SOON};
+use crate::{TIMEOUT, WATCH_TIMEOUT};
 
-/// Nobody has asked about the account before, so that nothing but the live read can know of the annotation for sure.
+/// This is the first request for the account: only a live lookup is sure to see the annotation.
 #[test]
-fn an_annotation_that_was_added_counts_for_the_very_next_request() -> Result<()> {
+fn added_annotation_applies_to_next_request() -> Result<()> {
     let site = Site::new()?;
     site.annotate("late", &[])?;
     let agent = site.start()?;
     let pod = site.run("late-0", "late")?;
     site.account("late")?;
-    site.serves(&pod, "late")?;
+    site.assert_served(&pod, "late")?;
     agent.stop()
 }
 
-/// IMDS-10, IMDS-24: the watch ends what was remembered of a live read.
+/// IMDS-10, IMDS-24: the watch replaces the cached live lookup.
 #[test]
-fn the_answer_follows_the_annotation() -> Result<()> {
+fn changed_annotation_applies() -> Result<()> {
     let site = Site::new()?;
     site.annotate("app", &[])?;
     site.trust(&arn("other"), "app");
@@ -32,20 +32,20 @@ fn the_answer_follows_the_annotation() -> Result<()> {
     let pod = site.run("app-0", "app")?;
     let becomes = |status, body: &str| {
         let what = format!("{status} {body}");
-        poll(&what, SOON, || list(&pod).ok().filter(|list| list.status == status && list.body.contains(body)))
+        poll(&what, WATCH_TIMEOUT, || list(&pod).ok().filter(|list| list.status == status && list.body.contains(body)))
     };
     ensure!(list(&pod)?.status == 404);
     ensure!(credentials(&pod, &role("app"))?.status == 404);
 
     site.account("app")?;
     becomes(200, "app-role")?;
-    site.serves(&pod, "app")?;
+    site.assert_served(&pod, "app")?;
 
     site.annotate("app", &[(ROLE_ARN, &arn("other"))])?;
     becomes(200, "other-role")?;
     let session = site.session(&credentials(&pod, &role("other"))?)?;
     ensure!(session.role_arn == arn("other") && session.claims.subject == site.subject("app"), "{session:?}");
-    ensure!(credentials(&pod, &role("app"))?.status == 404, "the former role's name is nobody's");
+    ensure!(credentials(&pod, &role("app"))?.status == 404, "the former role is not found");
 
     site.annotate("app", &[])?;
     becomes(404, "")?;
@@ -54,15 +54,15 @@ fn the_answer_follows_the_annotation() -> Result<()> {
 }
 
 #[test]
-fn a_malformed_annotation_is_refused_and_the_log_says_what_would_be_right() -> Result<()> {
+fn malformed_annotation_is_refused_with_fix() -> Result<()> {
     let site = Site::new()?;
     let agent = site.start()?;
-    for (account, annotation, value, right) in [
+    for (account, annotation, value, fix) in [
         ("arn", ROLE_ARN, "app-role", "\"app-role\" must be arn:"),
         ("duration", "kirsa.dev/session-duration", "900", "\"900\" must be a number of seconds from 1800 to 43200"),
     ] {
         let role_arn = arn(account);
-        // Of two with one key the last one counts.
+        // A duplicate key keeps its last value.
         let annotations = BTreeMap::from([(ROLE_ARN, role_arn.as_str()), (annotation, value)]);
         site.annotate(account, &Vec::from_iter(annotations))?;
         let pod = site.run(account, account)?;
@@ -73,38 +73,38 @@ fn a_malformed_annotation_is_refused_and_the_log_says_what_would_be_right() -> R
         })?;
         let detail = field(&line, "detail").unwrap_or_default();
         let name = format!("service account {}/{account}", site.namespace());
-        ensure!(detail.contains(&name) && detail.contains(annotation) && detail.contains(right), "{detail}");
+        ensure!(detail.contains(&name) && detail.contains(annotation) && detail.contains(fix), "{detail}");
         ensure!(field(&line, "pod") == Some(account) && site.calls(account).is_empty(), "{line}");
 
         site.account(account)?;
-        poll("the corrected annotation", SOON, || site.serves(&pod, account).ok())?;
+        poll("the corrected annotation", WATCH_TIMEOUT, || site.assert_served(&pod, account).ok())?;
     }
     agent.stop()
 }
 
 /// IMDS-24
 #[test]
-fn that_there_is_no_role_is_decided_by_one_live_read_and_remembered() -> Result<()> {
+fn missing_role_costs_one_live_lookup() -> Result<()> {
     let site = Site::new()?;
     site.annotate("plain", &[])?;
-    site.annotate("unasked", &[])?;
+    site.annotate("late", &[])?;
     let agent = site.start()?;
-    let (plain, unasked) = (site.run("plain-0", "plain")?, site.run("unasked-0", "unasked")?);
+    let (plain, late) = (site.run("plain-0", "plain")?, site.run("late-0", "late")?);
     ensure!(list(&plain)?.status == 404);
     wait_for_metric(&agent, "kirsa_indexed_pods", &[], 3.0)?;
-    let cut = Cut::all(&site.node)?;
-    ensure!(list(&plain)?.status == 404, "a second read was needed");
-    // "No role" is final for SDKs: it is never said without having asked.
-    let answer = list(&unasked)?;
+    let outage = ApiServerOutage::start(&site.node)?;
+    ensure!(list(&plain)?.status == 404, "a second live lookup was needed");
+    // SDKs do not retry "no role", so the agent must not return it without a live lookup.
+    let answer = list(&late)?;
     ensure!(answer.status == 503, "{answer:?}");
     agent.wait_for_refusal("account_unavailable")?;
-    cut.heal()?;
-    poll("the answer once it can be had", PATIENCE, || list(&unasked).ok().filter(|list| list.status == 404))?;
+    outage.heal()?;
+    poll("404 after the outage", TIMEOUT, || list(&late).ok().filter(|list| list.status == 404))?;
     agent.stop()
 }
 
 #[test]
-fn annotations_shape_what_sts_is_asked_for() -> Result<()> {
+fn annotations_set_sts_parameters() -> Result<()> {
     let site = Site::new()?;
     let policy = r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:*","Resource":"*"}]}"#;
     site.trust(&arn("app"), "app");
@@ -137,18 +137,18 @@ fn annotations_shape_what_sts_is_asked_for() -> Result<()> {
 }
 
 #[test]
-fn a_service_account_that_was_made_anew_has_another_session() -> Result<()> {
+fn recreated_account_gets_new_session() -> Result<()> {
     let site = Site::new()?;
     site.account("app")?;
     let agent = site.start()?;
     let pod = site.run("app-0", "app")?;
-    let before = site.serves(&pod, "app")?;
+    let before = site.assert_served(&pod, "app")?;
     site.delete_account("app")?;
-    poll("the account to be gone", SOON, || list(&pod).ok().filter(|list| list.status == 404))?;
-    ensure!(credentials(&pod, &role("app"))?.status == 404, "the session outlives its account");
+    poll("the account to be deleted", WATCH_TIMEOUT, || list(&pod).ok().filter(|list| list.status == 404))?;
+    ensure!(credentials(&pod, &role("app"))?.status == 404, "the session must end with its account");
     site.account("app")?;
-    poll("the new account", SOON, || list(&pod).ok().filter(|list| list.status == 200))?;
-    let after = site.serves(&pod, "app")?;
+    poll("the new account", WATCH_TIMEOUT, || list(&pod).ok().filter(|list| list.status == 200))?;
+    let after = site.assert_served(&pod, "app")?;
     let uid = |key: &str| Some(site.sts.session(key)?.claims.kubernetes?.service_account.uid);
     ensure!(before != after && uid(&before) != uid(&after) && uid(&after).is_some());
     ensure!(site.calls("app").len() == 2);

@@ -1,4 +1,4 @@
-//! Pods that share a Linux bridge: one that can send any frame gets none of its neighbor's credentials.
+//! Pods that share a Linux bridge: a pod that can send arbitrary frames cannot get its neighbor's credentials.
 
 mod frames;
 mod guard;
@@ -12,14 +12,14 @@ use lab::net::{METADATA, METADATA6, Pod, Shape};
 use lab::netns::Netns;
 use lab::poll::poll;
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::site::{Site, role, wait_for_metric};
 
-/// Two pods on one bridge, each with a role and a record.
+/// Two pods on one bridge, each with a role and a CNI record.
 struct Bridge {
     site: Site,
     victim: Pod,
-    thief: Pod,
+    attacker: Pod,
     sandbox: Sandbox,
 }
 
@@ -33,23 +33,23 @@ impl Bridge {
             let pod = site.node.pod(name, Shape::Bridge)?;
             let sandbox = site.sandbox(name, &uid);
             site.records()?.add(&sandbox, &pod)?;
-            site.show(&pod)?;
+            site.report_address(&pod)?;
             anyhow::Ok((pod, sandbox))
         };
-        let ((victim, sandbox), (thief, _)) = (join("victim")?, join("thief")?);
-        Ok(Self { site, victim, thief, sandbox })
+        let ((victim, sandbox), (attacker, _)) = (join("victim")?, join("attacker")?);
+        Ok(Self { site, victim, attacker, sandbox })
     }
 
     fn start(&self, state: &str) -> Result<Agent> {
         let agent = self.site.start()?;
         wait_for_metric(&agent, "kirsa_bridge_ports", &[("state", state)], 2.0)?;
-        self.all_are_served()?;
+        self.assert_all_served()?;
         Ok(agent)
     }
 
-    fn all_are_served(&self) -> Result<()> {
-        for pod in [&self.victim, &self.thief] {
-            self.site.serves(pod, pod.name())?;
+    fn assert_all_served(&self) -> Result<()> {
+        for pod in [&self.victim, &self.attacker] {
+            self.site.assert_served(pod, pod.name())?;
             if pod.ip6().is_some() {
                 let answer = pod.imds6().role_list()?;
                 ensure!(answer.status == 200 && answer.body == role(pod.name()), "{answer:?}");
@@ -64,58 +64,59 @@ impl Bridge {
         mac.map(str::to_owned).context("the bridge's MAC address")
     }
 
-    /// The thief has the address too: its kernel claims it, finishes handshakes from it and talks as it.
-    fn as_thief<T>(&self, address: IpAddr, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// Runs `work` while the attacker's interface has the address too, so that its kernel uses it as its own.
+    fn as_attacker<T>(&self, address: IpAddr, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let address = if address.is_ipv4() { format!("{address}/24") } else { format!("{address}/64 nodad") };
-        self.thief.netns().ip([format!("addr add {address} dev eth0"), "neigh flush dev eth0".into()])?;
+        self.attacker.netns().ip([format!("addr add {address} dev eth0"), "neigh flush dev eth0".into()])?;
         let done = work()?;
-        self.thief.netns().ip([format!("addr del {} dev eth0", address.trim_end_matches(" nodad"))])?;
+        self.attacker.netns().ip([format!("addr del {} dev eth0", address.trim_end_matches(" nodad"))])?;
         Ok(done)
     }
 
-    /// What the thief gets when it asks from the victim's address, with nothing in its way.
-    fn asks_as(&self, address: IpAddr) -> Result<String> {
+    /// Returns the response to a request that the attacker sends from the victim's address.
+    fn request_as(&self, address: IpAddr) -> Result<String> {
         let service = if address.is_ipv4() { "169.254.169.254" } else { "[fd00:ec2::254]" };
         let path = "latest/meta-data/iam/security-credentials/";
-        self.as_thief(address, || {
-            self.thief.netns().shell(&format!("curl -gsm 2 --interface {address} http://{service}/{path} || true"))
+        self.as_attacker(address, || {
+            self.attacker.netns().shell(&format!("curl -gsm 2 --interface {address} http://{service}/{path} || true"))
         })
     }
 
-    /// Which SYNs in disguise reach the node's IP layer as the victim's.
-    fn disguised(&self, address: IpAddr) -> Result<Vec<(&'static str, bool)>> {
+    /// Returns which spoofed SYNs reach the node's IP layer from the victim's address.
+    fn spoofed_syns(&self, address: IpAddr) -> Result<Vec<(&'static str, bool)>> {
         let mut arrived = Vec::new();
-        for frame in frames::disguises(address, &self.thief.mac(), &self.mac()?) {
-            self.sent(address, &frame.frames)?;
+        for frame in frames::spoofed_syns(address, &self.attacker.mac(), &self.mac()?) {
+            self.send(address, &frame.frames)?;
             arrived.push((frame.name, counted(self.site.node.netns(), "first")? > 0));
         }
         Ok(arrived)
     }
 
-    /// Sends frames, and after them a SYN of the thief's own; returns when the node has got that.
-    fn sent(&self, victim: IpAddr, frames: &[Vec<u8>]) -> Result<()> {
+    /// Sends frames and then a SYN from the attacker's own address; returns when the node has received that SYN.
+    fn send(&self, victim: IpAddr, frames: &[Vec<u8>]) -> Result<()> {
         let node = self.site.node.netns();
-        let own = frames::disguises(self.thief.ip().into(), &self.thief.mac(), &self.mac()?).swap_remove(0).frames;
-        count(node, "tcp dport 80", [victim, self.thief.ip().into()])?;
-        frames::send(&self.thief, &[frames, &own].concat())?;
-        poll("the thief's own SYN", PATIENCE, || counted(node, "second").is_ok_and(|count| count > 0).then_some(()))
+        let own =
+            frames::spoofed_syns(self.attacker.ip().into(), &self.attacker.mac(), &self.mac()?).swap_remove(0).frames;
+        count(node, "tcp dport 80", [victim, self.attacker.ip().into()])?;
+        frames::send(&self.attacker, &[frames, &own].concat())?;
+        poll("the attacker's own SYN", TIMEOUT, || counted(node, "second").is_ok_and(|count| count > 0).then_some(()))
     }
 
-    /// Whether the victim gets an answer that the thief sends as the metadata service.
-    fn answers_as_service(&self, service: IpAddr) -> Result<bool> {
-        let (victim, own) = (self.victim.netns(), self.thief.ip().into());
+    /// Returns whether the victim receives a response that the attacker sends from the metadata service's address.
+    fn respond_as_service(&self, service: IpAddr) -> Result<bool> {
+        let (victim, own) = (self.victim.netns(), self.attacker.ip().into());
         count(victim, "tcp sport 80", [service, own])?;
-        let frames = [service, own].map(|source| frames::answer(source, &self.thief.mac(), &self.victim));
-        frames::send(&self.thief, &frames)?;
-        poll("the thief's own segment", PATIENCE, || {
+        let frames = [service, own].map(|source| frames::response(source, &self.attacker.mac(), &self.victim));
+        frames::send(&self.attacker, &frames)?;
+        poll("the attacker's own segment", TIMEOUT, || {
             counted(victim, "second").is_ok_and(|count| count > 0).then_some(())
         })?;
         Ok(counted(victim, "first")? > 0)
     }
 
-    /// Whether the node would send the victim's answers to the thief once that has claimed its address.
-    fn claims(&self, address: IpAddr) -> Result<Vec<(&'static str, bool)>> {
-        let (node, thief) = (self.site.node.netns(), self.thief.netns());
+    /// Returns which ARP or neighbor-discovery messages redirect the node's packets for the victim to the attacker.
+    fn claim_address(&self, address: IpAddr) -> Result<Vec<(&'static str, bool)>> {
+        let (node, attacker) = (self.site.node.netns(), self.attacker.netns());
         let is_hijacked = || {
             let entry = node.shell(&format!("ip neigh show {address} dev cni0"))?;
             anyhow::Ok(entry.contains("lladdr") && !entry.contains(&self.victim.mac()))
@@ -128,53 +129,54 @@ impl Bridge {
             IpAddr::V4(v4) => (v4.to_bits() & !0xff | 1).to_be_bytes().into(),
             IpAddr::V6(v6) => (v6.to_bits() >> 16 << 16 | 1).to_be_bytes().into(),
         };
-        self.as_thief(address, || {
+        self.as_attacker(address, || {
             reset()?;
-            // Asks for the gateway's MAC address, and names its own as the victim's.
-            thief.run(|| UdpSocket::bind((address, 0))?.send_to(b"?", (gateway, 9)))?;
-            self.sent(address, &[])?;
-            let asking = is_hijacked()?;
+            // The request for the gateway's MAC address maps the victim's address to the attacker's MAC address.
+            attacker.run(|| UdpSocket::bind((address, 0))?.send_to(b"?", (gateway, 9)))?;
+            self.send(address, &[])?;
+            let requesting = is_hijacked()?;
             reset()?;
             for (family, name) in [("ipv4", "arp_notify"), ("ipv6", "ndisc_notify")] {
-                thief.sysctl(&format!("{family}/conf/eth0/{name}"), "1")?;
+                attacker.sysctl(&format!("{family}/conf/eth0/{name}"), "1")?;
             }
-            // Its kernel announces all its addresses then.
-            thief.ip([format!("link set eth0 address 0a:00:00:00:ff:{:02x}", u8::from(address.is_ipv4()))])?;
-            self.sent(address, &[])?;
+            // A new MAC address makes the kernel announce all its addresses.
+            attacker.ip([format!("link set eth0 address 0a:00:00:00:ff:{:02x}", u8::from(address.is_ipv4()))])?;
+            self.send(address, &[])?;
             let announcing = is_hijacked()?;
-            thief.ip([format!("link set eth0 address {}", self.thief.mac())])?;
+            attacker.ip([format!("link set eth0 address {}", self.attacker.mac())])?;
             reset()?;
-            Ok(vec![("asks for the gateway", asking), ("announces itself", announcing)])
+            Ok(vec![("request for the gateway", requesting), ("announcement", announcing)])
         })
     }
 
-    /// Whether the bridge sends to the thief's port what is for the victim's MAC address.
-    fn moves_mac(&self) -> Result<Vec<(&'static str, bool)>> {
+    /// Returns which frames make the bridge forward the victim's MAC address to the attacker's port.
+    fn steal_mac(&self) -> Result<Vec<(&'static str, bool)>> {
         let node = self.site.node.netns();
         let mac = self.victim.mac();
         let mut moved = Vec::new();
-        let whole = frames::disguises(self.thief.ip().into(), &mac, &self.mac()?).swap_remove(0).frames;
+        let whole = frames::spoofed_syns(self.attacker.ip().into(), &mac, &self.mac()?).swap_remove(0).frames;
         for (name, frames) in [("request", whole), ("LLDP", vec![frames::reserved_multicast(&mac)])] {
-            self.all_are_served()?;
-            self.sent(self.victim.ip().into(), &frames)?;
+            self.assert_all_served()?;
+            self.send(self.victim.ip().into(), &frames)?;
             let port = node.shell(&format!("bridge fdb show br cni0 | grep {mac}"))?;
-            moved.push((name, port.contains(&format!("dev {} ", self.thief.host_interface()))));
+            moved.push((name, port.contains(&format!("dev {} ", self.attacker.host_interface()))));
         }
         Ok(moved)
     }
 
-    /// Every attack, and whether it worked.
+    /// Runs all attacks; returns which of them succeed.
     fn attacks(&self) -> Result<Vec<(String, bool)>> {
         let mut attacks = Vec::new();
         for address in self.victim.address().ips() {
-            attacks.push((format!("{address}: asks"), self.asks_as(address)? == role("victim")));
+            attacks.push((format!("{address}: request"), self.request_as(address)? == role("victim")));
             let service = if address.is_ipv4() { METADATA.into() } else { METADATA6.into() };
-            attacks.push((format!("answers as {service}"), self.answers_as_service(service)?));
-            let disguised = self.disguised(address)?.into_iter().map(|(name, worked)| (format!("SYN, {name}"), worked));
-            let claims = self.claims(address)?.into_iter().map(|(name, worked)| (name.to_owned(), worked));
-            attacks.extend(disguised.chain(claims).map(|(name, worked)| (format!("{address}: {name}"), worked)));
+            attacks.push((format!("respond as {service}"), self.respond_as_service(service)?));
+            let spoofed =
+                self.spoofed_syns(address)?.into_iter().map(|(name, worked)| (format!("SYN, {name}"), worked));
+            let claims = self.claim_address(address)?.into_iter().map(|(name, worked)| (name.to_owned(), worked));
+            attacks.extend(spoofed.chain(claims).map(|(name, worked)| (format!("{address}: {name}"), worked)));
         }
-        attacks.extend(self.moves_mac()?.into_iter().map(|(name, worked)| (format!("MAC address: {name}"), worked)));
+        attacks.extend(self.steal_mac()?.into_iter().map(|(name, worked)| (format!("MAC address: {name}"), worked)));
         Ok(attacks)
     }
 
@@ -183,7 +185,7 @@ impl Bridge {
     }
 }
 
-/// Counts what reaches a namespace from two addresses.
+/// Counts packets that reach a namespace from two addresses.
 fn count(netns: &Netns, what: &str, sources: [IpAddr; 2]) -> Result<()> {
     let [first, second] =
         sources.map(|source| format!("{} saddr {source}", if source.is_ipv4() { "ip" } else { "ip6" }));
@@ -202,22 +204,24 @@ fn counted(netns: &Netns, which: &str) -> Result<u32> {
 }
 
 #[test]
-fn neighbors_on_a_bridge_get_nothing_of_each_other() -> Result<()> {
+fn bridge_neighbors_cannot_impersonate() -> Result<()> {
     let bridge = Bridge::new("nft")?;
     let agent = bridge.start("guarded")?;
     let attacks = bridge.attacks()?;
     ensure!(attacks.iter().all(|(_, worked)| !worked), "{attacks:#?}");
-    bridge.all_are_served()?;
+    bridge.assert_all_served()?;
     agent.stop()
 }
 
-/// Without this the test above would prove nothing.
+/// The attacks of the test above work without the guard.
 #[test]
 fn unguarded_bridges_are_open_to_neighbors() -> Result<()> {
     let bridge = Bridge::new("iptables")?;
     let agent = bridge.start("open")?;
     let attacks = bridge.attacks()?;
     ensure!(attacks.iter().all(|(_, worked)| *worked), "{attacks:#?}");
-    agent.wait_for_log(|entry| entry["message"].as_str().is_some_and(|said| said.contains("share a Linux bridge")))?;
+    agent.wait_for_log(|entry| {
+        entry["message"].as_str().is_some_and(|message| message.contains("share a Linux bridge"))
+    })?;
     agent.stop()
 }

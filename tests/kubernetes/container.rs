@@ -1,5 +1,5 @@
-//! Container credentials, with real projected tokens and real reviews: two proofs of who is calling, and both must name
-//! the same pod.
+//! Container credentials, with real projected tokens and token reviews. Token and source address must identify the same
+//! pod.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::Agent;
@@ -8,51 +8,51 @@ use lab::net::{CONTAINER, CONTAINER6, Pod};
 use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
-use crate::PATIENCE;
-use crate::rights::Way;
+use crate::TIMEOUT;
+use crate::rights::AgentRights;
 use crate::site::{AUDIENCE, Site, arn, blocking, role};
 
 pub(crate) const PATH: &str = "/v1/credentials";
 pub(crate) const PODS_AUDIENCE: &str = "pods.eks.amazonaws.com";
 
 pub(crate) fn site() -> Result<Site> {
-    let mut site = Site::with(Way::Container)?;
+    let mut site = Site::with_rights(AgentRights::ContainerCredentials)?;
     site.options = site.options.switch("--container-credentials");
     Ok(site)
 }
 
-/// A pod that runs, and its UID.
+/// Starts a pod; returns it and its UID.
 pub(crate) fn run(site: &Site, name: &str, account: &str) -> Result<(Pod, String)> {
     let uid = site.bind(name, account)?;
-    let pod = site.join(name)?;
-    site.show(&pod)?;
+    let pod = site.attach(name)?;
+    site.report_address(&pod)?;
     Ok((pod, uid))
 }
 
-/// What the kubelet would project into the pod.
+/// Mints the token that the kubelet would project into the pod.
 pub(crate) fn token(site: &Site, account: &str, pod: (&str, &str), audience: &str) -> Result<String> {
     blocking(site.api.token(site.namespace(), account, pod, Some(audience)))
 }
 
-/// The service as the pod sees it, once for each family.
+/// Returns a client of the service per address family of the pod.
 fn services(pod: &Pod) -> Vec<Client> {
     let v6 = pod.ip6().map(|_| Client::new(pod.netns(), (CONTAINER6, 80)));
     [Client::new(pod.netns(), (CONTAINER, 80))].into_iter().chain(v6).collect()
 }
 
-fn ask(pod: &Pod, token: &str) -> Result<Response> {
+fn request(pod: &Pod, token: &str) -> Result<Response> {
     Client::new(pod.netns(), (CONTAINER, 80)).get(PATH).header("Authorization", token).send()
 }
 
-/// The answer once it is another than 503: reviews of one pod's tokens are few in a second.
-fn decided(pod: &Pod, token: &str) -> Result<Response> {
-    poll("a decision", PATIENCE, || match ask(pod, token) {
+/// Requests until the response is not 503: token reviews are rate-limited per pod.
+fn retry_while_503(pod: &Pod, token: &str) -> Result<Response> {
+    poll("a response other than 503", TIMEOUT, || match request(pod, token) {
         Ok(answer) if answer.status == 503 => None,
         answer => Some(answer),
     })?
 }
 
-fn nothing_leaks(agent: &Agent, tokens: &[String]) -> Result<()> {
+fn assert_tokens_not_logged(agent: &Agent, tokens: &[String]) -> Result<()> {
     let lines = agent.process().lines();
     for token in tokens {
         for part in token.split('.').filter(|part| part.len() > 40) {
@@ -63,18 +63,18 @@ fn nothing_leaks(agent: &Agent, tokens: &[String]) -> Result<()> {
 }
 
 #[test]
-fn a_pod_gets_its_own_credentials_for_its_own_token() -> Result<()> {
+fn own_token_gets_own_credentials() -> Result<()> {
     let site = site()?;
     site.account("reader")?;
     let agent = site.start()?;
     let (pod, uid) = run(&site, "reader-0", "reader")?;
     let token = token(&site, "reader", ("reader-0", &uid), PODS_AUDIENCE)?;
-    let key = site.serves(&pod, "reader")?;
+    let key = site.assert_served(&pod, "reader")?;
     for mut service in services(&pod) {
         for path in [PATH, "/v1/credentials/", "/v1/credentials?x=y"] {
             let answer = service.get(path).header("Authorization", &token).send()?;
             ensure!(answer.status == 200 && answer.header("content-type") == Some("application/json"), "{answer:?}");
-            site.belongs(&site.session(&answer)?, "reader")?;
+            site.assert_session_of(&site.session(&answer)?, "reader")?;
             let document = answer.json()?;
             let members: Vec<&str> = document.as_object().context("an object")?.keys().map(String::as_str).collect();
             let agents = ["AccessKeyId", "AccountId", "Expiration", "SecretAccessKey", "Token"];
@@ -94,21 +94,24 @@ fn a_pod_gets_its_own_credentials_for_its_own_token() -> Result<()> {
             ensure!(answer.status == status && answer.body.ends_with('\n'), "{method} {path}: {answer:?}");
         }
     }
-    ensure!(pod.imds().get(PATH).header("Authorization", &token).send()?.status == 404, "not at the other address");
+    ensure!(
+        pod.imds().get(PATH).header("Authorization", &token).send()?.status == 404,
+        "the metadata address does not serve it"
+    );
     ensure!(site.calls("reader").len() == 1, "one session for both services");
-    nothing_leaks(&agent, &[token])?;
+    assert_tokens_not_logged(&agent, &[token])?;
     agent.stop()
 }
 
 #[test]
-fn a_token_that_does_not_name_who_is_calling_gets_nothing() -> Result<()> {
+fn token_of_another_pod_is_refused() -> Result<()> {
     let site = site()?;
     ["reader", "writer"].iter().try_for_each(|account| site.account(account))?;
     let agent = site.start()?;
     let ((pod, uid), (other, other_uid)) = (run(&site, "reader-0", "reader")?, run(&site, "writer-0", "writer")?);
     let (_, sibling_uid) = run(&site, "reader-1", "reader")?;
-    site.serves(&pod, "reader")?;
-    site.serves(&other, "writer")?;
+    site.assert_served(&pod, "reader")?;
+    site.assert_served(&other, "writer")?;
     let own = token(&site, "reader", ("reader-0", &uid), PODS_AUDIENCE)?;
     let of_other = token(&site, "writer", ("writer-0", &other_uid), PODS_AUDIENCE)?;
     let expired = site.api.resigned(&own, |claims| {
@@ -140,7 +143,7 @@ fn a_token_that_does_not_name_who_is_calling_gets_nothing() -> Result<()> {
     ];
     for (token, status, reason) in &cases {
         let before = agent.metric("kirsa_refusals_total", &[("reason", reason)])?;
-        let answer = decided(&pod, token)?;
+        let answer = retry_while_503(&pod, token)?;
         let shown = &token[..token.len().min(12)];
         ensure!(answer.status == *status, "{shown}…: {reason}: {answer:?}");
         ensure!(answer.header("content-type") == Some("text/plain; charset=utf-8"), "{answer:?}");
@@ -153,32 +156,32 @@ fn a_token_that_does_not_name_who_is_calling_gets_nothing() -> Result<()> {
     ensure!(both.status == 400, "{both:?}");
     let huge = "x".repeat(64 << 10);
     ensure!(Client::new(pod.netns(), (CONTAINER, 80)).get(PATH).header("Authorization", &huge).send()?.status == 431);
-    ensure!(ask(&other, &own)?.status == 403, "the other way round");
-    // The pod that is calling still gets its own, and nobody was asked for anything else.
-    ensure!(site.session(&decided(&pod, &own)?)?.role_arn == arn("reader"));
+    ensure!(request(&other, &own)?.status == 403, "with the pods swapped");
+    // The pod still gets its own credentials, and STS was called for nothing else.
+    ensure!(site.session(&retry_while_503(&pod, &own)?)?.role_arn == arn("reader"));
     ensure!(site.sts.calls().len() == 2, "{:?}", site.sts.calls());
-    nothing_leaks(&agent, &cases.map(|(token, ..)| token))?;
+    assert_tokens_not_logged(&agent, &cases.map(|(token, ..)| token))?;
     agent.stop()
 }
 
 #[test]
-fn a_token_of_the_pod_that_had_the_address_before_is_worth_nothing() -> Result<()> {
+fn token_of_former_pod_is_refused() -> Result<()> {
     let site = site()?;
     site.account("first")?;
     site.account("second")?;
     let agent = site.start()?;
     let (first, uid) = run(&site, "first-0", "first")?;
     let (address, old) = (first.address(), token(&site, "first", ("first-0", &uid), PODS_AUDIENCE)?);
-    ensure!(ask(&first, &old)?.status == 200);
+    ensure!(request(&first, &old)?.status == 200);
     site.delete("first-0")?;
     first.delete();
     let uid = site.bind("second-0", "second")?;
-    let second = site.join_at("second-0", address)?;
-    site.show(&second)?;
+    let second = site.attach_at("second-0", address)?;
+    site.report_address(&second)?;
     let own = token(&site, "second", ("second-0", &uid), PODS_AUDIENCE)?;
-    ensure!(site.session(&decided(&second, &own)?)?.role_arn == arn("second"));
-    // What was decided for the pod before is not remembered for this one; the API server takes a moment to forget it.
-    let answer = poll("the token to be refused", PATIENCE, || match ask(&second, &old) {
+    ensure!(site.session(&retry_while_503(&second, &own)?)?.role_arn == arn("second"));
+    // The cached review of the former pod does not apply; the API server's own cache takes a moment to expire.
+    let answer = poll("the token to be refused", TIMEOUT, || match request(&second, &old) {
         Ok(answer) if [400, 403].contains(&answer.status) => Some(Ok(answer)),
         Ok(answer) if answer.status == 503 => None,
         other => Some(other),
@@ -188,7 +191,7 @@ fn a_token_of_the_pod_that_had_the_address_before_is_worth_nothing() -> Result<(
 }
 
 #[test]
-fn refusals_are_those_of_the_metadata_service() -> Result<()> {
+fn refusals_match_metadata_service() -> Result<()> {
     let site = site()?;
     site.annotate("idle", &[])?;
     site.account("denied")?;
@@ -197,18 +200,18 @@ fn refusals_are_those_of_the_metadata_service() -> Result<()> {
     for (account, status, reason) in [("idle", 404, "no_role"), ("denied", 403, "access_denied")] {
         let name = format!("{account}-0");
         let (pod, uid) = run(&site, &name, account)?;
-        let answer = decided(&pod, &token(&site, account, (&name, &uid), PODS_AUDIENCE)?)?;
+        let answer = retry_while_503(&pod, &token(&site, account, (&name, &uid), PODS_AUDIENCE)?)?;
         ensure!(answer.status == status && !answer.body.contains(&role(account)), "{account}: {answer:?}");
         agent.wait_for_refusal(reason)?;
     }
     let stranger = site.node.pod("stranger", lab::net::Shape::RoutedBare)?;
-    ensure!(ask(&stranger, "e30.e30.c2lnbmF0dXJl")?.status == 503, "by its address, before anybody looks at the token");
+    ensure!(request(&stranger, "e30.e30.c2lnbmF0dXJl")?.status == 503, "refused by its address, before a token review");
     agent.wait_for_refusal("unknown_pod")?;
     agent.stop()
 }
 
 #[test]
-fn an_audience_of_ones_own_is_the_only_one_then() -> Result<()> {
+fn custom_audience_replaces_default() -> Result<()> {
     let mut site = site()?;
     site.options = site.options.flag("--container-audience", "credentials.example");
     site.account("app")?;
@@ -218,22 +221,22 @@ fn an_audience_of_ones_own_is_the_only_one_then() -> Result<()> {
         token(&site, "app", ("app-0", &uid), PODS_AUDIENCE)?,
         token(&site, "app", ("app-0", &uid), "credentials.example")?,
     );
-    ensure!(decided(&pod, &of_eks)?.status == 400);
-    ensure!(site.session(&decided(&pod, &own)?)?.role_arn == arn("app"));
+    ensure!(retry_while_503(&pod, &of_eks)?.status == 400);
+    ensure!(site.session(&retry_while_503(&pod, &own)?)?.role_arn == arn("app"));
     agent.stop()
 }
 
 #[test]
-fn without_the_right_to_review_it_says_which_component_is_missing() -> Result<()> {
+fn missing_review_right_names_component() -> Result<()> {
     let mut site = Site::new()?;
     site.options = site.options.switch("--container-credentials");
     site.account("app")?;
     let agent = site.start()?;
     let (pod, uid) = run(&site, "app-0", "app")?;
-    let answer = ask(&pod, &token(&site, "app", ("app-0", &uid), PODS_AUDIENCE)?)?;
+    let answer = request(&pod, &token(&site, "app", ("app-0", &uid), PODS_AUDIENCE)?)?;
     ensure!(answer.status == 503, "{answer:?}");
     let refusal = agent.wait_for_refusal("review_forbidden")?;
     ensure!(refusal.to_string().contains("daemonset/components/container-credentials"), "{refusal}");
-    site.serves(&pod, "app")?;
+    site.assert_served(&pod, "app")?;
     agent.stop()
 }

@@ -1,5 +1,4 @@
-//! The redirect of container credentials: there with the flag and not without it, and it fails closed as that of the
-//! metadata service does.
+//! The redirect of container credentials: installed only with the flag, and it fails closed like the metadata service's.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -11,12 +10,12 @@ use lab::http::Client;
 use lab::net::{CONTAINER, CONTAINER6, METADATA, Shape};
 use lab::poll::poll;
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::container::{PATH, PODS_AUDIENCE, site, token};
 use crate::site::Site;
 
-/// Longer than any answer within this machine takes.
-const NEVER: Duration = Duration::from_millis(400);
+/// Timeout for connections that must not be accepted: longer than any response on this machine takes.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
 
 fn rules(site: &Site, backend: &str) -> Result<String> {
     site.node.netns().shell(match backend {
@@ -25,16 +24,16 @@ fn rules(site: &Site, backend: &str) -> Result<String> {
     })
 }
 
-fn names_it(rules: &str) -> bool {
+fn contains_container_address(rules: &str) -> bool {
     rules.contains(&CONTAINER.to_string()) || rules.contains(&CONTAINER6.to_string())
 }
 
-fn it_is_there_with_the_flag_and_fails_closed(backend: &str) -> Result<()> {
+fn assert_redirect_fails_closed(backend: &str) -> Result<()> {
     let mut site = site()?;
     let without = site.options.clone();
     site.options = site.options.flag("--intercept", backend);
     site.account("app")?;
-    // Whoever gets around the redirect would reach this.
+    // A pod that bypasses the redirect would reach this listener.
     site.node.vpc().ip([format!("addr add {CONTAINER}/32 dev lo")])?;
     let outside = site.node.vpc().listen((CONTAINER, 80).into())?;
     outside.set_nonblocking(true)?;
@@ -44,7 +43,7 @@ fn it_is_there_with_the_flag_and_fails_closed(backend: &str) -> Result<()> {
         let name = format!("app-{shape:?}").to_lowercase();
         let uid = site.bind(&name, "app")?;
         let pod = site.node.pod(&name, shape)?;
-        site.show(&pod)?;
+        site.report_address(&pod)?;
         let token = token(&site, "app", (&name, &uid), PODS_AUDIENCE)?;
         let v6 = pod.ip6().map(|_| SocketAddr::from((CONTAINER6, 80)));
         for target in [(CONTAINER, 80).into()].into_iter().chain(v6) {
@@ -53,63 +52,63 @@ fn it_is_there_with_the_flag_and_fails_closed(backend: &str) -> Result<()> {
         }
         let mut direct = Client::new(pod.netns(), (site.node.host_ip(), 338));
         let answer = direct.get(PATH).header("Authorization", &token).send()?;
-        ensure!(answer.status == 403, "around the redirect: {answer:?}");
+        ensure!(answer.status == 403, "bypassing the redirect: {answer:?}");
         pods.push(pod);
     }
     agent.kill()?;
     for pod in &pods {
         let kind = pod.connect((CONTAINER, 80)).map_err(|error| error.kind());
-        ensure!(matches!(kind, Err(ErrorKind::ConnectionRefused)), "refused at once, by the rules that stay: {kind:?}");
+        ensure!(matches!(kind, Err(ErrorKind::ConnectionRefused)), "refused by the remaining rules: {kind:?}");
     }
     site.node.netns().shell(match backend {
         "nft" => "nft flush chain inet kirsa prerouting",
         _ => "iptables -t nat -F; ip6tables -t nat -F",
     })?;
     for pod in &pods {
-        let kind = pod.netns().connect((CONTAINER, 80).into(), NEVER).map_err(|error| error.kind());
+        let kind = pod.netns().connect((CONTAINER, 80).into(), CONNECT_TIMEOUT).map_err(|error| error.kind());
         ensure!(
             matches!(kind, Err(ErrorKind::ConnectionRefused)),
-            "what leads around the redirect is refused: {kind:?}"
+            "connections that bypass the redirect are refused: {kind:?}"
         );
     }
-    ensure!(outside.accept().is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "a pod got outside");
+    ensure!(outside.accept().is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "a pod bypassed the redirect");
 
-    // Without the flag, the address is somebody else's again.
-    ensure!(names_it(&rules(&site, backend)?));
+    // Without the flag, the agent does not redirect the address.
+    ensure!(contains_container_address(&rules(&site, backend)?));
     let options = without_flag(&site, backend)?;
     let agent = Agent::start(&site.node, &options)?;
     let now = rules(&site, backend)?;
-    ensure!(!names_it(&now) && now.contains(&METADATA.to_string()), "{now}");
+    ensure!(!contains_container_address(&now) && now.contains(&METADATA.to_string()), "{now}");
     agent.stop()?;
     let agent = Agent::start(&site.node, &without.flag("--intercept", backend))?;
-    ensure!(names_it(&rules(&site, backend)?));
+    ensure!(contains_container_address(&rules(&site, backend)?));
     agent.stop()?;
     let output = Agent::uninstall(&site.node, &Options::new(env!("CARGO_BIN_EXE_kirsa")))?;
     ensure!(output.status.success() && !rules(&site, backend)?.to_lowercase().contains("kirsa"), "{output:?}");
     Ok(())
 }
 
-/// As [`site`] makes them, less the switch.
+/// Returns the options of [`site`] without `--container-credentials`.
 fn without_flag(site: &Site, backend: &str) -> Result<Options> {
-    let way = crate::rights::Way::Container.namespace();
-    let kubeconfig = crate::site::blocking(site.api.agent_kubeconfig(way, "kirsa", site.node.name()))?;
+    let rights = crate::rights::AgentRights::ContainerCredentials.namespace();
+    let kubeconfig = crate::site::blocking(site.api.agent_kubeconfig(rights, "kirsa", site.node.name()))?;
     let options = Options::new(env!("CARGO_BIN_EXE_kirsa")).flag("--kubeconfig", &kubeconfig);
     Ok(options.flag("--sts-endpoint-url", site.sts.url()).flag("--intercept", backend))
 }
 
 #[test]
-fn by_nft_it_is_there_with_the_flag_and_fails_closed() -> Result<()> {
-    it_is_there_with_the_flag_and_fails_closed("nft")
+fn nft_redirect_fails_closed() -> Result<()> {
+    assert_redirect_fails_closed("nft")
 }
 
 #[test]
-fn by_iptables_it_is_there_with_the_flag_and_fails_closed() -> Result<()> {
-    it_is_there_with_the_flag_and_fails_closed("iptables")
+fn iptables_redirect_fails_closed() -> Result<()> {
+    assert_redirect_fails_closed("iptables")
 }
 
-/// Those of the metadata service lead here still, so only a probe of its own notices.
+/// The metadata service's redirect still works, so only the self-test of this redirect notices.
 #[test]
-fn its_rules_alone_come_back_when_somebody_removed_them() -> Result<()> {
+fn removed_redirect_rules_are_restored() -> Result<()> {
     let site = site()?;
     let agent = site.start()?;
     let healthy = doctor(&site)?;
@@ -122,9 +121,9 @@ fn its_rules_alone_come_back_when_somebody_removed_them() -> Result<()> {
            done
          done"
     ))?;
-    ensure!(removed.lines().count() == 2, "the redirect and its twin: {removed}");
-    poll("the rules to come back", PATIENCE, || rules(&site, "nft").is_ok_and(|now| now == before).then_some(()))?;
-    poll("a count of the repair", PATIENCE, || {
+    ensure!(removed.lines().count() == 2, "the rules for pods and for the host: {removed}");
+    poll("the rules to be restored", TIMEOUT, || rules(&site, "nft").is_ok_and(|now| now == before).then_some(()))?;
+    poll("the repair to be counted", TIMEOUT, || {
         agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count >= 1.0).then_some(())
     })?;
     agent.kill()?;
@@ -138,9 +137,9 @@ fn doctor(site: &Site) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// It binds that address on a dummy interface, which not every kernel has; which interface does not matter.
+/// The EKS agent uses a dummy interface, which not every kernel has; any interface gives the same result.
 #[test]
-fn beside_an_eks_agent_it_warns() -> Result<()> {
+fn eks_pod_identity_agent_is_reported() -> Result<()> {
     let site = site()?;
     site.node.netns().ip([format!("addr add {CONTAINER}/32 dev lo")])?;
     let _eks = site.node.listen((CONTAINER, 80).into())?;

@@ -1,4 +1,4 @@
-//! An unmodified SDK that takes container credentials, told of them as EKS's webhook tells it.
+//! An unmodified SDK that uses container credentials, configured as by the EKS Pod Identity webhook.
 
 use std::fs;
 use std::io::Write;
@@ -12,7 +12,7 @@ use crate::site::{arn, blocking};
 const HOSTS: [&str; 2] = ["169.254.170.23", "[fd00:ec2::23]"];
 
 #[test]
-fn boto3_is_the_role_of_its_pods_service_account() -> Result<()> {
+fn boto3_gets_role_of_service_account() -> Result<()> {
     if !sdk::is_prepared() {
         writeln!(std::io::stderr(), "skipped: boto3: tests/setup.sh could not get it from PyPI")?;
         return Ok(());
@@ -35,7 +35,7 @@ fn boto3_is_the_role_of_its_pods_service_account() -> Result<()> {
         let session = site.sts.session(shown["access_key_id"].as_str().context("a key")?).context("a session")?;
         ensure!(session.role_arn == arn("app") && shown["arn"] == session.arn, "{shown}");
     }
-    // A token that is not the pod's: no credentials, and none of anybody else.
+    // With another pod's token, the pod gets no credentials.
     let (_, other) = run(&site, "app-1", "app")?;
     fs::write(&file, blocking(site.api.token(site.namespace(), "app", ("app-1", &other), Some(PODS_AUDIENCE)))?)?;
     let mut command = sdk::boto3(&site.sts.url())?;

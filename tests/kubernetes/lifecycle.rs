@@ -1,4 +1,4 @@
-//! A pod from its binding to its end, and what becomes of its address.
+//! Pod lifecycle from binding to deletion, and reuse of its IP address.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::Agent;
@@ -8,48 +8,48 @@ use lab::poll::poll;
 use serde_json::json;
 
 use crate::site::{Site, credentials, list, role, wait_for_metric};
-use crate::{PATIENCE, SOON};
+use crate::{TIMEOUT, WATCH_TIMEOUT};
 
-/// Beside the test's own, this node has the agent's pod.
-const AGENT: f64 = 1.0;
+/// The agent's own pod on this node, in addition to the test's pods.
+const AGENT_PODS: f64 = 1.0;
 
-fn is_forgotten(pod: &Pod) -> Result<()> {
-    poll("nobody to have the address", SOON, || list(pod).ok().filter(|list| list.status == 503))?;
+fn assert_unknown(pod: &Pod) -> Result<()> {
+    poll("the address to be unknown", WATCH_TIMEOUT, || list(pod).ok().filter(|list| list.status == 503))?;
     ensure!(credentials(pod, "app-role")?.status == 503);
     Ok(())
 }
 
 #[test]
-fn a_pod_is_served_from_pending_until_it_is_gone() -> Result<()> {
+fn pod_is_served_from_pending_to_deletion() -> Result<()> {
     let site = Site::new()?;
     site.account("app")?;
     site.annotate("late", &[])?;
     let agent = site.start()?;
     site.bind("app-0", "app")?;
-    let pod = site.join("app-0")?;
+    let pod = site.attach("app-0")?;
     site.report("app-0", "Pending", &pod.address().ips())?;
-    site.serves(&pod, "app").context("pending: its init containers run")?;
-    site.show(&pod)?;
-    site.serves(&pod, "app").context("running")?;
+    site.assert_served(&pod, "app").context("pending: its init containers run")?;
+    site.report_address(&pod)?;
+    site.assert_served(&pod, "app").context("running")?;
 
-    // That tokens are minted for a pod that is being terminated shows with a session that nobody fetched before.
+    // A session that was not prefetched proves that tokens are minted for terminating pods.
     let late = site.run("late-0", "late")?;
-    wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT + 2.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT_PODS + 2.0)?;
     for (name, pod, account) in [("app-0", &pod, "app"), ("late-0", &late, "late")] {
         crate::site::blocking(site.api.terminate_pod(site.namespace(), name))?;
         site.account(account)?;
-        site.serves(pod, account).context("terminating")?;
+        site.assert_served(pod, account).context("terminating")?;
     }
     site.delete("app-0")?;
-    is_forgotten(&pod)?;
-    site.serves(&late, "late")?;
+    assert_unknown(&pod)?;
+    site.assert_served(&late, "late")?;
     wait_for_metric(&agent, "kirsa_cache_entries", &[], 1.0).context("the session of the last pod goes with it")?;
     agent.stop()
 }
 
-/// Its `podIPs` stay in the API.
+/// An ended pod keeps its `podIPs` in the API.
 #[test]
-fn a_pod_that_has_ended_has_no_address_any_more() -> Result<()> {
+fn ended_pod_owns_no_address() -> Result<()> {
     let site = Site::new()?;
     site.account("app")?;
     site.account("other")?;
@@ -57,21 +57,21 @@ fn a_pod_that_has_ended_has_no_address_any_more() -> Result<()> {
     for phase in ["Succeeded", "Failed"] {
         let name = format!("app-{}", phase.to_lowercase());
         let pod = site.run(&name, "app")?;
-        site.serves(&pod, "app")?;
+        site.assert_served(&pod, "app")?;
         site.report(&name, phase, &pod.address().ips())?;
-        is_forgotten(&pod)?;
+        assert_unknown(&pod)?;
         let address = pod.address();
         pod.delete();
         let name = format!("after-{}", phase.to_lowercase());
         site.bind(&name, "other")?;
-        let next = site.join_at(&name, address)?;
-        site.show(&next)?;
-        site.serves(&next, "other")?;
+        let next = site.attach_at(&name, address)?;
+        site.report_address(&next)?;
+        site.assert_served(&next, "other")?;
     }
     agent.stop()
 }
 
-/// Their address is the node's, and so is what comes from it.
+/// Pods on the host network share the node's address.
 #[test]
 fn host_network_pods_are_not_attributed() -> Result<()> {
     let mut site = Site::new()?;
@@ -82,122 +82,122 @@ fn host_network_pods_are_not_attributed() -> Result<()> {
     let spec = json!({"serviceAccountName": "host", "nodeName": site.node.name(), "hostNetwork": true});
     crate::site::blocking(site.api.create_pod(site.namespace(), "host-0", spec))?;
     site.report("host-0", "Running", &site.node.host_ips())?;
-    wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT + 1.0)?;
+    wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT_PODS + 1.0)?;
     let mut direct = Client::new(site.node.netns(), (site.node.host_ip(), 338));
     let answer = direct.role_list()?;
     ensure!(answer.status == 503, "{answer:?}");
     agent.wait_for_refusal("unknown_pod")?;
 
-    // Nor does it take anybody's address by claiming it.
+    // A host-network pod cannot claim another pod's address.
     let pod = site.run("app-0", "app")?;
     site.report("host-0", "Running", &pod.address().ips())?;
     let mut direct = Client::new(pod.netns(), (site.node.host_ip(), 338));
-    poll("the pod's role", SOON, || direct.role_list().ok().filter(|list| list.body == role("app")))?;
-    ensure!(site.calls("host").is_empty(), "nothing is fetched ahead for it");
+    poll("the pod's role", WATCH_TIMEOUT, || direct.role_list().ok().filter(|list| list.body == role("app")))?;
+    ensure!(site.calls("host").is_empty(), "nothing is prefetched for it");
     agent.stop()
 }
 
 #[test]
-fn a_dual_stack_pod_is_known_by_both_addresses() -> Result<()> {
+fn dual_stack_pod_is_known_by_both_addresses() -> Result<()> {
     let site = Site::new()?;
     site.account("app")?;
     let agent = site.start()?;
     let pod = site.run("app-0", "app")?;
-    let key = site.serves(&pod, "app")?;
+    let key = site.assert_served(&pod, "app")?;
     if pod.ip6().is_some() {
         ensure!(site.session(&pod.imds6().credentials(&role("app"))?)?.access_key_id == key);
     }
-    // By its record alone, too.
+    // The same by the CNI record alone.
     let uid = site.bind("app-1", "app")?;
-    let pod = site.join("app-1")?;
+    let pod = site.attach("app-1")?;
     site.records()?.add(&site.sandbox("app-1", &uid), &pod)?;
-    site.serves(&pod, "app")?;
+    site.assert_served(&pod, "app")?;
     if pod.ip6().is_some() {
         ensure!(site.session(&pod.imds6().credentials(&role("app"))?)?.access_key_id == key);
     }
     agent.stop()
 }
 
-/// In which order the former pod goes and the next one comes.
+/// Order in which an address's former pod is removed and its next pod appears.
 #[derive(Clone, Copy, Debug)]
-enum Handover {
-    /// As the API server alone shows it, on a node where nothing writes records.
+enum Reuse {
+    /// The node has no records: only the API server reports addresses.
     WithoutRecords,
-    /// The former is gone in every respect before the next comes.
+    /// The former pod and its record are deleted before the next pod starts.
     AfterDeletion,
-    /// The next is on the node while the API server shows the former with the address still.
+    /// The next pod starts while the API server still reports the former one with the address.
     BeforeDeletion,
-    /// The same, and the former's record has stayed behind.
-    WithALeftover,
+    /// The same, and the former pod's record still exists.
+    WithStaleRecord,
 }
 
 #[test]
-fn an_address_that_changes_hands_never_brings_the_former_ones_credentials() -> Result<()> {
-    hand_over(&[Handover::AfterDeletion, Handover::BeforeDeletion, Handover::WithALeftover].repeat(3))
+fn reused_ip_gets_only_own_credentials() -> Result<()> {
+    reuse_address(&[Reuse::AfterDeletion, Reuse::BeforeDeletion, Reuse::WithStaleRecord].repeat(3))
 }
 
 #[test]
-fn an_address_changes_hands_without_records() -> Result<()> {
-    hand_over(&[Handover::WithoutRecords; 4])
+fn reused_ip_without_records() -> Result<()> {
+    reuse_address(&[Reuse::WithoutRecords; 4])
 }
 
-fn hand_over(rounds: &[Handover]) -> Result<()> {
-    use Handover::{AfterDeletion, BeforeDeletion, WithALeftover, WithoutRecords};
+fn reuse_address(rounds: &[Reuse]) -> Result<()> {
+    use Reuse::{AfterDeletion, BeforeDeletion, WithStaleRecord, WithoutRecords};
     let site = Site::new()?;
     let accounts = ["left", "right"];
     accounts.iter().try_for_each(|account| site.account(account))?;
     let agent = site.start()?;
     let address = site.node.allocate();
     let mut former: Option<(String, String, Pod)> = None;
-    for (round, handover) in rounds.iter().enumerate() {
+    for (round, reuse) in rounds.iter().enumerate() {
         let account = accounts[round % 2];
         let name = format!("{account}-{round}");
         let records = site.records()?;
-        let gone = former.take().map(|(name, uid, pod)| {
+        let deleted = former.take().map(|(name, uid, pod)| {
             pod.delete();
             (site.sandbox(&name, &uid), name)
         });
-        let delete = || gone.as_ref().map_or(Ok(()), |(_, name)| site.delete(name));
-        if !matches!(handover, WithALeftover)
-            && let Some((sandbox, _)) = &gone
+        let delete = || deleted.as_ref().map_or(Ok(()), |(_, name)| site.delete(name));
+        if !matches!(reuse, WithStaleRecord)
+            && let Some((sandbox, _)) = &deleted
         {
             records.remove(sandbox)?;
-            recorded(&agent, 0.0)?;
+            wait_for_records(&agent, 0.0)?;
         }
-        if matches!(handover, WithoutRecords | AfterDeletion) {
+        if matches!(reuse, WithoutRecords | AfterDeletion) {
             delete()?;
-            wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT)?;
+            wait_for_metric(&agent, "kirsa_indexed_pods", &[], AGENT_PODS)?;
         }
         let uid = site.bind(&name, account)?;
-        let pod = site.join_at(&name, address)?;
-        if !matches!(handover, WithoutRecords) {
+        let pod = site.attach_at(&name, address)?;
+        if !matches!(reuse, WithoutRecords) {
             records.add(&site.sandbox(&name, &uid), &pod)?;
-            recorded(&agent, if matches!(handover, WithALeftover) && gone.is_some() { 2.0 } else { 1.0 })?;
+            wait_for_records(&agent, if matches!(reuse, WithStaleRecord) && deleted.is_some() { 2.0 } else { 1.0 })?;
         }
-        let get_own = |what: &str| {
-            poll(what, PATIENCE, || own_or_nothing(&site, &pod, account).transpose())
+        let wait_for_own = |what: &str| {
+            poll(what, TIMEOUT, || own_or_nothing(&site, &pod, account).transpose())
                 .and_then(|answer| answer)
-                .with_context(|| format!("round {round}, {handover:?}"))
+                .with_context(|| format!("round {round}, {reuse:?}"))
         };
-        match handover {
+        match reuse {
             WithoutRecords => {
                 ensure!(own_or_nothing(&site, &pod, account)?.is_none());
-                site.show(&pod)?;
+                site.report_address(&pod)?;
             }
-            WithALeftover if gone.is_some() => {
+            WithStaleRecord if deleted.is_some() => {
                 ensure!(own_or_nothing(&site, &pod, account)?.is_none(), "two live pods claim {address:?}");
                 delete()?;
             }
             _ => {}
         }
-        get_own("the next pod's own credentials")?;
-        if matches!(handover, BeforeDeletion) {
+        wait_for_own("the next pod's own credentials")?;
+        if matches!(reuse, BeforeDeletion) {
             delete()?;
         }
-        site.show(&pod)?;
-        get_own("the same when all is said")?;
-        if matches!(handover, WithALeftover)
-            && let Some((sandbox, _)) = &gone
+        site.report_address(&pod)?;
+        wait_for_own("the same after both sources have reported it")?;
+        if matches!(reuse, WithStaleRecord)
+            && let Some((sandbox, _)) = &deleted
         {
             records.remove(sandbox)?;
         }
@@ -206,11 +206,11 @@ fn hand_over(rounds: &[Handover]) -> Result<()> {
     agent.stop()
 }
 
-fn recorded(agent: &Agent, count: f64) -> Result<()> {
+fn wait_for_records(agent: &Agent, count: f64) -> Result<()> {
     wait_for_metric(agent, "kirsa_cni_records", &[], count)
 }
 
-/// One look at everything that the pod can ask for: its own or nothing, and never anybody else's. What it got.
+/// Requests everything that a pod can request once: it must get its own credentials or none. Returns whether it got any.
 fn own_or_nothing(site: &Site, pod: &Pod, account: &str) -> Result<Option<()>> {
     let list = list(pod)?;
     ensure!(list.status == 503 || (list.status == 200 && list.body == role(account)), "{list:?}");
@@ -219,7 +219,7 @@ fn own_or_nothing(site: &Site, pod: &Pod, account: &str) -> Result<Option<()>> {
         let document = credentials(pod, &role(name))?;
         if document.status == 200 {
             let session = site.session(&document)?;
-            site.belongs(&session, account)?;
+            site.assert_session_of(&session, account)?;
             got = Some(());
         } else {
             ensure!(document.status == 503 || (document.status == 404 && name != account), "{document:?}");

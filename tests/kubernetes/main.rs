@@ -1,5 +1,5 @@
-//! Attribution, authorization and exchange, through the real binary and a real kube-apiserver: each test with a node,
-//! an STS and a Kubernetes namespace of its own, and an agent that has the rights of the manifests and nothing more.
+//! Tests of attribution, authorization and exchange with the real binary and a real kube-apiserver. Each test has its own
+//! node, STS stand-in and Kubernetes namespace, and an agent with exactly the rights of the manifests.
 
 mod annotations;
 mod bridge;
@@ -15,16 +15,17 @@ mod outage;
 mod records;
 mod rights;
 mod site;
-mod stolen;
+mod stolen_agent_token;
 mod streaming;
-mod thief;
+mod raw_client;
 mod waiting;
 
 use std::time::Duration;
 
 lab::enter!();
 
-/// Enough for anything that the agent or the API server does on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// What a watch tells is known much sooner than what was remembered of a live read would be forgotten (10 s).
-const SOON: Duration = Duration::from_secs(5);
+/// Maximum duration of any operation of the agent or the API server on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// Maximum delay of a watch event. Shorter than the lifetime of a cached live lookup (10 s), so that a test that waits
+/// this long proves the watch.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,5 +1,4 @@
-//! Memory that a tenant can make an agent hold: none for service accounts that no pod of the node uses, and none for
-//! annotations that the agent does not read.
+//! Bounds on the agent's memory: a tenant's service accounts without pods on the node, and unread annotations, take none.
 
 use std::fs;
 
@@ -15,15 +14,15 @@ use serde_json::{Value, json};
 
 use crate::site::{ROLE_ARN, blocking, wait_for_metric};
 
-/// Accounts of one tenant. The agent reads up to 24 KiB of each: all of them have 94 MiB.
+/// Service accounts of the tenant: up to 24 KiB of relevant annotations each, 94 MiB in total.
 const ACCOUNTS: usize = 4_000;
 const CHANGES: usize = 500;
 /// Maximum of the agent's anonymous memory, in KiB, as docs/capacity.md states it.
 const BOUND: u64 = 24 << 10;
 /// Concurrent requests of the tenant.
-const AT_ONCE: usize = 16;
+const CONCURRENCY: usize = 16;
 
-/// Each annotation that the agent reads, with its maximum length, but a role that is right.
+/// Returns every annotation that the agent reads, with its maximum length and a valid role.
 fn annotations() -> Value {
     let long = "x".repeat(2_048);
     json!({
@@ -39,12 +38,12 @@ fn annotations() -> Value {
     })
 }
 
-/// The shortest annotations, as many as the API server takes: 256 KiB of names.
+/// Returns the shortest annotations, as many as the API server accepts: 256 KiB of names.
 fn five_byte_annotations() -> Value {
     (0..52_000).map(|number| (format!("{number:05}"), json!(""))).collect()
 }
 
-async fn create(api: &ApiServer, count: usize, annotations: &Value, at_once: usize) -> Result<()> {
+async fn create(api: &ApiServer, count: usize, annotations: &Value, concurrency: usize) -> Result<()> {
     let accounts: Api<ServiceAccount> = Api::namespaced(api.client().await?, "tenant");
     stream::iter(0..count)
         .map(|number| {
@@ -53,12 +52,12 @@ async fn create(api: &ApiServer, count: usize, annotations: &Value, at_once: usi
             let accounts = accounts.clone();
             async move { accounts.create(&PostParams::default(), &account?).await.map(drop).context("an account") }
         })
-        .buffer_unordered(at_once)
+        .buffer_unordered(concurrency)
         .try_collect()
         .await
 }
 
-/// Has the watch of every agent show some of the accounts once more.
+/// Changes some of the accounts, so that every agent's watch receives them again.
 async fn change(api: &ApiServer) -> Result<()> {
     let accounts: Api<ServiceAccount> = Api::namespaced(api.client().await?, "tenant");
     let change = Patch::Merge(json!({"metadata": {"annotations": {"kirsa.dev/session-scope": "y".repeat(2_048)}}}));
@@ -70,12 +69,13 @@ async fn change(api: &ApiServer) -> Result<()> {
                 accounts.patch(&name, &PatchParams::default(), change).await.map(drop).context("a change")
             }
         })
-        .buffer_unordered(AT_ONCE)
+        .buffer_unordered(CONCURRENCY)
         .try_collect()
         .await
 }
 
-/// Current and peak anonymous memory, in KiB. The peak is of all memory: pages of the binary are subtracted.
+/// Returns current and peak anonymous memory, in KiB. The kernel reports the peak of all memory; this subtracts the
+/// pages of the binary.
 fn memory(agent: &Agent) -> Result<(u64, u64)> {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.process().id()))?;
     let value = |name: &str| {
@@ -85,19 +85,19 @@ fn memory(agent: &Agent) -> Result<(u64, u64)> {
     Ok((value("RssAnon:")?, value("VmHWM:")?.saturating_sub(value("RssFile:")?)))
 }
 
-fn is_bounded(agent: &Agent, when: &str) -> Result<()> {
+fn assert_bounded(agent: &Agent, when: &str) -> Result<()> {
     let (now, peak) = memory(agent)?;
     println!("{when}: {now} KiB, at most {peak} KiB");
     ensure!(now <= BOUND && peak <= BOUND, "{when}: {now} KiB, at most {peak} KiB");
     Ok(())
 }
 
-/// The session of a pod whose account has a role is fetched; STS is away.
-fn is_fetched_for(agent: &Agent, pod: &str) -> Result<()> {
+/// Waits until the pod's session is prefetched, which is refused because STS is unreachable.
+fn wait_for_prefetch(agent: &Agent, pod: &str) -> Result<()> {
     agent.wait_for_log(|entry| entry["message"] == "refused" && entry["pod"] == pod).map(drop)
 }
 
-fn stays_bounded(flags: &[&str]) -> Result<()> {
+fn assert_stays_bounded(flags: &[&str]) -> Result<()> {
     let api = ApiServer::another_with(flags)?;
     let node = Node::new()?;
     let role = [(ROLE_ARN, "arn:aws:iam::111122223333:role/own")];
@@ -107,27 +107,27 @@ fn stays_bounded(flags: &[&str]) -> Result<()> {
             api.service_account("default", name, &role).await?;
         }
         api.pod("default", "before-0", "before", node.name()).await?;
-        create(&api, ACCOUNTS, &annotations(), AT_ONCE).await
+        create(&api, ACCOUNTS, &annotations(), CONCURRENCY).await
     })?;
     let options = Options::new(env!("CARGO_BIN_EXE_kirsa"))
         .flag("--kubeconfig", api.admin_kubeconfig())
         .flag("--sts-endpoint-url", "http://127.0.0.1:9");
     let agent = Agent::start(&node, &options)?;
-    is_fetched_for(&agent, "before-0")?;
-    is_bounded(&agent, "after the list")?;
+    wait_for_prefetch(&agent, "before-0")?;
+    assert_bounded(&agent, "after the list")?;
 
     blocking(change(&api))?;
-    // The watch showed this account before, when no pod of this node used it.
+    // The watch reported this account earlier, when no pod of this node used it.
     blocking(api.pod("default", "after-0", "after", node.name()))?;
-    is_fetched_for(&agent, "after-0")?;
-    // Of a pod that uses one of them, one is kept.
+    wait_for_prefetch(&agent, "after-0")?;
+    // One account is kept for a pod that uses it.
     blocking(api.pod("tenant", "tenant-0", "account-0", node.name()))?;
     wait_for_metric(&agent, "kirsa_indexed_pods", &[], 3.0)?;
-    is_bounded(&agent, "after the changes")?;
+    assert_bounded(&agent, "after the changes")?;
     agent.stop()
 }
 
-/// Each of these lists alone is several times the bound: an API server that does not stream sends it as one body.
+/// Each list is several times the bound: an API server without streaming lists sends it as one response.
 #[test]
 fn listed_annotations_take_no_memory() -> Result<()> {
     const ACCOUNTS: usize = 20;
@@ -153,16 +153,16 @@ fn listed_annotations_take_no_memory() -> Result<()> {
         .flag("--sts-endpoint-url", "http://127.0.0.1:9");
     let agent = Agent::start(&node, &options)?;
     wait_for_metric(&agent, "kirsa_indexed_pods", &[], PODS as f64)?;
-    is_bounded(&agent, "after the list")?;
+    assert_bounded(&agent, "after the list")?;
     agent.stop()
 }
 
 #[test]
-fn streamed_accounts_of_others_take_no_memory() -> Result<()> {
-    stays_bounded(&[])
+fn streamed_foreign_accounts_take_no_memory() -> Result<()> {
+    assert_stays_bounded(&[])
 }
 
 #[test]
-fn listed_accounts_of_others_take_no_memory() -> Result<()> {
-    stays_bounded(&["--feature-gates=WatchList=false"])
+fn listed_foreign_accounts_take_no_memory() -> Result<()> {
+    assert_stays_bounded(&["--feature-gates=WatchList=false"])
 }

@@ -1,4 +1,4 @@
-//! Both ways of minting, with the rights of the manifests and nothing more.
+//! Both minting modes, with exactly the rights of the manifests.
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::ServiceAccount;
@@ -6,8 +6,8 @@ use kube::{Api, api::PostParams};
 use lab::agent::{Agent, field};
 use lab::poll::poll;
 
-use crate::PATIENCE;
-use crate::rights::Way;
+use crate::TIMEOUT;
+use crate::rights::AgentRights;
 use crate::site::{AUDIENCE, Site, blocking};
 
 const IMPERSONATION: &str = "daemonset/components/constrained-impersonation";
@@ -18,61 +18,61 @@ fn logged_mode(agent: &Agent) -> Result<String> {
     Ok(field(&line, "mode").unwrap_or_default().to_owned())
 }
 
-fn pods_get_credentials_of_their_service_accounts(way: Way, name: &str) -> Result<()> {
-    let site = Site::with(way)?;
+fn assert_pods_get_own_credentials(rights: AgentRights, name: &str) -> Result<()> {
+    let site = Site::with_rights(rights)?;
     site.account("reader")?;
     site.account("writer")?;
     let agent = site.start()?;
     ensure!(logged_mode(&agent)? == name);
     let (reader, writer) = (site.run("reader-0", "reader")?, site.run("writer-0", "writer")?);
-    let (first, second) = (site.serves(&reader, "reader")?, site.serves(&writer, "writer")?);
+    let (first, second) = (site.assert_served(&reader, "reader")?, site.assert_served(&writer, "writer")?);
     ensure!(first != second);
     // The pods of one service account share a session.
     let another = site.run("reader-1", "reader")?;
-    ensure!(site.serves(&another, "reader")? == first && site.calls("reader").len() == 1);
+    ensure!(site.assert_served(&another, "reader")? == first && site.calls("reader").len() == 1);
     let audit = agent.wait_for_log(|entry| field(entry, "access_key_id") == Some(&first))?;
     ensure!(field(&audit, "pod") == Some("reader-0") && field(&audit, "service_account") == Some("reader"), "{audit}");
     agent.stop()
 }
 
 #[test]
-fn by_impersonation_pods_get_credentials_of_their_service_accounts() -> Result<()> {
-    pods_get_credentials_of_their_service_accounts(Way::Impersonate, "impersonation")
+fn impersonation_serves_own_credentials() -> Result<()> {
+    assert_pods_get_own_credentials(AgentRights::Impersonation, "impersonation")
 }
 
 #[test]
-fn by_direct_minting_pods_get_credentials_of_their_service_accounts() -> Result<()> {
-    pods_get_credentials_of_their_service_accounts(Way::Direct, "direct")
+fn direct_minting_serves_own_credentials() -> Result<()> {
+    assert_pods_get_own_credentials(AgentRights::Direct, "direct")
 }
 
 #[test]
-fn with_both_rights_impersonation_is_preferred() -> Result<()> {
+fn impersonation_is_preferred() -> Result<()> {
     for (wanted, used) in [("auto", "impersonation"), ("direct", "direct")] {
-        let mut site = Site::with(Way::Either)?;
+        let mut site = Site::with_rights(AgentRights::BothModes)?;
         site.options = site.options.flag("--minting", wanted);
         site.account("app")?;
         let agent = site.start()?;
         ensure!(logged_mode(&agent)? == used, "--minting {wanted}");
         let pod = site.run("app-0", "app")?;
-        site.serves(&pod, "app")?;
+        site.assert_served(&pod, "app")?;
         agent.stop()?;
     }
     Ok(())
 }
 
-/// Whoever changes from one component to the other need not restart the agents.
+/// Changing from one kustomize component to the other needs no restart of the agents.
 #[test]
-fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
-    let site = Site::with(Way::Changing)?;
+fn revoked_impersonation_switches_to_direct() -> Result<()> {
+    let site = Site::with_rights(AgentRights::Revocable)?;
     let agent = site.start()?;
     ensure!(logged_mode(&agent)? == "impersonation");
-    let role = format!("kirsa-impersonate-node.{}", Way::Changing.namespace());
+    let role = format!("kirsa-impersonate-node.{}", AgentRights::Revocable.namespace());
     let without_rules = serde_json::json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
         "metadata": {"name": role}, "rules": []});
     blocking(site.api.apply(&without_rules.to_string()))?;
-    // The API server goes by it a moment later: until then pods are minted for as before.
+    // The API server applies the change a moment later; until then, impersonation still works.
     let mut pods = 0;
-    poll("the other way", PATIENCE, || {
+    poll("direct minting", TIMEOUT, || {
         let name = format!("app{pods}");
         pods += 1;
         site.account(&name).and_then(|()| site.bind(&name, &name)).ok()?;
@@ -80,51 +80,51 @@ fn when_its_right_is_taken_away_the_agent_goes_the_other_way() -> Result<()> {
     })?;
     site.account("last")?;
     let pod = site.run("last-0", "last")?;
-    site.serves(&pod, "last")?;
+    site.assert_served(&pod, "last")?;
     agent.stop()
 }
 
 #[test]
-fn without_the_right_the_agent_ends_and_names_the_component() -> Result<()> {
-    for (way, mint, named) in [
-        (Way::Neither, "auto", &[IMPERSONATION, "direct-minting", "--minting auto"][..]),
-        (Way::Neither, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
-        (Way::Neither, "direct", &[DIRECT, "--minting direct"]),
-        (Way::Direct, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
-        (Way::Impersonate, "direct", &[DIRECT, "--minting direct"]),
+fn missing_minting_right_names_component() -> Result<()> {
+    for (rights, mint, named) in [
+        (AgentRights::NoMinting, "auto", &[IMPERSONATION, "direct-minting", "--minting auto"][..]),
+        (AgentRights::NoMinting, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
+        (AgentRights::NoMinting, "direct", &[DIRECT, "--minting direct"]),
+        (AgentRights::Direct, "impersonation", &[IMPERSONATION, "--minting impersonation"]),
+        (AgentRights::Impersonation, "direct", &[DIRECT, "--minting direct"]),
     ] {
-        let mut site = Site::with(way)?;
+        let mut site = Site::with_rights(rights)?;
         site.options = site.options.flag("--minting", mint);
         let agent = Agent::spawn(&site.node, &site.options)?;
-        let said = agent.process().wait_for_line(PATIENCE, |line| line.starts_with("error: "))?;
+        let message = agent.process().wait_for_line(TIMEOUT, |line| line.starts_with("error: "))?;
         for named in named {
-            ensure!(said.contains(named), "{way:?}, --minting {mint}: {said}");
+            ensure!(message.contains(named), "{rights:?}, --minting {mint}: {message}");
         }
         let status = agent.wait()?;
-        ensure!(status.code() == Some(1), "{way:?}, --minting {mint}: {status}");
+        ensure!(status.code() == Some(1), "{rights:?}, --minting {mint}: {status}");
     }
     Ok(())
 }
 
-/// The Node authorizer hears of a new pod from a watch of its own, now and then later than the agent does.
+/// The Node authorizer has its own watch of pods, which may lag behind the agent's.
 #[test]
-fn a_burst_of_new_pods_is_minted_for_at_once() -> Result<()> {
+fn burst_of_new_pods_gets_tokens_at_once() -> Result<()> {
     const PODS: usize = 40;
     let site = Site::new()?;
     let name = |pod: usize| format!("app{pod}");
     (0..PODS).try_for_each(|pod| site.account(&name(pod)))?;
     let agent = site.start()?;
     (0..PODS).try_for_each(|pod| site.bind(&name(pod), &name(pod)).map(drop))?;
-    let calls = site.sts.wait_for_outcomes(PODS, PATIENCE)?;
+    let calls = site.sts.wait_for_outcomes(PODS, TIMEOUT)?;
     ensure!(calls.len() == PODS, "{}", calls.len());
     let failed = agent.metric("kirsa_exchange_seconds_count", &[("outcome", "token_forbidden")])?;
-    ensure!(failed == 0.0, "{failed} pods would have to wait for what is remembered");
+    ensure!(failed == 0.0, "{failed} refusals would be in the negative cache");
     agent.stop().context("after the burst")
 }
 
-/// Kubernetes 1.34 and later compare the account's UID, so no token is minted by terms of the former account.
+/// Kubernetes 1.34 and later compare the account's UID, so no token is minted with the deleted account's role.
 #[test]
-fn token_for_a_recreated_account_is_a_conflict() -> Result<()> {
+fn token_for_recreated_account_conflicts() -> Result<()> {
     let site = Site::new()?;
     site.account("app")?;
     let pod_uid = site.bind("app-0", "app")?;

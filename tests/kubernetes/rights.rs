@@ -1,5 +1,5 @@
-//! What the manifests grant, applied to the API server as kustomize would: constrained impersonation for the agent of
-//! namespace `kirsa`, and beside it, so that one API server can hold both, direct minting for that of another.
+//! Applies the manifests' RBAC rules to the API server as kustomize would. The agents with different rights are in different
+//! namespaces, so that one API server has all of them: for example, constrained impersonation in `kirsa`.
 
 use std::fs;
 use std::path::Path;
@@ -9,46 +9,46 @@ use anyhow::{Context, Result, anyhow};
 use lab::apiserver::ApiServer;
 use serde_json::Value;
 
+use crate::raw_client::RawClient;
 use crate::site::blocking;
-use crate::thief::Thief;
 
-/// Which rights an agent has.
+/// The rights of an agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
-    Impersonate,
+pub(crate) enum AgentRights {
+    Impersonation,
     Direct,
-    Either,
-    /// Both at first, for a test that takes one away.
-    Changing,
+    BothModes,
+    /// Both, for a test that revokes one of them.
+    Revocable,
     /// Constrained impersonation, and container credentials.
-    Container,
-    /// Those of the base alone: none to mint.
-    Neither,
+    ContainerCredentials,
+    /// Only the rights of the base, which cannot mint tokens.
+    NoMinting,
 }
 
-impl Way {
-    pub(crate) const BOTH: [Self; 2] = [Self::Impersonate, Self::Direct];
+impl AgentRights {
+    pub(crate) const EACH_MODE: [Self; 2] = [Self::Impersonation, Self::Direct];
 
-    /// Where the agent with these rights lives.
+    /// Returns the namespace of the agent with these rights.
     pub(crate) fn namespace(self) -> &'static str {
         match self {
-            Self::Impersonate => "kirsa",
+            Self::Impersonation => "kirsa",
             Self::Direct => "kirsa-direct",
-            Self::Either => "kirsa-either",
-            Self::Changing => "kirsa-changing",
-            Self::Container => "kirsa-container",
-            Self::Neither => "kirsa-neither",
+            Self::BothModes => "kirsa-both-modes",
+            Self::Revocable => "kirsa-revocable",
+            Self::ContainerCredentials => "kirsa-container",
+            Self::NoMinting => "kirsa-no-minting",
         }
     }
 
-    /// What is added to the base.
+    /// Returns the kustomize components that are added to the base.
     fn components(self) -> &'static [&'static str] {
         match self {
-            Self::Impersonate => &["components/constrained-impersonation"],
+            Self::Impersonation => &["components/constrained-impersonation"],
             Self::Direct => &["components/direct-minting"],
-            Self::Either | Self::Changing => &["components/constrained-impersonation", "components/direct-minting"],
-            Self::Container => &["components/constrained-impersonation", "components/container-credentials"],
-            Self::Neither => &[],
+            Self::BothModes | Self::Revocable => &["components/constrained-impersonation", "components/direct-minting"],
+            Self::ContainerCredentials => &["components/constrained-impersonation", "components/container-credentials"],
+            Self::NoMinting => &[],
         }
     }
 
@@ -62,28 +62,35 @@ impl Way {
         Ok(manifests)
     }
 
-    /// Whether an admission policy is part of it.
-    pub(crate) fn is_fenced(self) -> Result<bool> {
+    /// Returns whether the manifests contain an admission policy.
+    pub(crate) fn has_admission_policy(self) -> Result<bool> {
         let manifests = self.manifests()?.iter().map(|path| read(path)).collect::<Result<Vec<_>>>()?;
         Ok(manifests.iter().any(|manifest| manifest.contains("kind: ValidatingAdmissionPolicyBinding")))
     }
 }
 
-/// Applies them all, once for the program; returns when the API server goes by them.
-pub(crate) fn granted() -> Result<&'static ApiServer> {
-    static GRANTED: OnceLock<Result<()>> = OnceLock::new();
+/// Returns the API server, after applying all manifests once and waiting until they take effect.
+pub(crate) fn api_server() -> Result<&'static ApiServer> {
+    static APPLIED: OnceLock<Result<()>> = OnceLock::new();
     let server = ApiServer::get()?;
-    GRANTED.get_or_init(|| grant(server)).as_ref().map_err(|error| anyhow!("the manifests: {error:#}"))?;
+    APPLIED.get_or_init(|| apply_manifests(server)).as_ref().map_err(|error| anyhow!("the manifests: {error:#}"))?;
     Ok(server)
 }
 
-fn grant(server: &ApiServer) -> Result<()> {
-    for way in [Way::Impersonate, Way::Direct, Way::Either, Way::Changing, Way::Container, Way::Neither] {
-        for path in way.manifests()? {
-            let manifest = in_namespace(&read(&path)?, way.namespace())?;
+fn apply_manifests(server: &ApiServer) -> Result<()> {
+    for rights in [
+        AgentRights::Impersonation,
+        AgentRights::Direct,
+        AgentRights::BothModes,
+        AgentRights::Revocable,
+        AgentRights::ContainerCredentials,
+        AgentRights::NoMinting,
+    ] {
+        for path in rights.manifests()? {
+            let manifest = move_to_namespace(&read(&path)?, rights.namespace())?;
             blocking(server.apply(&manifest)).context(path)?;
         }
-        Thief::wait_until_granted(server, way)?;
+        RawClient::wait_for_rights(server, rights)?;
     }
     Ok(())
 }
@@ -93,11 +100,11 @@ fn read(path: &str) -> Result<String> {
     fs::read_to_string(&path).with_context(|| path.display().to_string())
 }
 
-/// As `namespace: other` in a kustomization does it; and since cluster-wide objects of one name would replace each
-/// other, they get the namespace as a suffix.
-fn in_namespace(manifest: &str, namespace: &str) -> Result<String> {
+/// Moves a manifest to a namespace like `namespace:` in a kustomization. Cluster-wide objects get the namespace as a suffix,
+/// since objects of the same name would replace each other.
+fn move_to_namespace(manifest: &str, namespace: &str) -> Result<String> {
     let mut objects: Vec<Value> = serde_saphyr::from_multiple(manifest)?;
-    if namespace != Way::Impersonate.namespace() {
+    if namespace != AgentRights::Impersonation.namespace() {
         for object in &mut objects {
             for name in ["/metadata/name", "/roleRef/name", "/spec/policyName"] {
                 if let Some(Value::String(name)) = object.pointer_mut(name) {

@@ -1,5 +1,5 @@
-//! A node of the cluster with an agent's rights, an STS that trusts the cluster's issuer, and what kubelet, container
-//! runtime and administrators would do.
+//! Test fixture: a node of the cluster with an agent's rights, an STS stand-in that trusts the cluster's issuer, and the
+//! actions of kubelet, container runtime and administrators.
 
 use std::future::Future;
 use std::net::{IpAddr, TcpListener};
@@ -18,8 +18,8 @@ use lab::poll::poll;
 use lab::sts::{Call, Config, Jwks, Keys, Outcome, Provider, Role, Session, StandIn};
 use tokio::runtime::Runtime;
 
-use crate::rights::{Way, granted};
-use crate::{PATIENCE, SOON};
+use crate::rights::{AgentRights, api_server};
+use crate::{TIMEOUT, WATCH_TIMEOUT};
 
 pub(crate) const ROLE_ARN: &str = "eks.amazonaws.com/role-arn";
 pub(crate) const AUDIENCE: &str = "sts.amazonaws.com";
@@ -33,14 +33,14 @@ pub(crate) struct Site {
 
 impl Site {
     pub(crate) fn new() -> Result<Self> {
-        Self::with(Way::Impersonate)
+        Self::with_rights(AgentRights::Impersonation)
     }
 
-    /// With an agent that has the rights of that way, and finds out about them by itself.
-    pub(crate) fn with(way: Way) -> Result<Self> {
-        let api = granted()?;
+    /// Creates a site whose agent has these rights and detects its minting mode.
+    pub(crate) fn with_rights(rights: AgentRights) -> Result<Self> {
+        let api = api_server()?;
         let node = Node::new()?;
-        let kubeconfig = blocking(api.agent_kubeconfig(way.namespace(), "kirsa", node.name()))?;
+        let kubeconfig = blocking(api.agent_kubeconfig(rights.namespace(), "kirsa", node.name()))?;
         blocking(api.namespace(node.name()))?;
         let jwks = Jwks {
             url: format!("{}/openid/v1/jwks", api.url()),
@@ -59,18 +59,18 @@ impl Site {
         Agent::start(&self.node, &self.options)
     }
 
-    /// The Kubernetes namespace of this node's pods.
+    /// Returns the Kubernetes namespace of this node's pods.
     pub(crate) fn namespace(&self) -> &str {
         self.node.name()
     }
 
-    /// A service account with a role of its own, which STS lets it assume.
+    /// Creates a service account with its own role, which trusts it.
     pub(crate) fn account(&self, name: &str) -> Result<()> {
         self.trust(&arn(name), name);
         self.annotate(name, &[(ROLE_ARN, &arn(name))])
     }
 
-    /// A service account with exactly these annotations: made, or changed.
+    /// Creates or changes a service account to have exactly these annotations.
     pub(crate) fn annotate(&self, name: &str, annotations: &[(&str, &str)]) -> Result<()> {
         blocking(self.api.service_account(self.namespace(), name, annotations))
     }
@@ -91,23 +91,23 @@ impl Site {
         lab::issuer::subject(self.namespace(), account)
     }
 
-    /// The scheduler binds a pod to this node: it has no address yet. Its UID.
+    /// Binds a new pod to this node like the scheduler, without an address; returns its UID.
     pub(crate) fn bind(&self, name: &str, account: &str) -> Result<String> {
         blocking(self.api.pod(self.namespace(), name, account, self.node.name()))
     }
 
-    /// The runtime gives the pod its network.
-    pub(crate) fn join(&self, name: &str) -> Result<Pod> {
+    /// Attaches the pod to its network like the container runtime.
+    pub(crate) fn attach(&self, name: &str) -> Result<Pod> {
         self.node.pod(name, Shape::RoutedBare)
     }
 
-    /// The same with an address that was another pod's.
-    pub(crate) fn join_at(&self, name: &str, address: Address) -> Result<Pod> {
+    /// Attaches the pod to its network with an address that another pod had.
+    pub(crate) fn attach_at(&self, name: &str, address: Address) -> Result<Pod> {
         self.node.pod_at(name, Shape::RoutedBare, address)
     }
 
-    /// The kubelet reports the pod's address.
-    pub(crate) fn show(&self, pod: &Pod) -> Result<()> {
+    /// Reports the pod's address to the API server like the kubelet.
+    pub(crate) fn report_address(&self, pod: &Pod) -> Result<()> {
         self.report(pod.name(), "Running", &pod.address().ips())
     }
 
@@ -119,20 +119,20 @@ impl Site {
         blocking(self.api.delete_pod(self.namespace(), name))
     }
 
-    /// A pod that runs, and that the API server shows with its address.
+    /// Starts a pod and reports its address to the API server.
     pub(crate) fn run(&self, name: &str, account: &str) -> Result<Pod> {
         self.bind(name, account)?;
-        let pod = self.join(name)?;
-        self.show(&pod)?;
+        let pod = self.attach(name)?;
+        self.report_address(&pod)?;
         Ok(pod)
     }
 
-    /// The same with a CNI record, as on a node whose runtime writes them.
+    /// Starts a pod with a CNI record, and reports its address to the API server.
     pub(crate) fn run_recorded(&self, name: &str, account: &str) -> Result<(Pod, Sandbox)> {
         let sandbox = self.sandbox(name, &self.bind(name, account)?);
-        let pod = self.join(name)?;
+        let pod = self.attach(name)?;
         self.records()?.add(&sandbox, &pod)?;
-        self.show(&pod)?;
+        self.report_address(&pod)?;
         Ok((pod, sandbox))
     }
 
@@ -144,27 +144,28 @@ impl Site {
         Sandbox::new(self.namespace(), pod, uid)
     }
 
-    /// That a pod gets credentials of that account's role, for a token of that account; the access key id. It asks
-    /// again after a 503, as SDKs do, which an API server that is slow for a moment may cost it.
-    pub(crate) fn serves(&self, pod: &Pod, account: &str) -> Result<String> {
-        let list = decided(|| pod.imds().role_list())?;
+    /// Asserts that a pod gets credentials of the account's role, for a token of the account; returns the access key ID.
+    /// Retries after a 503 like SDKs, since the API server may be slow for a moment.
+    pub(crate) fn assert_served(&self, pod: &Pod, account: &str) -> Result<String> {
+        let list = retry_while_503(|| pod.imds().role_list())?;
         ensure!(list.status == 200 && list.body == role(account), "{}: {list:?}", pod.name());
-        let session = self.session(&decided(|| credentials(pod, &role(account)))?)?;
-        self.belongs(&session, account)?;
-        let call = self.calls(account).into_iter().find(|call| issued(call) == Some(&session.access_key_id));
-        let call = call.with_context(|| format!("no call of STS issued {}", session.access_key_id))?;
+        let session = self.session(&retry_while_503(|| credentials(pod, &role(account)))?)?;
+        self.assert_session_of(&session, account)?;
+        let call = self.calls(account).into_iter().find(|call| issued_key(call) == Some(&session.access_key_id));
+        let call = call.with_context(|| format!("no STS call issued {}", session.access_key_id))?;
         ensure!(call.session_name == format!("{}.{account}", self.namespace()), "{call:?}");
         Ok(session.access_key_id)
     }
 
-    pub(crate) fn belongs(&self, session: &Session, account: &str) -> Result<()> {
+    /// Asserts that a session is of the account's role, for a token of the account.
+    pub(crate) fn assert_session_of(&self, session: &Session, account: &str) -> Result<()> {
         let subject = &session.claims.subject;
         ensure!(session.role_arn == arn(account) && *subject == self.subject(account), "{session:?} of {subject}");
         ensure!(session.claims.audience == [AUDIENCE], "{:?}", session.claims);
         Ok(())
     }
 
-    /// Whose session a document of credentials opens.
+    /// Returns the STS session of a credentials document.
     pub(crate) fn session(&self, document: &Response) -> Result<Session> {
         ensure!(document.status == 200, "{document:?}");
         let document = document.json()?;
@@ -185,7 +186,7 @@ pub(crate) fn arn(account: &str) -> String {
     format!("arn:aws:iam::111122223333:role/{}", role(account))
 }
 
-/// Without a session token, and without asking for the role list before.
+/// Requests the role's credentials without an IMDS token, and without requesting the role list first.
 pub(crate) fn credentials(pod: &Pod, role: &str) -> Result<Response> {
     pod.imds().get(&format!("{CREDENTIALS_PATH}{role}")).send()
 }
@@ -196,25 +197,25 @@ pub(crate) fn list(pod: &Pod) -> Result<Response> {
 
 pub(crate) fn wait_for_metric(agent: &Agent, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
     let mut last = None;
-    poll(&format!("{name} {labels:?} {value}"), PATIENCE, || {
+    poll(&format!("{name} {labels:?} {value}"), TIMEOUT, || {
         last = agent.metric(name, labels).ok();
         (last == Some(value)).then_some(())
     })
     .with_context(|| format!("it is {last:?}"))
 }
 
-/// The first answer that is no "try again", or else the last.
-pub(crate) fn decided(ask: impl Fn() -> Result<Response>) -> Result<Response> {
-    let mut last = ask();
-    let _ = poll("another answer than 503", SOON, || {
+/// Requests until the response is not 503; returns the last response.
+pub(crate) fn retry_while_503(request: impl Fn() -> Result<Response>) -> Result<Response> {
+    let mut last = request();
+    let _ = poll("a response other than 503", WATCH_TIMEOUT, || {
         let again = last.as_ref().is_ok_and(|answer| answer.status == 503);
-        again.then(|| last = ask());
+        again.then(|| last = request());
         (!again).then_some(())
     });
     last
 }
 
-fn issued(call: &Call) -> Option<&String> {
+fn issued_key(call: &Call) -> Option<&String> {
     match call.outcome.as_ref()? {
         Outcome::Issued { access_key_id } => Some(access_key_id),
         _ => None,
@@ -225,7 +226,7 @@ pub(crate) fn runtime() -> Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Calls of the API server from a test, which is a thread of its own and waits for each.
+/// Runs an API call to completion. Each test is its own thread, so it can block.
 pub(crate) fn blocking<T>(call: impl Future<Output = T>) -> T {
     runtime().block_on(call)
 }

@@ -1,4 +1,4 @@
-//! Lists that are streamed, and API servers that stream none: before Kubernetes 1.34, or with the feature gate off.
+//! Streaming lists (`WatchList`), and API servers without them: before Kubernetes 1.34, or with the feature gate off.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, Options};
@@ -8,21 +8,21 @@ use serde_json::Value;
 
 use crate::site::{ROLE_ARN, Site, blocking, wait_for_metric};
 
-fn lists_are_not_streamed(agent: &Agent) -> usize {
-    let said = |entry: &&Value| entry["message"].to_string().contains("does not support streaming lists");
-    agent.log().iter().filter(said).count()
+fn fallbacks(agent: &Agent) -> usize {
+    let is_fallback = |entry: &&Value| entry["message"].to_string().contains("does not support streaming lists");
+    agent.log().iter().filter(is_fallback).count()
 }
 
 #[test]
-fn lists_are_streamed_where_the_api_server_can() -> Result<()> {
+fn lists_are_streamed_if_supported() -> Result<()> {
     let site = Site::new()?;
     let agent = site.start()?;
-    ensure!(lists_are_not_streamed(&agent) == 0, "{:?}", agent.log());
+    ensure!(fallbacks(&agent) == 0, "{:?}", agent.log());
     agent.stop()
 }
 
 #[test]
-fn pods_and_service_accounts_are_read_from_an_api_server_that_streams_no_lists() -> Result<()> {
+fn lists_are_read_without_streaming_support() -> Result<()> {
     let api = ApiServer::another_with(&["--feature-gates=WatchList=false"])?;
     let node = Node::new()?;
     blocking(async {
@@ -35,8 +35,8 @@ fn pods_and_service_accounts_are_read_from_an_api_server_that_streams_no_lists()
         .flag("--kubeconfig", api.admin_kubeconfig())
         .flag("--sts-endpoint-url", "http://127.0.0.1:9");
     let agent = Agent::start(&node, &options)?;
-    ensure!(lists_are_not_streamed(&agent) == 2, "{:?}", agent.log());
-    // What was listed, and what is told after that.
+    ensure!(fallbacks(&agent) == 2, "{:?}", agent.log());
+    // The listed pod, and one that the watch reports later.
     wait_for_metric(&agent, "kirsa_indexed_pods", &[], 1.0)?;
     agent.wait_for_log(|entry| entry["message"] == "refused" && entry["pod"] == "before-0").context("its session")?;
     blocking(api.pod("default", "after-0", "before", node.name()))?;

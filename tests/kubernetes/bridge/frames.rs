@@ -1,5 +1,5 @@
-//! Frames as a program with CAP_NET_RAW sends them: a SYN to the metadata address from another pod's address, whole and
-//! in disguises that the kernel takes off.
+//! Raw frames of a program with CAP_NET_RAW: a SYN to the metadata address from another pod's address, plain, with VLAN
+//! tags and in fragments, which the kernel removes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,17 +11,17 @@ const IPV6_FRAGMENT: u8 = 44;
 
 pub(super) struct Frame {
     pub(super) name: &'static str,
-    /// What is sent, in order.
+    /// The frames, in the order in which they are sent.
     pub(super) frames: Vec<Vec<u8>>,
 }
 
-/// A SYN from `source` in every disguise, addressed to the bridge.
-pub(super) fn disguises(source: IpAddr, from: &str, bridge: &str) -> Vec<Frame> {
+/// Returns a SYN from `source` in every encapsulation, addressed to the bridge.
+pub(super) fn spoofed_syns(source: IpAddr, from: &str, bridge: &str) -> Vec<Frame> {
     const PRIORITY: [u8; 4] = [0x81, 0, 0, 0];
     const NESTED: [u8; 8] = [0x88, 0xa8, 0, 0, 0x81, 0, 0, 0];
     let (protocol, whole, fragments) = match source {
         IpAddr::V4(source) => {
-            // The first fragment has the ports.
+            // The first fragment contains the ports.
             let (syn, more) = (segment(40_000, 80), 0x2000);
             let (first, rest) = syn.split_at(8);
             let ipv4 = |fragment, payload| ipv4(source, METADATA, fragment, payload);
@@ -36,7 +36,7 @@ pub(super) fn disguises(source: IpAddr, from: &str, bridge: &str) -> Vec<Frame> 
     };
     let one = |name, tags: &[u8]| Frame { name, frames: vec![ethernet(bridge, from, tags, protocol, &whole)] };
     vec![
-        one("whole", &[]),
+        one("plain", &[]),
         one("priority tag", &PRIORITY),
         one("nested priority tags", &NESTED),
         Frame {
@@ -46,8 +46,8 @@ pub(super) fn disguises(source: IpAddr, from: &str, bridge: &str) -> Vec<Frame> 
     ]
 }
 
-/// A segment to another pod on the bridge, from port 80 of any address.
-pub(super) fn answer(source: IpAddr, from: &str, to: &Pod) -> Vec<u8> {
+/// Returns a segment to another pod on the bridge, from port 80 of any address.
+pub(super) fn response(source: IpAddr, from: &str, to: &Pod) -> Vec<u8> {
     let segment = segment(80, 40_000);
     match (source, to.address().v6) {
         (IpAddr::V6(source), Some(address)) => {
@@ -58,12 +58,12 @@ pub(super) fn answer(source: IpAddr, from: &str, to: &Pod) -> Vec<u8> {
     }
 }
 
-/// A frame to a reserved multicast address, from which bridges learn the sender's address.
+/// Returns a frame to a reserved multicast address, from which bridges learn the sender's address.
 pub(super) fn reserved_multicast(from: &str) -> Vec<u8> {
     [&[0x01, 0x80, 0xc2, 0, 0, 0x0e][..], &mac(from), &[0x88, 0xcc], &[0; 46]].concat()
 }
 
-/// From the pod's interface, as they are.
+/// Sends raw frames from the pod's interface.
 pub(super) fn send(pod: &Pod, frames: &[Vec<u8>]) -> Result<()> {
     let hex = |frame: &Vec<u8>| frame.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let frames: Vec<String> = frames.iter().map(hex).collect();
@@ -84,7 +84,7 @@ fn mac(text: &str) -> [u8; 6] {
     bytes.try_into().unwrap()
 }
 
-/// A SYN of TCP, without a checksum.
+/// Returns a TCP SYN without a checksum.
 fn segment(source: u16, destination: u16) -> Vec<u8> {
     let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
     [&ports[..], &[0; 8], &[0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]].concat()

@@ -1,48 +1,52 @@
-//! The guard of bridge ports over time: records, agents and other processes come and go.
+//! Lifecycle of the bridge-port guard: changed records, restarted agents and deleted tables.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, Options};
 use lab::poll::poll;
 
 use super::Bridge;
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::site::Site;
 
 #[test]
-fn the_guard_follows_records_and_comes_back() -> Result<()> {
+fn guard_follows_records_and_is_restored() -> Result<()> {
     let bridge = Bridge::new("nft")?;
     let agent = bridge.start("guarded")?;
     let (node, records) = (bridge.site.node.netns(), bridge.site.records()?);
     let port = format!("\"{}\" . {}", bridge.victim.host_interface(), bridge.victim.ip());
     ensure!(bridge.table().contains(&port), "{}", bridge.table());
     records.remove(&bridge.sandbox)?;
-    poll("the pair to vanish", PATIENCE, || (!bridge.table().contains(&port)).then_some(()))?;
+    poll("the port to be removed", TIMEOUT, || (!bridge.table().contains(&port)).then_some(()))?;
     records.add(&bridge.sandbox, &bridge.victim)?;
-    poll("the pair to return", PATIENCE, || bridge.table().contains(&port).then_some(()))?;
+    poll("the port to be added", TIMEOUT, || bridge.table().contains(&port).then_some(()))?;
 
     let before = bridge.table();
     node.shell("nft delete table bridge kirsa")?;
-    poll("the guard to come back", PATIENCE, || (bridge.table() == before).then_some(()))?;
+    poll("the guard to be restored", TIMEOUT, || (bridge.table() == before).then_some(()))?;
     agent.stop()?;
-    ensure!(bridge.table() == before, "it stays while no agent runs");
+    ensure!(bridge.table() == before, "the guard must stay while no agent runs");
     let agent = bridge.start("guarded")?;
     ensure!(bridge.table() == before, "{}", bridge.table());
     agent.stop()?;
-    let said = Agent::uninstall(&bridge.site.node, &Options::new(env!("CARGO_BIN_EXE_kirsa")))?;
-    ensure!(String::from_utf8_lossy(&said.stdout).contains("nftables table bridge kirsa"), "{said:?}");
+    let output = Agent::uninstall(&bridge.site.node, &Options::new(env!("CARGO_BIN_EXE_kirsa")))?;
+    ensure!(String::from_utf8_lossy(&output.stdout).contains("nftables table bridge kirsa"), "{output:?}");
     ensure!(!node.shell("nft list tables")?.contains("kirsa"));
     Ok(())
 }
 
 #[test]
-fn doctor_says_which_nodes_need_the_guard() -> Result<()> {
+fn doctor_reports_unguarded_bridge_ports() -> Result<()> {
     let bridge = Bridge::new("nft")?;
     let node = &bridge.site.node;
     let finding = || {
         let output = Agent::doctor(node, &bridge.site.options, &["--no-exchange", "--output", "json"])?;
         let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
         let findings = report["findings"].as_array().context("findings")?;
-        findings.iter().find(|finding| finding["check"] == "bridge-ports").cloned().context("of bridge ports")
+        findings
+            .iter()
+            .find(|finding| finding["check"] == "bridge-ports")
+            .cloned()
+            .context("the finding on bridge ports")
     };
     let unguarded = finding()?;
     ensure!(unguarded["verdict"] == "warning", "{unguarded}");
@@ -56,7 +60,7 @@ fn doctor_says_which_nodes_need_the_guard() -> Result<()> {
 }
 
 #[test]
-fn the_next_agent_keeps_the_guard() -> Result<()> {
+fn hot_restart_keeps_guard() -> Result<()> {
     let bridge = Bridge::new("nft")?;
     let agent = bridge.start("guarded")?;
     let next = Agent::spawn(&bridge.site.node, &bridge.site.options)?;
@@ -65,20 +69,20 @@ fn the_next_agent_keeps_the_guard() -> Result<()> {
     let port = format!("\"{}\" . {}", bridge.victim.host_interface(), bridge.victim.ip());
     ensure!(bridge.table().contains(&port), "{}", bridge.table());
     bridge.site.records()?.remove(&bridge.sandbox)?;
-    poll("the pair to vanish", PATIENCE, || (!bridge.table().contains(&port)).then_some(()))?;
+    poll("the port to be removed", TIMEOUT, || (!bridge.table().contains(&port)).then_some(()))?;
     next.stop()
 }
 
-/// A node whose pods are on routed veths has nothing to guard.
+/// Pods on routed veth interfaces share no bridge.
 #[test]
 fn routed_pods_get_no_guard() -> Result<()> {
     let site = Site::new()?;
     site.account("app")?;
     let uid = site.bind("app", "app")?;
-    let pod = site.join("app")?;
+    let pod = site.attach("app")?;
     site.records()?.add(&site.sandbox("app", &uid), &pod)?;
     let agent = site.start()?;
-    site.serves(&pod, "app")?;
+    site.assert_served(&pod, "app")?;
     ensure!(!site.node.netns().shell("nft list tables")?.contains("bridge kirsa"));
     agent.stop()
 }
