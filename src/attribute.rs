@@ -158,8 +158,8 @@ impl Attributor {
         self.changed.send_replace(());
     }
 
-    /// Returns the generation of the index. While it is unchanged, so is every answer of [`Attributor::lookup`]. Read it
-    /// before the lookup, so that a change between the two is noticed.
+    /// Returns the generation of the index. While it is unchanged, so is every answer of [`Attributor::lookup`]. Read
+    /// it before the lookup, so that a change between the two is noticed.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)
     }
@@ -167,8 +167,8 @@ impl Attributor {
     /// Returns the pod that is calling, without waiting.
     ///
     /// # Errors
-    /// `Starting` if the pods of the node have not been listed yet; `AmbiguousAddress` if several pods claim the address;
-    /// `UnknownPod` if no pod does, or if none can be proven to own it.
+    /// `Starting` if the pods of the node have not been listed yet; `AmbiguousAddress` if several pods claim the
+    /// address; `UnknownPod` if no pod does, or if none can be proven to own it.
     pub fn lookup(&self, peer: &Peer) -> Result<Workload, Refusal> {
         let address = peer.source().ip();
         let index = self.index.read();
@@ -178,8 +178,8 @@ impl Attributor {
             Owner::Unknown if is_eks_egress(address) => Err(Refusal::new(
                 Reason::UnknownPod,
                 format!(
-                    "{address} is an IPv4 egress address of an IPv6 EKS cluster, which only its CNI plugin can map to a \
-                     pod: set AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod"
+                    "{address} is an IPv4 egress address of an IPv6 EKS cluster, which only its CNI plugin can map to \
+                     a pod: set AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in the pod"
                 ),
             )),
             Owner::Unknown => Err(Refusal::new(Reason::UnknownPod, format!("no pod of this node has {address}"))),
@@ -242,8 +242,8 @@ impl Attributor {
         }
     }
 
-    /// Starts a live lookup, unless the address had one within [`LIVE_LOOKUP_INTERVAL`]. The lookup outlives its caller:
-    /// its result wakes every waiting request and helps later ones.
+    /// Starts a live lookup, unless the address had one within [`LIVE_LOOKUP_INTERVAL`]. The lookup outlives its
+    /// caller: its result wakes every waiting request and helps later ones.
     fn lookup_live(&self, address: IpAddr) {
         let lookup = self.live_lookup.read();
         let Some(lookup) = lookup.as_ref() else { return };
@@ -266,8 +266,8 @@ impl Attributor {
         self.index.read().removals()
     }
 
-    /// Applies the pods that a live lookup found, and returns whether they were valid: they are not if a pod was removed
-    /// since `removals` was read. Requests a resync if the watch had not reported one of them.
+    /// Applies the pods that a live lookup found, and returns whether they were valid: they are not if a pod was
+    /// removed since `removals` was read. Requests a resync if the watch had not reported one of them.
     fn apply_live(&self, removals: u64, pods: Vec<Pod>) -> bool {
         if pods.is_empty() {
             return true;

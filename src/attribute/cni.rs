@@ -37,7 +37,8 @@ use crate::{clock::UnixTime, observe::Metrics};
 const MAX_SIZE: u64 = 64 << 20;
 /// Interval between attempts to watch the directory, which does not exist on a node that never ran a pod.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
-/// Polling interval while the directory cannot be watched. A reassigned address must be known before its new pod starts.
+/// Polling interval while the directory cannot be watched. A reassigned address must be known before its new pod
+/// starts.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Reads the directory of records once before pods are listed, then watches it.
@@ -104,7 +105,7 @@ impl RecordWatcher {
     pub async fn follow(self) {
         let mut warned = false;
         loop {
-            let ended = self.watch_folder().await;
+            let ended = self.watch_directory().await;
             self.metrics.cni_followed.set(0);
             let Err(error) = ended else {
                 warned = false;
@@ -147,7 +148,7 @@ impl RecordWatcher {
         std::fs::read_dir(&self.directory)?.map(fingerprint).collect()
     }
 
-    async fn watch_folder(&self) -> io::Result<()> {
+    async fn watch_directory(&self) -> io::Result<()> {
         let inotify = (self.inotify)()?;
         inotify.watches().add(
             &self.directory,
@@ -165,7 +166,10 @@ impl RecordWatcher {
         while let Some(event) = events.next().await {
             let event = event?;
             if event.mask.contains(EventMask::Q_OVERFLOW) {
-                warn!(directory = %self.directory.display(), "inotify queue of CNI records overflowed: reading all records again");
+                warn!(
+                    directory = %self.directory.display(),
+                    "inotify queue of CNI records overflowed: reading all records again"
+                );
                 return Ok(());
             }
             if event.mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED) {

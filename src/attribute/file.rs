@@ -192,7 +192,10 @@ pub async fn follow(file: PathBuf, mut changed: impl FnMut(Vec<FileWorkload>)) -
                 last = Some(text.into());
             }
             Err(error) => {
-                error!(file = %file.display(), %error, "workloads file cannot be read: its last valid version stays in effect")
+                error!(
+                    file = %file.display(), %error,
+                    "workloads file cannot be read: its last valid version stays in effect"
+                );
             }
         }
         let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;

@@ -1,5 +1,5 @@
-//! Address → pod, as a state machine: [`PodIndex::apply`] takes events, [`PodIndex::owner`] answers. It has no clock and
-//! no I/O, so tests can cover every order of events.
+//! Address → pod, as a state machine: [`PodIndex::apply`] takes events, [`PodIndex::owner`] answers. It has no clock
+//! and no I/O, so tests can cover every order of events.
 //!
 //! The API server defines *which pods exist*, from their binding to this node on. *Which address a pod has* comes from
 //! the first of two sources: the pod's `podIPs`, or the CNI record that the container runtime writes before the pod
@@ -277,7 +277,8 @@ impl PodIndex {
                 unknown.push(entry);
             }
         }
-        // An orphaned record without rivals stays stale. If arrivals are equal, the list decides: it is newer than both.
+        // An orphaned record without rivals stays stale. If arrivals are equal, the list decides: it is newer than
+        // both.
         let blocks = |entry: &&&IndexedRecord| {
             !entry.orphaned || (!owners.is_empty() && newest_live.is_none_or(|live| live < entry.arrival))
         };
@@ -314,8 +315,8 @@ impl PodIndex {
         self.records_since_boot(uid).next().is_some()
     }
 
-    /// Returns whether the record belongs to its pod's current sandbox: a pod whose sandbox was recreated has two records
-    /// for a while. `None` if neither arrival nor `podIPs` decide.
+    /// Returns whether the record belongs to its pod's current sandbox: a pod whose sandbox was recreated has two
+    /// records for a while. `None` if neither arrival nor `podIPs` decide.
     fn is_current(&self, entry: &IndexedRecord, pod: &Pod) -> Option<bool> {
         let of_interface = self
             .records_since_boot(&entry.record.pod)

@@ -627,8 +627,8 @@ proptest! {
                 if let Owner::Pod(pod) = node.index.owner(ip(&at(address))) {
                     let truth = node.pods.iter().find(|(_, (has, runs))| *has == address && *runs);
                     // A free address may be attributed to the pod whose record a crash left behind.
-                    let left_over = |uid: &str| node.crashed && node.recorded.iter().any(|number| number.to_string() == uid);
-                    if truth.is_none() && left_over(&pod.uid.0) {
+                    let stale = |uid: &str| node.crashed && node.recorded.iter().any(|number| number.to_string() == uid);
+                    if truth.is_none() && stale(&pod.uid.0) {
                         continue;
                     }
                     prop_assert_eq!(

@@ -63,7 +63,8 @@ fn translate(event: Watched<SlimPod>) -> Option<Event> {
     })
 }
 
-/// Returns the live lookup: one API-server read for an address that the watch has not reported, with bounded concurrency.
+/// Returns the live lookup: one API-server read for an address that the watch has not reported, with bounded
+/// concurrency.
 pub fn live_lookup(client: Client, node: String, attributor: Arc<Attributor>) -> LiveLookup {
     let permits = Arc::new(Semaphore::new(MAX_LIVE_LOOKUPS));
     let pods: Api<SlimPod> = Api::all(client);

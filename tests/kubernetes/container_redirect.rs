@@ -1,4 +1,5 @@
-//! The redirect of container credentials: installed only with the flag, and it fails closed like the metadata service's.
+//! The redirect of container credentials: installed only with the flag, and it fails closed like the metadata
+//! service's.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;

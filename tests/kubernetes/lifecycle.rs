@@ -210,7 +210,8 @@ fn wait_for_records(agent: &Agent, count: f64) -> Result<()> {
     wait_for_metric(agent, "kirsa_cni_records", &[], count)
 }
 
-/// Requests everything that a pod can request once: it must get its own credentials or none. Returns whether it got any.
+/// Requests everything that a pod can request once: it must get its own credentials or none. Returns whether it got
+/// any.
 fn own_or_nothing(site: &Site, pod: &Pod, account: &str) -> Result<Option<()>> {
     let list = list(pod)?;
     ensure!(list.status == 503 || (list.status == 200 && list.body == role(account)), "{list:?}");

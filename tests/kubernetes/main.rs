@@ -1,5 +1,5 @@
-//! Tests of attribution, authorization and exchange with the real binary and a real kube-apiserver. Each test has its own
-//! node, STS stand-in and Kubernetes namespace, and an agent with exactly the rights of the manifests.
+//! Tests of attribution, authorization and exchange with the real binary and a real kube-apiserver. Each test has its
+//! own node, STS stand-in and Kubernetes namespace, and an agent with exactly the rights of the manifests.
 
 mod annotations;
 mod bridge;

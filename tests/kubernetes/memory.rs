@@ -1,4 +1,5 @@
-//! Bounds on the agent's memory: a tenant's service accounts without pods on the node, and unread annotations, take none.
+//! Bounds on the agent's memory: a tenant's service accounts without pods on the node, and unread annotations, take
+//! none.
 
 use std::fs;
 

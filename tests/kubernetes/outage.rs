@@ -99,8 +99,8 @@ fn known_pods_are_served_during_outage() -> Result<()> {
     agent.stop()
 }
 
-/// Even if the agent's index is stale, the API server mints no token for a deleted pod: it returns 403 to a node, and 404
-/// with direct minting.
+/// Even if the agent's index is stale, the API server mints no token for a deleted pod: it returns 403 to a node, and
+/// 404 with direct minting.
 fn assert_dead_watch_fails_closed(rights: AgentRights, reason: &str) -> Result<()> {
     let site = Site::with_rights(rights)?;
     site.annotate("former", &[])?;

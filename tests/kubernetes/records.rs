@@ -235,8 +235,8 @@ fn record_directory_may_come_and_go() -> Result<()> {
     agent.stop()
 }
 
-/// A static pod's UID at the runtime differs from its mirror's at the API server. The mirror has no service account, so it
-/// must not get the role of the namespace's `default` account.
+/// A static pod's UID at the runtime differs from its mirror's at the API server. The mirror has no service account, so
+/// it must not get the role of the namespace's `default` account.
 #[test]
 fn static_pod_has_no_role() -> Result<()> {
     let site = Site::new()?;

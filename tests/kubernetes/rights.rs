@@ -1,5 +1,5 @@
-//! Applies the manifests' RBAC rules to the API server as kustomize would. The agents with different rights are in different
-//! namespaces, so that one API server has all of them: for example, constrained impersonation in `kirsa`.
+//! Applies the manifests' RBAC rules to the API server as kustomize would. The agents with different rights are in
+//! different namespaces, so that one API server has all of them: for example, constrained impersonation in `kirsa`.
 
 use std::fs;
 use std::path::Path;
@@ -100,8 +100,8 @@ fn read(path: &str) -> Result<String> {
     fs::read_to_string(&path).with_context(|| path.display().to_string())
 }
 
-/// Moves a manifest to a namespace like `namespace:` in a kustomization. Cluster-wide objects get the namespace as a suffix,
-/// since objects of the same name would replace each other.
+/// Moves a manifest to a namespace like `namespace:` in a kustomization. Cluster-wide objects get the namespace as a
+/// suffix, since objects of the same name would replace each other.
 fn move_to_namespace(manifest: &str, namespace: &str) -> Result<String> {
     let mut objects: Vec<Value> = serde_saphyr::from_multiple(manifest)?;
     if namespace != AgentRights::Impersonation.namespace() {

@@ -1,5 +1,5 @@
-//! Test fixture: a node of the cluster with an agent's rights, an STS stand-in that trusts the cluster's issuer, and the
-//! actions of kubelet, container runtime and administrators.
+//! Test fixture: a node of the cluster with an agent's rights, an STS stand-in that trusts the cluster's issuer, and
+//! the actions of kubelet, container runtime and administrators.
 
 use std::future::Future;
 use std::net::{IpAddr, TcpListener};
@@ -144,8 +144,8 @@ impl Site {
         Sandbox::new(self.namespace(), pod, uid)
     }
 
-    /// Asserts that a pod gets credentials of the account's role, for a token of the account; returns the access key ID.
-    /// Retries after a 503 like SDKs, since the API server may be slow for a moment.
+    /// Asserts that a pod gets credentials of the account's role, for a token of the account; returns the access key
+    /// ID. Retries after a 503 like SDKs, since the API server may be slow for a moment.
     pub(crate) fn assert_served(&self, pod: &Pod, account: &str) -> Result<String> {
         let list = retry_while_503(|| pod.imds().role_list())?;
         ensure!(list.status == 200 && list.body == role(account), "{}: {list:?}", pod.name());

@@ -1,5 +1,5 @@
-//! Tests, request by request, what an attacker with an agent's stolen token can do at a real API server, in both minting
-//! modes.
+//! Tests, request by request, what an attacker with an agent's stolen token can do at a real API server, in both
+//! minting modes.
 
 mod requests;
 mod tokens;

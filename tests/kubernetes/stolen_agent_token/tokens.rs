@@ -33,7 +33,8 @@ pub(super) fn attacks(stolen: &StolenToken) -> Result<Vec<Attack>> {
         let pod = (agent_pod.as_str(), stolen.agent.as_str());
         stolen.as_minter(ApiRequest::token(stolen.rights.namespace(), "kirsa", audience, Some(pod)))
     };
-    // Without an admission policy, the agent can mint what its node can: for the API server, the tokens that pods mount.
+    // Without an admission policy, the agent can mint what its node can: for the API server, the tokens that pods
+    // mount.
     let without_policy = if AgentRights::Impersonation.has_admission_policy()? { 403 } else { 201 };
     Ok(vec![
         Attack("for a pod of its node", for_own_pod(stolen), [201, 201]),
@@ -56,7 +57,8 @@ pub(super) fn attacks(stolen: &StolenToken) -> Result<Vec<Attack>> {
         Attack("for an unknown audience", with(json!(["other"]), 600), [403, 403]),
         Attack("for a day", with(json!([AUDIENCE]), 86_400), [without_policy, 403]),
         Attack("unbound", stolen.as_minter(ApiRequest::token(&stolen.namespace, "own", AUDIENCE, None)), [403, 403]),
-        // The policies need no rule for attestations: they require a Pod reference, and the API server rejects both together.
+        // The policies need no rule for attestations: they require a Pod reference, and the API server rejects both
+        // together.
         Attack(
             "bound to its own pod, with attestations",
             stolen.as_minter(ApiRequest::token_with(
