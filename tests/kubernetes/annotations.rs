@@ -30,7 +30,7 @@ fn changed_annotation_applies() -> Result<()> {
     site.trust(&arn("other"), "app");
     let agent = site.start()?;
     let pod = site.run("app-0", "app")?;
-    let becomes = |status, body: &str| {
+    let wait_for = |status, body: &str| {
         let what = format!("{status} {body}");
         poll(&what, WATCH_TIMEOUT, || list(&pod).ok().filter(|list| list.status == status && list.body.contains(body)))
     };
@@ -38,17 +38,17 @@ fn changed_annotation_applies() -> Result<()> {
     ensure!(credentials(&pod, &role("app"))?.status == 404);
 
     site.account("app")?;
-    becomes(200, "app-role")?;
+    wait_for(200, "app-role")?;
     site.assert_served(&pod, "app")?;
 
     site.annotate("app", &[(ROLE_ARN, &arn("other"))])?;
-    becomes(200, "other-role")?;
+    wait_for(200, "other-role")?;
     let session = site.session(&credentials(&pod, &role("other"))?)?;
     ensure!(session.role_arn == arn("other") && session.claims.subject == site.subject("app"), "{session:?}");
     ensure!(credentials(&pod, &role("app"))?.status == 404, "the former role is not found");
 
     site.annotate("app", &[])?;
-    becomes(404, "")?;
+    wait_for(404, "")?;
     ensure!(credentials(&pod, &role("other"))?.status == 404);
     agent.stop()
 }

@@ -204,8 +204,8 @@ fn refusals_match_metadata_service() -> Result<()> {
         ensure!(answer.status == status && !answer.body.contains(&role(account)), "{account}: {answer:?}");
         agent.wait_for_refusal(reason)?;
     }
-    let stranger = site.node.pod("stranger", lab::net::Shape::RoutedBare)?;
-    ensure!(request(&stranger, "e30.e30.c2lnbmF0dXJl")?.status == 503, "refused by its address, before a token review");
+    let unknown = site.node.pod("unknown", lab::net::Shape::RoutedBare)?;
+    ensure!(request(&unknown, "e30.e30.c2lnbmF0dXJl")?.status == 503, "refused by its address, before a token review");
     agent.wait_for_refusal("unknown_pod")?;
     agent.stop()
 }

@@ -47,12 +47,12 @@ fn direct_minting_serves_own_credentials() -> Result<()> {
 
 #[test]
 fn impersonation_is_preferred() -> Result<()> {
-    for (wanted, used) in [("auto", "impersonation"), ("direct", "direct")] {
+    for (flag, used) in [("auto", "impersonation"), ("direct", "direct")] {
         let mut site = Site::with_rights(AgentRights::BothModes)?;
-        site.options = site.options.flag("--minting", wanted);
+        site.options = site.options.flag("--minting", flag);
         site.account("app")?;
         let agent = site.start()?;
-        ensure!(logged_mode(&agent)? == used, "--minting {wanted}");
+        ensure!(logged_mode(&agent)? == used, "--minting {flag}");
         let pod = site.run("app-0", "app")?;
         site.assert_served(&pod, "app")?;
         agent.stop()?;

@@ -50,9 +50,9 @@ fn readiness_lists_pending_conditions() -> Result<()> {
     let site = Site::new()?;
     let outage = ApiServerOutage::start(&site.node)?;
     let agent = lab::agent::Agent::spawn(&site.node, &site.options)?;
-    let pending = |wanted: &str| {
-        poll(&format!("pending: {wanted:?}"), TIMEOUT, || {
-            agent.admin("/readyz").ok().filter(|ready| ready.status == 503 && ready.body == wanted)
+    let pending = |expected: &str| {
+        poll(&format!("pending: {expected:?}"), TIMEOUT, || {
+            agent.admin("/readyz").ok().filter(|ready| ready.status == 503 && ready.body == expected)
         })
     };
     pending("pods\nservice accounts\n")?;

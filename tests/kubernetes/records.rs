@@ -85,8 +85,8 @@ fn other_files_are_skipped_and_counted() -> Result<()> {
     fs::create_dir(records.folder().join("folder"))?;
     std::os::unix::fs::symlink("nowhere", records.folder().join("link"))?;
     let agent = site.start()?;
-    let wanted = [("not_json", 3.0), ("foreign", 4.0), ("too_large", 1.0), ("unreadable", 1.0), ("loopback", 1.0)];
-    for (reason, count) in wanted {
+    let expected = [("not_json", 3.0), ("foreign", 4.0), ("too_large", 1.0), ("unreadable", 1.0), ("loopback", 1.0)];
+    for (reason, count) in expected {
         wait_for_skipped(&agent, reason, count)?;
     }
     wait_for_states(&agent, 0.0, 0.0, 0.0)?;
@@ -166,11 +166,11 @@ fn record_of_unreported_pod_blocks_address() -> Result<()> {
     let records = site.records()?;
     site.account("app")?;
     // Seems stale: it exists before pods are listed, and names none of them.
-    let leftover = Sandbox::new("default", "gone", "11111111-2222-3333-4444-555555555555");
+    let stale = Sandbox::new("default", "gone", "11111111-2222-3333-4444-555555555555");
     let sandbox = site.sandbox("app-0", &site.bind("app-0", "app")?);
     let pod = site.attach("app-0")?;
     site.report_address(&pod)?;
-    records.add_forged(&leftover, pod.address())?;
+    records.add_forged(&stale, pod.address())?;
     let agent = site.start()?;
     wait_for_states(&agent, 0.0, 0.0, 1.0)?;
     ensure!(list(&pod)?.status == 503, "the list may be older than that record and contain a former pod");
@@ -179,12 +179,12 @@ fn record_of_unreported_pod_blocks_address() -> Result<()> {
     wait_for_states(&agent, 1.0, 0.0, 1.0)?;
     site.assert_served(&pod, "app")?;
 
-    let stranger = Sandbox::new("default", "stranger", "99999999-2222-3333-4444-555555555555");
-    records.add_forged(&stranger, pod.address())?;
+    let unreported = Sandbox::new("default", "unreported", "99999999-2222-3333-4444-555555555555");
+    records.add_forged(&unreported, pod.address())?;
     wait_for_states(&agent, 1.0, 1.0, 1.0)?;
     let answer = list(&pod)?;
     ensure!(answer.status == 503, "{answer:?}");
-    records.remove(&stranger)?;
+    records.remove(&unreported)?;
     wait_for_states(&agent, 1.0, 0.0, 1.0)?;
     site.assert_served(&pod, "app")?;
     agent.stop()
