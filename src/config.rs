@@ -16,7 +16,7 @@ use crate::{
     intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
     kubernetes::MintMode,
     observe::LogFormat,
-    serve::{imdsv2::Required, node_metadata::groups::Allowed},
+    serve::{imdsv2::RequireImdsV2, node_metadata::groups::Allowed},
 };
 
 /// Minimum session duration in seconds. With less, SDKs such as botocore fetch again on every call, or sign with expired
@@ -64,7 +64,7 @@ pub struct Config {
     pub exchange_rate: u32,
     pub exchange_burst: u32,
     pub start_window: Duration,
-    pub require_imdsv2: Required,
+    pub require_imdsv2: RequireImdsV2,
     /// Audience of the tokens that pods present for container credentials; `None` if these are not served.
     pub container_audience: Option<String>,
     pub metadata: Metadata,

@@ -38,7 +38,7 @@ use crate::{
         rule::{self, Installed},
     },
     observe::{self, Admin, Metrics, Readiness},
-    serve::{Server, node_metadata::NodeMetadata, session_token::Sessions},
+    serve::{Server, imds_token::ImdsTokens, node_metadata::NodeMetadata},
 };
 use bridge::BridgePorts;
 use redirect::Redirect;
@@ -86,14 +86,14 @@ fn start(config: Config) -> anyhow::Result<()> {
     let mut predecessor = Predecessor::find(&config.state_dir);
     let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
     let installed = rule::install(config.rules(), config.intercept)?;
-    let sessions = Sessions::open(&config.state_dir)?;
+    let imds_tokens = ImdsTokens::open(&config.state_dir)?;
     rule::drop_privileges(installed.as_ref()).context("cannot drop capabilities")?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let ended = runtime.block_on(async {
         let admin = admin::listen(config.admin_address, predecessor.as_mut())?;
         let listeners = Listeners { pods, admin, predecessor };
-        run(config, listeners, installed, sessions, until_terminated()?).await
+        run(config, listeners, installed, imds_tokens, until_terminated()?).await
     });
     // Whatever still runs has nothing to lose: every request has ended, or has had its time.
     runtime.shutdown_background();
@@ -124,7 +124,7 @@ pub async fn run(
     config: Config,
     listeners: Listeners,
     installed: Option<Installed>,
-    sessions: Sessions,
+    imds_tokens: ImdsTokens,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let metrics = Metrics::new(VERSION)?;
@@ -168,7 +168,7 @@ pub async fn run(
     };
     tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
     let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed);
-    tasks.spawn(always(metadata.clone().follow()));
+    tasks.spawn(always(metadata.clone().poll()));
     let changes = RuleChanges::subscribe();
     let bridge = BridgePorts::new(attributor.clone(), installed.as_ref(), changes.clone(), metrics.clone());
     if listeners.predecessor.is_none() {
@@ -178,7 +178,7 @@ pub async fn run(
         attributor: attributor.clone(),
         authorizer,
         cache,
-        sessions,
+        imds_tokens,
         metadata,
         require_imdsv2: config.require_imdsv2.clone(),
         container,
@@ -196,7 +196,7 @@ pub async fn run(
         let (server, graceful, acceptor, duties) = (server.clone(), graceful.clone(), acceptor.clone(), duties.clone());
         let listener = TcpListener::from_std(listener)?;
         listening.spawn(async move {
-            let serve = |arrival| server.clone().connection(arrival, graceful.watcher());
+            let serve = |arrival| server.clone().handle_connection(arrival, graceful.watcher());
             duties.during(Duty::Pods, || acceptor.accept(&listener, &serve)).await;
         });
     }

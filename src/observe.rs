@@ -82,14 +82,14 @@ struct Logged {
 
 impl RefusalLog {
     /// Whether this kind of refusal was not logged of this source a moment ago. If so, it counts as logged.
-    pub fn is_news(&self, reason: Reason, source: IpAddr) -> bool {
+    pub fn should_log(&self, reason: Reason, source: IpAddr) -> bool {
         let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (is_news, suppressed) = logged.record(reason, source);
+        let (should_log, suppressed) = logged.record(reason, source);
         drop(logged);
         if suppressed > 0 {
             warn!(suppressed, "refusal log overflowed: one line a second is logged, the metrics count every refusal");
         }
-        is_news
+        should_log
     }
 }
 

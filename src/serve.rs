@@ -1,24 +1,25 @@
-//! Last stage: [`Peer`] and HTTP request → response. What success looks like on the wire stands in `answer`, what a no
-//! looks like in [`crate::refusal`], and nowhere else.
+//! Last stage: [`Peer`] and HTTP request → response. A request passes the rate limit, the router (`route`), the guards
+//! (`guards`) and the handler of its route (`imds`, `container`). `response` has the bytes of responses,
+//! [`crate::refusal`] the status of each refusal.
 //!
-//! Nothing of a request is ever forwarded, and nothing in it decides who is calling: parse, normalise, match exactly,
-//! answer from our own.
+//! No part of a request is ever forwarded, and nothing in it identifies the caller: paths are parsed, normalized and
+//! matched exactly, and responses come from this process.
 
-mod answer;
-mod caller;
+mod connection_state;
 pub mod container;
-mod hangup;
-mod identity;
+mod guards;
+mod half_close;
 mod imds;
+pub mod imds_token;
 pub mod imdsv2;
 pub mod node_metadata;
+mod response;
 pub mod route;
-pub mod session_token;
 
 #[cfg(test)]
 mod hold_tests;
 #[cfg(any(test, fuzzing))]
-pub(crate) mod memory;
+pub(crate) mod in_memory;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -39,166 +40,172 @@ use crate::{
     observe::{Metrics, Outcome, RefusalLog, log_refusal},
     refusal::{Reason, Refusal},
 };
-use caller::Caller;
-use container::Tokens;
-use hangup::Patient;
-use identity::Asked;
+use connection_state::ConnectionState;
+use container::TokenReviews;
+use guards::RequestContext;
+use half_close::HalfCloseGrace;
+use imds_token::ImdsTokens;
 use node_metadata::NodeMetadata;
 use route::Route;
-use session_token::Sessions;
 
 static TOKEN: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 const TOKEN_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 
-/// Request line and headers, in bytes; hyper allows no less than 8 KiB.
+/// Maximum size of request line and headers, in bytes; hyper's minimum is 8 KiB.
 const MAX_HEAD: usize = 16 << 10;
-/// SDKs send no bodies, or empty ones.
+/// Maximum size of a body, in bytes; SDKs send none, or an empty one.
 const MAX_BODY: usize = 16 << 10;
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
-/// What a connection that is turned away may take.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// Maximum lifetime of a connection that is rejected.
+const REJECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Everything that an answer depends on.
+/// Everything that a response depends on.
 #[derive(Debug)]
 pub struct Server {
     pub attributor: Arc<Attributor>,
     pub authorizer: Arc<Authorizer>,
     pub cache: Arc<Cache>,
-    pub sessions: Sessions,
+    pub imds_tokens: ImdsTokens,
     pub metadata: Arc<NodeMetadata>,
-    pub require_imdsv2: imdsv2::Required,
-    /// Where container credentials are served.
-    pub container: Option<Tokens>,
+    pub require_imdsv2: imdsv2::RequireImdsV2,
+    /// `None` if container credentials are not served.
+    pub container: Option<TokenReviews>,
     pub metrics: Metrics,
     pub refusals: RefusalLog,
 }
 
 impl Server {
-    /// Serves one connection to its end.
-    pub async fn connection(self: Arc<Self>, arrival: Arrival, drain: Watcher) {
-        match arrival.settle().await {
-            Ok(Accepted { stream, peer, share, permit }) => {
-                // Answers are small and whole: waiting to fill a segment only delays them.
+    /// Serves one connection until it ends.
+    pub async fn handle_connection(self: Arc<Self>, incoming: Arrival, drain: Watcher) {
+        match incoming.settle().await {
+            Ok(Accepted { stream, peer: client, share: quota, permit }) => {
+                // Responses are small and written at once: Nagle's algorithm would only delay them.
                 let _ = stream.set_nodelay(true);
-                self.converse(stream, peer, share, permit, drain).await;
+                self.serve_connection(stream, client, quota, permit, drain).await;
             }
-            Err(turned_away) => self.turn_away(turned_away).await,
+            Err(rejected) => self.reject(rejected).await,
         }
     }
 
-    /// The same over any stream, so that what is tested without a network is what is run with one.
-    pub(crate) async fn converse(
+    /// Serves a connection over any stream, so that tests without a network run the same code.
+    pub(crate) async fn serve_connection(
         &self,
         stream: impl Socket + Send + 'static,
-        peer: Peer,
-        share: Share,
+        client: Peer,
+        quota: Share,
         permit: Arc<Permit>,
         drain: Watcher,
     ) {
-        let caller = Caller::new(peer, share, permit.clone());
+        let state = ConnectionState::new(client, quota, permit.clone());
         let service = service_fn(|request| {
-            // Not when it is first polled: before that hyper looks whether the client is still there.
+            // Before the future is first polled: hyper checks first whether the client is still there.
             permit.busy();
-            async { Ok::<_, Infallible>(self.answer(&caller, request).await) }
+            async { Ok::<_, Infallible>(self.respond(&state, request).await) }
         });
-        let stream = Patient::new(Tracked::new(stream, permit.clone()), permit.clone());
+        let stream = HalfCloseGrace::new(Tracked::new(stream, permit.clone()), permit.clone());
         let connection = http1::Builder::new().max_buf_size(MAX_HEAD).serve_connection(TokioIo::new(stream), service);
         match permit.drive(drain.watch(connection)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!(source = ?caller.peer, %error, "connection"),
+            Ok(Err(error)) => debug!(source = ?state.client, %error, "connection failed"),
             Err(timeout) => {
                 self.metrics.connection_closed(timeout.label());
-                debug!(source = ?caller.peer, ?timeout, "connection closed");
+                debug!(source = ?state.client, ?timeout, "connection timed out");
             }
         }
     }
 
-    /// Answers the first request with a refusal, whatever it asks for, and closes.
-    async fn turn_away(&self, turned_away: TurnedAway) {
-        let TurnedAway { stream, peer, refusal, permit } = turned_away;
-        let service = peer.service();
-        let answer = |request: Request<Incoming>| {
+    /// Answers the first request with the refusal, whatever its path, and closes the connection.
+    async fn reject(&self, rejected: TurnedAway) {
+        let TurnedAway { stream, peer: client, refusal, permit } = rejected;
+        let service = client.service();
+        let refuse = |request: Request<Incoming>| {
             permit.busy();
             let route = route(service, request.uri());
             self.metrics.request(route.label(), Outcome::Refused(refusal.reason), Duration::ZERO);
-            self.log(&peer, &refusal);
-            std::future::ready(Ok::<_, Infallible>(answer::refuse(service, refusal.reason)))
+            self.log(&client, &refusal);
+            std::future::ready(Ok::<_, Infallible>(response::refuse(service, refusal.reason)))
         };
         let connection = http1::Builder::new()
             .keep_alive(false)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(Tracked::new(stream, permit.clone())), service_fn(answer));
-        // The caller may be gone already, or never ask: neither matters.
-        let _ = timeout(LAST_WORD, permit.drive(connection)).await;
+            .serve_connection(TokioIo::new(Tracked::new(stream, permit.clone())), service_fn(refuse));
+        // An error is expected: the client may have gone, or may never send a request.
+        let _ = timeout(REJECT_TIMEOUT, permit.drive(connection)).await;
     }
 
-    async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn respond(&self, state: &ConnectionState, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let arrived = Instant::now();
         let (head, body) = request.into_parts();
-        let service = caller.peer.service();
+        let service = state.client.service();
         let route = route(service, &head.uri);
-        let result = self.respond(caller, &route, &head, body, arrived).await;
+        let result = self.dispatch(state, &route, &head, body, arrived).await;
         self.metrics.request(route.label(), Outcome::of(&result), arrived.elapsed());
-        caller.permit.idle();
+        state.permit.idle();
         let mut response = result.unwrap_or_else(|refusal| {
-            self.log(&caller.peer, &refusal);
-            answer::refuse(service, refusal.reason)
+            self.log(&state.client, &refusal);
+            response::refuse(service, refusal.reason)
         });
-        if caller.permit.is_evicted() {
+        if state.permit.is_evicted() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }
 
-    async fn respond(
+    /// Applies the rate limit, and calls the handler of method and route.
+    async fn dispatch(
         &self,
-        caller: &Caller,
+        state: &ConnectionState,
         route: &Route<'_>,
         head: &Parts,
         body: Incoming,
         arrived: Instant,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
-        let at = match caller.share.request(arrived) {
+        let started = match state.quota.request(arrived) {
             Some(Duration::ZERO) => arrived,
             Some(delay) => {
                 tokio::time::sleep(delay).await;
                 Instant::now()
             }
             None => {
-                // As long as the last one that is not refused: a client in a tight loop would only ask faster.
+                // Delay the refusal as long as the longest delayed request: otherwise a tight loop would only run
+                // faster.
                 tokio::time::sleep(MAX_DELAY).await;
                 return Err(Reason::TooManyRequests.into());
             }
         };
-        let asked = Asked { caller, headers: &head.headers, at };
-        match (caller.peer.service(), &head.method, route) {
+        let context = RequestContext { connection: state, headers: &head.headers, started };
+        match (state.client.service(), &head.method, route) {
             (Service::Metadata, &Method::PUT, Route::Token) => {
-                drain(body).await?;
-                self.token(&asked)
+                read_body(body).await?;
+                self.issue_token(&context)
             }
             (_, _, Route::Token) => Err(Reason::MethodNotAllowed.into()),
-            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read(&asked, route).await,
-            (Service::Container, &Method::GET | &Method::HEAD, _) => self.container(&asked, route).await,
+            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read_metadata(&context, route).await,
+            (Service::Container, &Method::GET | &Method::HEAD, _) => self.container_credentials(&context, route).await,
             _ => Err(Reason::MethodNotAllowed.into()),
         }
     }
 
-    /// A line for each route; what it answers is a function of its own.
-    async fn read(&self, asked: &Asked<'_>, route: &Route<'_>) -> Result<Response<Full<Bytes>>, Refusal> {
+    /// Calls the handler of a route of the metadata service.
+    async fn read_metadata(
+        &self,
+        context: &RequestContext<'_>,
+        route: &Route<'_>,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
         match route {
-            Route::Versions => self.versions(asked).await,
-            Route::IdentityDocument => self.identity_document(asked).await,
-            Route::Metadata(path) => self.metadata(asked, path).await,
-            Route::IamInfo => self.iam_info(asked).await,
-            Route::RoleList => self.role_list(asked).await,
-            Route::Credentials { role, extended } => self.credentials(asked, role, *extended).await,
-            Route::NotFound | Route::Token | Route::ContainerCredentials => self.not_found(asked).await,
+            Route::Versions => self.versions(context).await,
+            Route::IdentityDocument => self.identity_document(context).await,
+            Route::Metadata(path) => self.metadata(context, path).await,
+            Route::IamInfo => self.iam_info(context).await,
+            Route::RoleList => self.role_list(context).await,
+            Route::Credentials { role, extended } => self.credentials(context, role, *extended).await,
+            Route::NotFound | Route::Token | Route::ContainerCredentials => self.not_found(context).await,
         }
     }
 
-    fn log(&self, peer: &Peer, refusal: &Refusal) {
-        if self.refusals.is_news(refusal.reason, peer.source().ip()) {
-            match self.attributor.lookup(peer) {
+    fn log(&self, client: &Peer, refusal: &Refusal) {
+        if self.refusals.should_log(refusal.reason, client.source().ip()) {
+            match self.attributor.lookup(client) {
                 Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
                 Err(_) => log_refusal(refusal, "", "", ""),
             }
@@ -206,14 +213,16 @@ impl Server {
     }
 }
 
-/// By the request target without its query. The forms that are for proxies are not found.
+/// Routes by the request target without its query. The absolute and the authority form, which are for proxies, are not
+/// found.
 fn route(service: Service, uri: &Uri) -> Route<'_> {
-    let for_proxies = uri.scheme().is_some() || uri.authority().is_some();
-    if for_proxies { Route::NotFound } else { Route::of(service, uri.path()) }
+    let is_proxy_form = uri.scheme().is_some() || uri.authority().is_some();
+    if is_proxy_form { Route::NotFound } else { Route::of(service, uri.path()) }
 }
 
-/// Reads a body to its end, so that the connection stays usable; a client that awaits `100 Continue` gets it by that.
-async fn drain(body: Incoming) -> Result<(), Refusal> {
-    let whole = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
-    matches!(whole, Ok(Ok(_))).then_some(()).ok_or_else(|| Reason::BadRequest.into())
+/// Reads the whole body, so that the connection stays usable. Reading also sends `100 Continue` to clients that wait
+/// for it.
+async fn read_body(body: Incoming) -> Result<(), Refusal> {
+    let read = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
+    matches!(read, Ok(Ok(_))).then_some(()).ok_or_else(|| Reason::BadRequest.into())
 }

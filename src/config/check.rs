@@ -13,7 +13,7 @@ use super::{
 use crate::{
     intercept::{HostAddresses, Limits},
     serve::{
-        imdsv2::{Namespaces, Required},
+        imdsv2::{NamespacePattern, RequireImdsV2},
         node_metadata::{
             IDENTITY_DOCUMENT,
             groups::{self, Allowed},
@@ -65,7 +65,7 @@ impl TryFrom<RunArgs> for Config {
             exchange_rate: credentials.exchange_rate,
             exchange_burst: credentials.exchange_burst,
             start_window: Duration::from_secs(credentials.start_window),
-            require_imdsv2: Required {
+            require_imdsv2: RequireImdsV2 {
                 everywhere: credentials.require_imdsv2,
                 namespaces: namespaces(&credentials.require_imdsv2_namespaces)?,
             },
@@ -166,8 +166,8 @@ fn startup_taint(key: String) -> Result<Option<String>, String> {
     Ok((!key.is_empty()).then_some(key))
 }
 
-fn namespaces(given: &[String]) -> Result<Vec<Namespaces>, String> {
-    let read = |name: &String| match Namespaces::parse(name) {
+fn namespaces(given: &[String]) -> Result<Vec<NamespacePattern>, String> {
+    let read = |name: &String| match NamespacePattern::parse(name) {
         Some(namespaces) => Ok(namespaces),
         None => wrong(
             "require-imdsv2-namespaces",

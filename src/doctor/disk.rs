@@ -9,7 +9,7 @@ use std::{
 use super::finding::Finding;
 use crate::{
     clock::UnixTime,
-    serve::session_token::{KEY_FILE, KEY_LENGTH},
+    serve::imds_token::{KEY_FILE, KEY_LENGTH},
 };
 
 const STATE: &str = "state-dir";

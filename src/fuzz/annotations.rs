@@ -1,4 +1,4 @@
-//! Annotations of a service account, a line each: `name=value`.
+//! Annotations of a service account, one per line: `name=value`.
 
 use crate::{
     attribute::Workload,
@@ -11,14 +11,14 @@ pub fn check(data: &[u8]) {
     let annotations: Vec<(&str, &str)> = text.split('\n').filter_map(|line| line.split_once('=')).collect();
     let has = |name: &str| annotations.iter().any(|(known, _)| *known == name);
     for (store_arns, pod) in [(false, "pod-0"), (true, &"p".repeat(253))] {
-        // Another one for each, since an account remembers what it was read as.
+        // A new account per round, since an account caches its parsed annotations.
         let account = Account::from_annotations("sa-uid", annotations.iter().copied());
         let defaults = Defaults { store_arns, ..Defaults::sample() };
         match Grant::from_account(Workload::sample(pod, "uid-a", "reader"), &account, &defaults) {
             Ok(grant) => {
                 let key = grant.key();
                 let value = annotations.iter().rev().find(|(name, _)| *name == "eks.amazonaws.com/role-arn").unwrap().1;
-                assert_eq!(grant.role().as_str(), value, "the role that is written there, and no other");
+                assert_eq!(grant.role().as_str(), value, "not the annotated role");
                 let allowed = |c: char| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c);
                 assert!((2..=64).contains(&key.session_name.len()) && key.session_name.chars().all(allowed), "{key:?}");
                 assert!((1_800..=43_200).contains(&key.duration.as_secs()), "{key:?}");
@@ -31,7 +31,7 @@ pub fn check(data: &[u8]) {
             Err(refusal) => {
                 assert_eq!(refusal.reason, Reason::BadAnnotation, "{refusal}");
                 assert!(refusal.detail.contains("annotation "), "{refusal}");
-                super::is_one_line(&refusal.detail);
+                super::assert_one_line(&refusal.detail);
             }
         }
     }

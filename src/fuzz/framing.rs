@@ -1,17 +1,17 @@
-//! A second reader of what stands on a connection: which requests a server may see there, by RFC 9112 and with every
-//! leniency that some server has. It rejects less than the one that is tested, so whatever that one answers must be found
-//! here at the same place.
+//! A second HTTP/1 parser: finds the requests that a server may see on a connection, by RFC 9112
+//! (<https://www.rfc-editor.org/rfc/rfc9112>) and with every leniency of real servers. It rejects less than the tested
+//! parser, so each response must match a request here, in order.
 
-/// One request, as it was sent.
+/// A request, as sent.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) method: String,
-    /// Without query and fragment.
+    /// The request target without query and fragment.
     pub(super) target: String,
     headers: Vec<(String, Vec<u8>)>,
 }
 
-/// One answer.
+/// A response.
 #[derive(Debug)]
 pub(super) struct Response {
     pub(super) status: u16,
@@ -19,7 +19,7 @@ pub(super) struct Response {
 }
 
 impl Request {
-    /// Each header of this name.
+    /// Returns all values of a header.
     pub(super) fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
         self.headers.iter().filter(move |(known, _)| known == name).map(|(_, value)| value.as_slice())
     }
@@ -29,11 +29,11 @@ impl Request {
     }
 }
 
-/// All that can be told apart; what comes after something that cannot be read is no request's.
+/// Returns all requests up to the first malformed one.
 pub(super) fn requests(mut sent: &[u8]) -> Vec<Request> {
     let mut requests = Vec::new();
     while let Some(request) = request(&mut sent) {
-        let rest = body(&request, sent);
+        let rest = after_body(&request, sent);
         requests.push(request);
         match rest {
             Some(rest) => sent = rest,
@@ -64,11 +64,11 @@ fn request(sent: &mut &[u8]) -> Option<Request> {
     }
 }
 
-/// What follows the body. `None` where nobody can say where it ends, or it has not ended.
-fn body<'a>(request: &Request, sent: &'a [u8]) -> Option<&'a [u8]> {
+/// Returns the bytes after the body, or `None` if its end is unknown or missing.
+fn after_body<'a>(request: &Request, sent: &'a [u8]) -> Option<&'a [u8]> {
     if let Some(coding) = request.all("transfer-encoding").last() {
         let last = coding.rsplit(|byte| *byte == b',').next()?.trim_ascii();
-        return last.eq_ignore_ascii_case(b"chunked").then(|| chunks(sent)).flatten();
+        return last.eq_ignore_ascii_case(b"chunked").then(|| after_chunks(sent)).flatten();
     }
     let mut lengths = request.all("content-length").map(|length| std::str::from_utf8(length).ok()?.parse().ok());
     let Some(length) = lengths.next() else { return Some(sent) };
@@ -79,8 +79,8 @@ fn body<'a>(request: &Request, sent: &'a [u8]) -> Option<&'a [u8]> {
     sent.get(length?..)
 }
 
-/// Here hyper ends a line at a carriage return and a line feed only: one without the other belongs to the line.
-fn chunks(mut sent: &[u8]) -> Option<&[u8]> {
+/// In chunked bodies, hyper ends lines at CR LF only: either alone belongs to the line.
+fn after_chunks(mut sent: &[u8]) -> Option<&[u8]> {
     loop {
         let size = strict_line(&mut sent)?;
         let digits = size.split(|byte| *byte == b';').next()?.trim_ascii();
@@ -101,7 +101,7 @@ fn strict_line<'a>(sent: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(line)
 }
 
-/// Up to the next line feed, with or without a carriage return before it.
+/// Takes a line that ends with LF or CR LF.
 fn line<'a>(sent: &mut &'a [u8]) -> Option<&'a [u8]> {
     let end = sent.iter().position(|byte| *byte == b'\n')?;
     let line = &sent[..end];
@@ -109,25 +109,25 @@ fn line<'a>(sent: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(line.strip_suffix(b"\r").unwrap_or(line))
 }
 
-/// What was answered to these, whole and one after the other; interim answers are none.
-pub(super) fn responses(mut said: &str, requests: &[Request]) -> Vec<Response> {
+/// Parses the responses to these requests, without interim ones. Panics if one is malformed or cut short.
+pub(super) fn responses(mut received: &str, requests: &[Request]) -> Vec<Response> {
     let mut responses = Vec::new();
-    while !said.is_empty() {
-        let (head, rest) = said.split_once("\r\n\r\n").unwrap_or_else(|| panic!("cut short: {said}"));
+    while !received.is_empty() {
+        let (head, rest) = received.split_once("\r\n\r\n").unwrap_or_else(|| panic!("cut short: {received}"));
         let status: u16 = head
             .strip_prefix("HTTP/1.")
             .and_then(|head| head.split(' ').nth(1)?.parse().ok())
-            .unwrap_or_else(|| panic!("no status line: {said}"));
-        said = rest;
+            .unwrap_or_else(|| panic!("no status line: {received}"));
+        received = rest;
         if status == 100 {
             continue;
         }
-        let of_head = requests.get(responses.len()).is_some_and(|request| request.method == "HEAD");
+        let is_head = requests.get(responses.len()).is_some_and(|request| request.method == "HEAD");
         let length = head.split("\r\n").find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
-        let length = if of_head { 0 } else { length.unwrap_or(0) };
-        let (body, rest) = said.split_at_checked(length).unwrap_or_else(|| panic!("cut short: {said}"));
+        let length = if is_head { 0 } else { length.unwrap_or(0) };
+        let (body, rest) = received.split_at_checked(length).unwrap_or_else(|| panic!("cut short: {received}"));
         responses.push(Response { status, body: body.to_owned() });
-        said = rest;
+        received = rest;
     }
     responses
 }

@@ -1,4 +1,4 @@
-//! Every sample of the corpora, and a few thousand seeded changes of them, through the entries that are fuzzed.
+//! Runs the fuzz targets with every sample of the corpora, and with a few thousand seeded mutations of them.
 
 use std::{
     fs,
@@ -8,9 +8,9 @@ use std::{
 
 use super::{TARGETS, Target};
 
-/// Enough to break what is easily broken; what is not is found by `make fuzz`.
-const CHANGES: usize = 2_000;
-/// The same on every run, so that a failure can be repeated.
+/// Enough to find shallow bugs; `make fuzz` finds the others.
+const MUTATIONS: usize = 2_000;
+/// Fixed, so that failures are reproducible.
 const SEED: u64 = 7;
 
 fn corpus(name: &str) -> Vec<Vec<u8>> {
@@ -22,11 +22,11 @@ fn corpus(name: &str) -> Vec<Vec<u8>> {
 
 fn run((name, check): Target, sample: &[u8]) {
     let outcome = catch_unwind(AssertUnwindSafe(|| check(sample)));
-    assert!(outcome.is_ok(), "{name}: put this into fuzz/corpus/{name}: {:?}", String::from_utf8_lossy(sample));
+    assert!(outcome.is_ok(), "{name}: add this sample to fuzz/corpus/{name}: {:?}", String::from_utf8_lossy(sample));
 }
 
-/// One to four of the changes that parsers stumble over.
-fn changed(samples: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
+/// Applies one to four mutations that parsers are prone to mishandle.
+fn mutate(samples: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
     const WORDS: [&[u8]; 10] = [b"\0", b"\r\n", b"%2f", b"..", b"//", b"\"", b":", b"=", b"\xff\xff\xff\xff", b"{}"];
     let mut sample = random.choice(samples).unwrap().clone();
     for _ in 0..random.usize(1..=4) {
@@ -49,21 +49,21 @@ fn changed(samples: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
 }
 
 #[test]
-fn every_corpus_and_thousands_of_changes_of_it_keep_what_must_hold() {
+fn corpora_and_mutations_keep_invariants() {
     for target in TARGETS {
         let samples = corpus(target.0);
         assert!(samples.len() >= 4, "{}: {} samples", target.0, samples.len());
         samples.iter().for_each(|sample| run(target, sample));
         let mut random = fastrand::Rng::with_seed(SEED);
-        for _ in 0..CHANGES {
-            run(target, &changed(&samples, &mut random));
+        for _ in 0..MUTATIONS {
+            run(target, &mutate(&samples, &mut random));
         }
     }
 }
 
-/// What `make fuzz` builds is what is replayed here.
+/// `make fuzz` and this replay run the same targets.
 #[test]
-fn every_entry_has_a_target_of_libfuzzers() {
+fn every_target_has_a_libfuzzer_binary() {
     let manifest = include_str!("../../fuzz/Cargo.toml");
     for (name, _) in TARGETS {
         assert!(manifest.contains(&format!("name = \"{name}\"")), "{name}");

@@ -1,9 +1,10 @@
-//! Bytes on a connection, through hyper's parser and the whole of `serve`, over memory. The same are sent by a pod with a
-//! role, by one that is not answered without a session token, and by nobody's address; what comes back is compared with
-//! what a second reader of those bytes finds asked.
+//! Bytes on a connection, through hyper's parser and all of `serve`, over an in-memory stream. Each sample is sent by a
+//! pod with a role, by a pod that requires an IMDS token, and from an unknown address; the responses are compared with
+//! the requests that a second parser finds.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use tokio::runtime::Runtime;
 use zeroize::Zeroizing;
 
@@ -17,8 +18,8 @@ use crate::{
     intercept::{Peer, Service},
     refusal::{Reason, Refusal},
     serve::{
-        container::{Reviewing, Tokens},
-        memory::Memory,
+        container::{Review, TokenReviews},
+        in_memory::InMemoryServer,
     },
 };
 
@@ -28,27 +29,27 @@ const WORKLOADS: &str = "workloads:
 - {pod: v, serviceAccount: v, addresses: [10.0.0.3], role: 'arn:aws:iam::111122223333:role/a-role', tokenFile: /v,
    namespace: v2}
 ";
-/// What stands in a sample for a session token: the sender's own, and that of pod `b`.
+/// Placeholders in samples for IMDS tokens: the sender's own, and one of pod `b`.
 const OWN: &[u8] = b"TOKEN-OWN";
 const OTHERS: &[u8] = b"TOKEN-OTHERS";
-/// What there is to be said to a pod that is known and has a role.
+/// The statuses that a pod may see.
 const STATUSES: [u16; 8] = [200, 400, 401, 403, 404, 405, 431, 503];
-/// Requests that come on one connection are as many as fit into this.
+/// Longer samples are cut off here.
 const MAX_INPUT: usize = 64 << 10;
 
-/// Credentials that tell whose they are.
+/// Issues credentials that contain the name of their pod.
 #[derive(Debug)]
-struct Named;
+struct PodNameIssuer;
 
-impl Issuer for Named {
-    fn issue<'a>(&'a self, grant: &'a Grant) -> Pin<Box<dyn Future<Output = Result<Credential, Refusal>> + Send + 'a>> {
+impl Issuer for PodNameIssuer {
+    fn issue<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<Credential, Refusal>> {
         let name = format!("ASIA-OF-{}", grant.workload().pod());
         Box::pin(async move { Ok(Credential::sample(&name, Duration::from_secs(3_600))) })
     }
 }
 
-/// Good tokens are `a.a.a` and `b.b.b`, each of its pod.
-fn review(token: Zeroizing<String>) -> Reviewing {
+/// Accepts `a.a.a` and `b.b.b`, each for its pod.
+fn review(token: Zeroizing<String>) -> Review {
     Box::pin(async move {
         match token.as_str() {
             "a.a.a" => Ok("default/a".into()),
@@ -60,7 +61,7 @@ fn review(token: Zeroizing<String>) -> Reviewing {
 
 struct Site {
     runtime: Runtime,
-    memory: Memory,
+    server: InMemoryServer,
 }
 
 thread_local! {
@@ -69,18 +70,18 @@ thread_local! {
 
 impl Site {
     fn new() -> Self {
-        // What would wait for a client that says nothing more does not.
+        // Paused: timeouts cost no real time.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-        let memory = Memory::new(WORKLOADS, Arc::new(Named), Some(Tokens::new(Box::new(review))));
-        Self { runtime, memory }
+        let server = InMemoryServer::new(WORKLOADS, Arc::new(PodNameIssuer), Some(TokenReviews::new(Box::new(review))));
+        Self { runtime, server }
     }
 
-    fn said(&self, sent: &[u8], peer: Peer) -> String {
+    fn exchange(&self, sent: &[u8], peer: Peer) -> String {
         self.runtime.block_on(async {
-            let said = self.memory.said(sent, peer).await;
-            // Until a refused token is forgotten, or one pod's few tokens would be all that is ever looked at.
+            let received = self.server.exchange_and_half_close(sent, peer).await;
+            // Let rejected container tokens expire: otherwise the limit per pod would hide all later ones.
             tokio::time::advance(Duration::from_secs(3)).await;
-            said
+            received
         })
     }
 }
@@ -88,19 +89,19 @@ impl Site {
 pub fn check(data: &[u8]) {
     let data = &data[..data.len().min(MAX_INPUT)];
     SITE.with(|site| {
-        for sender in [Sender::Pod("a"), Sender::StrictPod("v"), Sender::Nobody] {
-            let own = site.memory.session_token(sender.address());
-            let sent = replaced(&replaced(data, OWN, &own), OTHERS, &site.memory.session_token([10, 0, 0, 2]));
+        for sender in [Sender::Pod("a"), Sender::StrictPod("v"), Sender::Unknown] {
+            let own = site.server.imds_token(sender.address());
+            let sent = replace(&replace(data, OWN, &own), OTHERS, &site.server.imds_token([10, 0, 0, 2]));
             let requests = framing::requests(&sent);
-            let said = site.said(&sent, Peer::from_pod(sender.address().into()));
-            for (number, response) in framing::responses(&said, &requests).iter().enumerate() {
-                metadata(sender, &own, requests.get(number), response);
+            let received = site.exchange(&sent, Peer::from_pod(sender.address().into()));
+            for (number, response) in framing::responses(&received, &requests).iter().enumerate() {
+                check_metadata(sender, &own, requests.get(number), response);
             }
         }
         let requests = framing::requests(data);
-        let said = site.said(data, Peer::from_pod_to([10, 0, 0, 1].into(), Service::Container));
-        for (number, response) in framing::responses(&said, &requests).iter().enumerate() {
-            container(requests.get(number), response);
+        let received = site.exchange(data, Peer::from_pod_to([10, 0, 0, 1].into(), Service::Container));
+        for (number, response) in framing::responses(&received, &requests).iter().enumerate() {
+            check_container(requests.get(number), response);
         }
     });
 }
@@ -108,9 +109,9 @@ pub fn check(data: &[u8]) {
 #[derive(Debug, Clone, Copy)]
 enum Sender {
     Pod(&'static str),
-    /// That needs a session token.
+    /// A pod that requires an IMDS token.
     StrictPod(&'static str),
-    Nobody,
+    Unknown,
 }
 
 impl Sender {
@@ -118,68 +119,71 @@ impl Sender {
         match self {
             Self::Pod(_) => [10, 0, 0, 1],
             Self::StrictPod(_) => [10, 0, 0, 3],
-            Self::Nobody => [10, 0, 0, 9],
+            Self::Unknown => [10, 0, 0, 9],
         }
     }
 }
 
-/// What must hold of an answer, given what was asked at its place.
-fn metadata(sender: Sender, own: &str, asked: Option<&Request>, response: &Response) {
+/// Checks a response of the metadata service against the request at its position.
+fn check_metadata(sender: Sender, own: &str, request: Option<&Request>, response: &Response) {
     let Response { status, body } = response;
-    assert!(STATUSES.contains(status), "{response:?} to {asked:?}");
-    let is = |what: &str| body.contains(what);
-    assert!(!is("OF-b") && !is("b-role"), "another pod's: {response:?}");
+    assert!(STATUSES.contains(status), "{response:?} to {request:?}");
+    let has = |text: &str| body.contains(text);
+    assert!(!has("OF-b") && !has("b-role"), "credentials of another pod: {response:?}");
     if *status != 200 {
-        assert!(!is("ASIA-") && !is("-role"), "a refusal that tells: {response:?}");
+        assert!(!has("ASIA-") && !has("-role"), "a refusal with secrets: {response:?}");
         return;
     }
-    let asked = asked.unwrap_or_else(|| panic!("an answer to nothing: {response:?}"));
-    let path = segments(&asked.target).unwrap_or_else(|| panic!("{asked:?} was answered {response:?}"));
+    let request = request.unwrap_or_else(|| panic!("a response without a request: {response:?}"));
+    let path = segments(&request.target).unwrap_or_else(|| panic!("{request:?} got {response:?}"));
     let path: Vec<&str> = path.iter().skip(1).map(String::as_str).collect();
-    if asked.method == "PUT" {
-        let forwarded = asked.first("x-forwarded-for").is_some();
-        assert!(path == ["api", "token"] && !forwarded, "{asked:?} was answered {response:?}");
+    if request.method == "PUT" {
+        let forwarded = request.first("x-forwarded-for").is_some();
+        assert!(path == ["api", "token"] && !forwarded, "{request:?} got {response:?}");
         return;
     }
-    assert!(["GET", "HEAD"].contains(&asked.method.as_str()), "{asked:?} was answered {response:?}");
-    // Answered without a session token only where none is needed, and with one only if that is the sender's own.
-    match asked.first("x-aws-ec2-metadata-token") {
-        Some(token) => assert_eq!(token, own.as_bytes(), "with this token {asked:?} was answered {response:?}"),
-        None => assert!(!matches!(sender, Sender::StrictPod(_)), "without a token {asked:?} was answered {response:?}"),
+    assert!(["GET", "HEAD"].contains(&request.method.as_str()), "{request:?} got {response:?}");
+    // Requests without a token succeed only if none is required, those with a token only if it is the sender's own.
+    match request.first("x-aws-ec2-metadata-token") {
+        Some(token) => assert_eq!(token, own.as_bytes(), "with this token {request:?} got {response:?}"),
+        None => {
+            assert!(!matches!(sender, Sender::StrictPod(_)), "without a token {request:?} got {response:?}")
+        }
     }
-    let (pod, of_a_pod) = match sender {
+    let (pod, is_known) = match sender {
         Sender::Pod(pod) | Sender::StrictPod(pod) => (pod, true),
-        Sender::Nobody => ("", false),
+        Sender::Unknown => ("", false),
     };
     let folders = ["security-credentials", "security-credentials-extended"];
-    if is("ASIA-") {
-        let asked_for = matches!(path[..], ["meta-data", "iam", folder, "a-role"] if folders.contains(&folder));
-        assert!(asked_for && of_a_pod, "{asked:?} was answered {response:?}");
-        assert!(is(&format!("\"ASIA-OF-{pod}\"")), "another pod's: {response:?}");
-    } else if is("a-role") {
-        let asked_for = matches!(path[..], ["meta-data", "iam", what] if what == "info" || folders.contains(&what));
-        assert!(asked_for && of_a_pod, "{asked:?} was answered {response:?}");
-    } else if is("eu-central-1") {
+    if has("ASIA-") {
+        let requested = matches!(path[..], ["meta-data", "iam", folder, "a-role"] if folders.contains(&folder));
+        assert!(requested && is_known, "{request:?} got {response:?}");
+        assert!(has(&format!("\"ASIA-OF-{pod}\"")), "credentials of another pod: {response:?}");
+    } else if has("a-role") {
+        let requested = matches!(path[..], ["meta-data", "iam", what] if what == "info" || folders.contains(&what));
+        assert!(requested && is_known, "{request:?} got {response:?}");
+    } else if has("eu-central-1") {
         assert_eq!(path, ["meta-data", "placement", "region"], "{response:?}");
     }
 }
 
-fn container(asked: Option<&Request>, response: &Response) {
+/// Checks a response of the container credentials service against the request at its position.
+fn check_container(request: Option<&Request>, response: &Response) {
     let Response { status, body } = response;
-    assert!(STATUSES.contains(status), "{response:?} to {asked:?}");
-    assert!(!body.contains("OF-b") && !body.contains("-role"), "another pod's: {response:?}");
+    assert!(STATUSES.contains(status), "{response:?} to {request:?}");
+    assert!(!body.contains("OF-b") && !body.contains("-role"), "credentials of another pod: {response:?}");
     if *status != 200 {
-        assert!(!body.contains("ASIA-"), "a refusal that tells: {response:?}");
+        assert!(!body.contains("ASIA-"), "a refusal with secrets: {response:?}");
         return;
     }
-    let asked = asked.unwrap_or_else(|| panic!("an answer to nothing: {response:?}"));
-    assert!(segments(&asked.target).is_some_and(|path| path == ["v1", "credentials"]), "{asked:?}: {response:?}");
-    assert!(["GET", "HEAD"].contains(&asked.method.as_str()), "{asked:?}: {response:?}");
-    let tokens: Vec<_> = asked.all("authorization").collect();
-    assert_eq!(tokens, [b"a.a.a"], "without its token: {response:?}");
+    let request = request.unwrap_or_else(|| panic!("a response without a request: {response:?}"));
+    assert!(segments(&request.target).is_some_and(|path| path == ["v1", "credentials"]), "{request:?}: {response:?}");
+    assert!(["GET", "HEAD"].contains(&request.method.as_str()), "{request:?}: {response:?}");
+    let tokens: Vec<_> = request.all("authorization").collect();
+    assert_eq!(tokens, [b"a.a.a"], "not its token: {response:?}");
 }
 
-fn replaced(data: &[u8], what: &[u8], with: &str) -> Vec<u8> {
+fn replace(data: &[u8], what: &[u8], with: &str) -> Vec<u8> {
     let mut whole = Vec::with_capacity(data.len());
     let mut rest = data;
     while let Some(at) = rest.windows(what.len()).position(|window| window == what) {

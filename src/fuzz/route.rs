@@ -1,4 +1,4 @@
-//! The path grammar, against a second reading of it that has nothing in common with the first.
+//! The router, compared with an independent second implementation.
 
 use crate::{
     intercept::Service,
@@ -8,8 +8,8 @@ use crate::{
     },
 };
 
-/// Some of what groups open.
-const OF_GROUPS: [&str; 4] = [
+/// Some paths that groups open.
+const GROUP_PATHS: [&str; 4] = [
     "meta-data/events/maintenance/scheduled",
     "meta-data/network/interfaces/macs/0e:49:61:0f:c3:11/vpc-id",
     "meta-data/spot/instance-action",
@@ -22,16 +22,16 @@ pub fn check(data: &[u8]) {
     let segments = segments(target);
     assert_eq!(route, expected(segments.as_deref()), "{target}");
     if let Route::Metadata(path) = &route {
-        // Everything that may be known is: the node's own role, its user data and its signatures are not among that.
-        let paths = ALLOWABLE.iter().chain(&OF_GROUPS).map(|path| ((*path).to_owned(), "value".to_owned()));
+        // The node has every allowed path. Its own role, its user data and its signatures must not be among them.
+        let paths = ALLOWABLE.iter().chain(&GROUP_PATHS).map(|path| ((*path).to_owned(), "value".to_owned()));
         let all = NodeMetadata::new(paths, Allowed::default());
-        let never = ["iam", "identity-credentials", "user-data", "public-keys", "pkcs7", "signature", "rsa2048"];
+        let forbidden = ["iam", "identity-credentials", "user-data", "public-keys", "pkcs7", "signature", "rsa2048"];
         let known = all.value(path).is_some() || !all.entries(path).is_empty();
-        assert!(!known || !never.iter().any(|word| path.contains(word)), "{target}");
+        assert!(!known || !forbidden.iter().any(|word| path.contains(word)), "{target}");
     }
     let container = Route::of(Service::Container, target);
-    let is_its_path = segments.is_some_and(|segments| segments == ["v1", "credentials"]);
-    assert_eq!(container, if is_its_path { Route::ContainerCredentials } else { Route::NotFound }, "{target}");
+    let is_credentials = segments.is_some_and(|segments| segments == ["v1", "credentials"]);
+    assert_eq!(container, if is_credentials { Route::ContainerCredentials } else { Route::NotFound }, "{target}");
 }
 
 fn expected(segments: Option<&[String]>) -> Route<'static> {
@@ -60,7 +60,8 @@ fn expected(segments: Option<&[String]>) -> Route<'static> {
     }
 }
 
-/// Split at slashes and then decoded, once. `None` where there is anything that no client sends.
+/// Splits a path at slashes, and then decodes each segment once. Returns `None` if it has anything that no client
+/// sends.
 pub(super) fn segments(target: &str) -> Option<Vec<String>> {
     let mut segments = Vec::new();
     for segment in target.strip_prefix('/')?.split('/').filter(|segment| !segment.is_empty()) {

@@ -1,4 +1,4 @@
-//! What an STS answers, read by the SDK and then by us. The first byte chooses the status.
+//! Responses of STS, parsed by the SDK and then by kirsa. The first byte selects the status.
 
 use std::sync::LazyLock;
 
@@ -15,16 +15,16 @@ use crate::{
 };
 
 const STATUSES: [u16; 8] = [200, 400, 403, 429, 500, 503, 204, 302];
-/// Each part long enough to be told from words.
+/// Each part is too long to occur by chance.
 const TOKEN: [&str; 3] = ["eyJhbGciOiJSUzI1NiJ9", "eyJzdWIiOiJmdXp6ZXIifQ", "c2lnbmF0dXJlLW9mLXRoZS1mdXp6ZXI"];
-/// What the corpus has for a secret access key.
+/// The secret access key in the corpus.
 const SECRET: &str = "SECRETSECRETSECRET";
 
 static RUNTIME: LazyLock<Runtime> =
     LazyLock::new(|| tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
 static STS: LazyLock<(CannedResponse, Sts)> = LazyLock::new(|| {
-    let answer = CannedResponse::default();
-    (answer.clone(), Sts::canned(answer, Metrics::new("fuzz").unwrap()))
+    let response = CannedResponse::default();
+    (response.clone(), Sts::canned(response, Metrics::new("fuzz").unwrap()))
 });
 static GRANT: LazyLock<Grant> =
     LazyLock::new(|| Grant::sample(Workload::sample("a", "uid-a", "reader"), "arn:aws:iam::111122223333:role/reader"));
@@ -32,8 +32,8 @@ static GRANT: LazyLock<Grant> =
 pub fn check(data: &[u8]) {
     let Some((choice, body)) = data.split_first() else { return };
     let status = STATUSES[usize::from(*choice) % STATUSES.len()];
-    let (answer, sts) = &*STS;
-    answer.set(status, body);
+    let (response, sts) = &*STS;
+    response.set(status, body);
     let token = Secret::new(TOKEN.join("."));
     match RUNTIME.block_on(sts.assume_role(&GRANT, &token)) {
         Ok(credential) => {
@@ -50,11 +50,11 @@ pub fn check(data: &[u8]) {
             assert!(!format!("{credential:?}").contains(SECRET) || credential.access_key_id().contains(SECRET));
         }
         Err(refusal) => {
-            let said = refusal.to_string();
-            assert!(!TOKEN.iter().any(|part| said.contains(part)), "{said}");
-            // Of an answer that passes for one nothing is quoted but what its error says.
+            let text = refusal.to_string();
+            assert!(!TOKEN.iter().any(|part| text.contains(part)), "{text}");
+            // Only the text of the error element is quoted.
             let quotes = body.windows(4).any(|word| word == b"Code" || word == b"Mess");
-            assert!(quotes || !said.contains(SECRET), "{said}");
+            assert!(quotes || !text.contains(SECRET), "{text}");
         }
     }
 }

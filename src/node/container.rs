@@ -5,11 +5,11 @@ use tracing::{info, warn};
 use crate::{
     doctor,
     kubernetes::{ClientFactory, Identity, review},
-    serve::container::Tokens,
+    serve::container::TokenReviews,
 };
 
 /// Reviews by the API server, for tokens of that audience; none where container credentials are not served.
-pub(super) fn tokens(kubernetes: &ClientFactory, audience: Option<String>) -> anyhow::Result<Option<Tokens>> {
+pub(super) fn tokens(kubernetes: &ClientFactory, audience: Option<String>) -> anyhow::Result<Option<TokenReviews>> {
     let Some(audience) = audience else { return Ok(None) };
     info!(audience, "container credentials are served");
     if let Some(address) = doctor::pod_identity_agent() {
@@ -20,7 +20,7 @@ pub(super) fn tokens(kubernetes: &ClientFactory, audience: Option<String>) -> an
         );
     }
     let client = kubernetes.call_client(Identity::Agent)?;
-    Ok(Some(Tokens::new(Box::new(move |token| {
+    Ok(Some(TokenReviews::new(Box::new(move |token| {
         let (client, audience) = (client.clone(), audience.clone());
         Box::pin(async move { review::review_token(client, &token, &audience).await })
     }))))

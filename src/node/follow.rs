@@ -13,7 +13,7 @@ use crate::{
     exchange::token::{TokenMinter, TokenSource},
     kubernetes::{self, ClientFactory, Identity, MintMode},
     observe::{Condition, Metrics, Readiness},
-    serve::container::Tokens,
+    serve::container::TokenReviews,
 };
 
 /// The API server is asked no more often than this for the agent's rights, however many tokens it forbids.
@@ -35,7 +35,7 @@ pub(super) struct Learning<'a> {
 pub(super) struct Sources {
     pub(super) authorizer: Arc<Authorizer>,
     pub(super) tokens: TokenSource,
-    pub(super) container: Option<Tokens>,
+    pub(super) container: Option<TokenReviews>,
 }
 
 impl Learning<'_> {

@@ -1,169 +1,175 @@
-//! Container credentials, as the EKS Pod Identity agent serves them: for SDKs that were told of
-//! `http://169.254.170.23/v1/credentials` and of a file with a token (AWS SDKs and Tools Reference Guide, "Container
-//! credential provider").
+//! Container credentials, as the EKS Pod Identity agent serves them: for SDKs that are configured with
+//! `http://169.254.170.23/v1/credentials` and a token file
+//! (<https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html>).
 //!
-//! Two proofs of who is calling, and both must name the same pod: the kernel's view of the connection, and the token,
-//! by the word of whoever issued it. Everything after that is the same as for the metadata service.
+//! The caller is identified twice, and both must name the same pod: by the kernel's view of the connection, and by the
+//! token, which its issuer reviews. From there on the guards are those of the metadata service.
 
-use std::{
-    collections::HashMap,
-    future::Future,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use bytes::Bytes;
-use futures::{FutureExt, future::Shared};
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
 use http::{HeaderMap, Response, header::AUTHORIZATION};
 use http_body_util::Full;
+use parking_lot::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use super::{Server, answer, caller::Known, identity::Asked, imds::CREDENTIALS_HOLD, route::Route};
+use super::{
+    Server, connection_state::CachedGrant, guards::RequestContext, imds::CREDENTIALS_HOLD, response, route::Route,
+};
 use crate::{
     attribute::{PodUid, Workload},
     refusal::{Reason, Refusal},
 };
 
-/// A review may take this long; SDKs give the whole request 1 or 2 s.
-const REVIEW: Duration = Duration::from_secs(3);
-/// How long the answer of a review holds: SDKs ask again every few minutes, a loop all the time.
-const GOOD: Duration = Duration::from_secs(10);
-/// Shorter, since the API server may learn of a new pod later than we do.
-const BAD: Duration = Duration::from_secs(2);
-/// Tokens of one pod that are under review or were refused at once, and that were found good. EKS's webhook gives a pod
-/// one for all its containers; others may give each its own.
-const TOKENS_OF_POD: usize = 8;
-const GOOD_OF_POD: usize = 32;
-/// Pods that are remembered before those without a review that holds are forgotten.
-const PODS: usize = 256;
+/// Maximum duration of a review. SDKs time out the whole request after 1 or 2 s.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a review is cached: SDKs refresh every few minutes, but a pod may loop.
+const ACCEPTED_TTL: Duration = Duration::from_secs(10);
+/// Negative cache. Shorter, since the API server may learn of a new pod later than this agent.
+const REJECTED_TTL: Duration = Duration::from_secs(2);
+/// Maximum number of a pod's tokens whose review is pending or failed.
+const MAX_UNACCEPTED_PER_POD: usize = 8;
+/// Maximum number of a pod's accepted tokens. EKS's webhook gives a pod one token for all its containers; other setups
+/// may give each container its own.
+const MAX_ACCEPTED_PER_POD: usize = 32;
+/// At this number of pods, those without a valid review are dropped.
+const PRUNE_THRESHOLD: usize = 256;
 
-/// Asks whoever issued a token for the UID of the pod that it is bound to.
-pub type Review = Box<dyn Fn(Zeroizing<String>) -> Reviewing + Send + Sync>;
-/// A review under way.
-pub type Reviewing = Pin<Box<dyn Future<Output = Result<Arc<str>, Refusal>> + Send>>;
+/// Asks the issuer of a token for the UID of the pod that it is bound to.
+pub type Reviewer = Box<dyn Fn(Zeroizing<String>) -> Review + Send + Sync>;
+/// A pending review.
+pub type Review = BoxFuture<'static, Result<Arc<str>, Refusal>>;
 
-/// Tokens and whose they are, for a few seconds: kept by their hashes, never themselves.
-pub struct Tokens {
-    review: Review,
-    reviewed: Mutex<HashMap<PodUid, Vec<Reviewed>>>,
+/// A short-lived cache of token reviews with single-flight. It holds hashes of tokens, never the tokens.
+pub struct TokenReviews {
+    reviewer: Reviewer,
+    by_pod: Mutex<HashMap<PodUid, Vec<CachedReview>>>,
 }
 
-struct Reviewed {
-    token: [u8; 32],
-    asked: Instant,
-    outcome: Shared<Reviewing>,
+struct CachedReview {
+    token_hash: [u8; 32],
+    started: Instant,
+    review: Shared<Review>,
 }
 
-impl Reviewed {
-    fn is_good(&self) -> bool {
-        matches!(self.outcome.peek(), Some(Ok(_)))
+impl CachedReview {
+    fn is_accepted(&self) -> bool {
+        matches!(self.review.peek(), Some(Ok(_)))
     }
 
-    fn holds(&self) -> bool {
-        self.asked.elapsed() < if matches!(self.outcome.peek(), Some(Err(_))) { BAD } else { GOOD }
+    fn is_valid(&self) -> bool {
+        let ttl = if matches!(self.review.peek(), Some(Err(_))) { REJECTED_TTL } else { ACCEPTED_TTL };
+        self.started.elapsed() < ttl
     }
 }
 
-impl Tokens {
-    pub fn new(review: Review) -> Self {
-        Self { review, reviewed: Mutex::default() }
+impl TokenReviews {
+    pub fn new(reviewer: Reviewer) -> Self {
+        Self { reviewer, by_pod: Mutex::default() }
     }
 
-    /// The UID of the pod that the token is bound to, for a pod that presents it. However often it does, there is one
-    /// review at a time, and one of few tokens: what a pod says must not become a load of the API server.
-    async fn owner(&self, caller: &Workload, token: &str, until: Instant) -> Result<Arc<str>, Refusal> {
-        let outcome = self.outcome(caller, token)?;
-        let late = || Err(Refusal::new(Reason::ReviewUnavailable, "no answer in time"));
-        timeout_at(until, outcome).await.unwrap_or_else(|_| late())
+    /// Returns the UID of the pod that the token is bound to. A pod's requests are limited to one review at a time for
+    /// each of a few tokens, so that a pod cannot put load on the API server.
+    ///
+    /// # Errors
+    /// The reviewer's refusal; `ReviewUnavailable` if the review fails or `until` passes; `TooManyRequests` if the pod
+    /// presents too many tokens.
+    async fn bound_pod(&self, caller: &Workload, token: &str, until: Instant) -> Result<Arc<str>, Refusal> {
+        let review = self.review(caller, token)?;
+        let timed_out = || Err(Refusal::new(Reason::ReviewUnavailable, "the review timed out"));
+        timeout_at(until, review).await.unwrap_or_else(|_| timed_out())
     }
 
-    fn outcome(&self, caller: &Workload, token: &str) -> Result<Shared<Reviewing>, Refusal> {
-        let mut hash = [0; 32];
-        hash.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
-        let mut pods = self.reviewed.lock().unwrap_or_else(PoisonError::into_inner);
-        if pods.len() >= PODS {
-            pods.retain(|_, reviewed| reviewed.iter().any(Reviewed::holds));
+    fn review(&self, caller: &Workload, token: &str) -> Result<Shared<Review>, Refusal> {
+        let mut token_hash = [0; 32];
+        token_hash.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+        let mut pods = self.by_pod.lock();
+        if pods.len() >= PRUNE_THRESHOLD {
+            pods.retain(|_, reviews| reviews.iter().any(CachedReview::is_valid));
         }
-        let reviewed = pods.entry(caller.uid().clone()).or_default();
-        reviewed.retain(Reviewed::holds);
-        if let Some(known) = reviewed.iter().find(|known| known.token == hash) {
-            return Ok(known.outcome.clone());
+        let reviews = pods.entry(caller.uid().clone()).or_default();
+        reviews.retain(CachedReview::is_valid);
+        if let Some(cached) = reviews.iter().find(|cached| cached.token_hash == token_hash) {
+            return Ok(cached.review.clone());
         }
-        let good = reviewed.iter().filter(|known| known.is_good()).count();
-        if good >= GOOD_OF_POD || reviewed.len() - good >= TOKENS_OF_POD {
-            return Err(Refusal::new(Reason::TooManyRequests, format!("{caller} presents one token after the other")));
+        let accepted = reviews.iter().filter(|cached| cached.is_accepted()).count();
+        if accepted >= MAX_ACCEPTED_PER_POD || reviews.len() - accepted >= MAX_UNACCEPTED_PER_POD {
+            return Err(Refusal::new(Reason::TooManyRequests, format!("{caller} presents too many different tokens")));
         }
-        // A task of its own: whoever hangs up while it runs causes no second one.
-        let review = tokio::spawn(timeout(REVIEW, (self.review)(Zeroizing::new(token.to_owned()))));
-        let outcome: Reviewing = Box::pin(async move {
-            let unanswered = |why: &str| Err(Refusal::new(Reason::ReviewUnavailable, why));
-            match review.await {
+        // A task of its own: a client that hangs up neither cancels the review nor starts a second one.
+        let task = tokio::spawn(timeout(REVIEW_TIMEOUT, (self.reviewer)(Zeroizing::new(token.to_owned()))));
+        let review: Review = Box::pin(async move {
+            let unavailable = |why: &str| Err(Refusal::new(Reason::ReviewUnavailable, why));
+            match task.await {
                 Ok(Ok(outcome)) => outcome,
-                Ok(Err(_)) => unanswered("no answer within 3 s"),
-                Err(_) => unanswered("the review ended without an answer"),
+                Ok(Err(_)) => unavailable("the review took longer than 3 s"),
+                Err(_) => unavailable("the review panicked"),
             }
         });
-        let outcome = outcome.shared();
-        // It is known to have failed also where nobody waits for it any more.
-        tokio::spawn(outcome.clone());
-        reviewed.push(Reviewed { token: hash, asked: Instant::now(), outcome: outcome.clone() });
-        Ok(outcome)
+        let review = review.shared();
+        // Polls the shared future even if no client waits for it: otherwise a failure would be cached for too long.
+        tokio::spawn(review.clone());
+        reviews.push(CachedReview { token_hash, started: Instant::now(), review: review.clone() });
+        Ok(review)
     }
 }
 
-impl std::fmt::Debug for Tokens {
+impl std::fmt::Debug for TokenReviews {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Tokens")
+        f.write_str("TokenReviews")
     }
 }
 
 impl Server {
-    /// Answers what was sent to the address of container credentials.
-    pub(super) async fn container(
+    /// Handles requests to the container credentials service.
+    pub(super) async fn container_credentials(
         &self,
-        asked: &Asked<'_>,
+        context: &RequestContext<'_>,
         route: &Route<'_>,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
-        let tokens = self.container.as_ref().ok_or(Reason::NotRedirected)?;
+        let reviews = self.container.as_ref().ok_or(Reason::NotRedirected)?;
         if *route != Route::ContainerCredentials {
             return Err(Reason::NotFound.into());
         }
-        let editions = self.editions();
-        let token = token(asked.headers)?;
-        let workload = self.attributed(asked).await?;
-        let until = asked.at + CREDENTIALS_HOLD;
-        let owner = tokens.owner(&workload, token, until).await?;
-        if *owner != *workload.uid().0 {
-            let whose = if owner.is_empty() { "no pod".into() } else { format!("the pod with the UID {owner}") };
+        let generations = self.generations();
+        let token = parse_authorization(context.headers)?;
+        let workload = self.attribute_pod(context).await?;
+        let until = context.started + CREDENTIALS_HOLD;
+        let bound_to = reviews.bound_pod(&workload, token, until).await?;
+        if *bound_to != *workload.uid().0 {
+            let owner = if bound_to.is_empty() { "no pod".into() } else { format!("the pod with UID {bound_to}") };
             return Err(Refusal::new(
                 Reason::ContainerTokenMismatch,
-                format!("{workload} presents a token of {whose}; its own UID is {}", workload.uid()),
+                format!("{workload} with UID {} presents a token that is bound to {owner}", workload.uid()),
             ));
         }
         let grant = self.authorize(&workload, until).await?;
-        let known = Known { editions, session: self.cache.handle(&grant), workload, grant };
-        let credential = self.credential(&asked.caller.peer, &known, until).await?;
-        Ok(answer::document(credential.container()))
+        let granted = CachedGrant { generations, session: self.cache.handle(&grant), workload, grant };
+        let credential = self.credential(&context.connection.client, &granted, until).await?;
+        Ok(response::document(credential.container()))
     }
 }
 
-/// The one `Authorization` header, which is the file's content and nothing else.
-fn token(headers: &HeaderMap) -> Result<&str, Refusal> {
-    let mut given = headers.get_all(AUTHORIZATION).iter();
-    let (Some(token), None) = (given.next(), given.next()) else {
+/// Returns the value of the only `Authorization` header, which must be a JWT, without a scheme.
+fn parse_authorization(headers: &HeaderMap) -> Result<&str, Refusal> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let (Some(token), None) = (values.next(), values.next()) else {
         return Err(Reason::ContainerTokenMissing.into());
     };
-    // What is no JWT need not be reviewed.
+    // Anything but a JWT needs no review.
     let token = token.to_str().unwrap_or_default();
     let parts = token.split('.').filter(|part| !part.is_empty()).count();
-    let word = token.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-    if parts == 3 && word && token.matches('.').count() == 2 {
+    let allowed = token.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if parts == 3 && allowed && token.matches('.').count() == 2 {
         Ok(token)
     } else {
-        Err(Refusal::new(Reason::ContainerTokenRefused, "it is no JWT"))
+        Err(Refusal::new(Reason::ContainerTokenRefused, "the token is not a JWT"))
     }
 }
 
@@ -173,17 +179,17 @@ mod tests {
 
     use super::*;
 
-    fn tokens(answer: Result<&'static str, Reason>) -> (Arc<Tokens>, Arc<AtomicUsize>) {
-        let reviews = Arc::new(AtomicUsize::new(0));
-        let counted = reviews.clone();
-        let review = move |_| -> Reviewing {
-            counted.fetch_add(1, SeqCst);
+    fn reviews(outcome: Result<&'static str, Reason>) -> (Arc<TokenReviews>, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counter = count.clone();
+        let reviewer = move |_| -> Review {
+            counter.fetch_add(1, SeqCst);
             Box::pin(async move {
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                answer.map(Into::into).map_err(Into::into)
+                outcome.map(Into::into).map_err(Into::into)
             })
         };
-        (Arc::new(Tokens::new(Box::new(review))), reviews)
+        (Arc::new(TokenReviews::new(Box::new(reviewer))), count)
     }
 
     fn soon() -> Instant {
@@ -191,86 +197,89 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_loop_costs_one_review_in_a_while() {
-        let (tokens, reviews) = tokens(Ok("uid-a"));
+    async fn repeated_requests_share_one_review() {
+        let (reviews, count) = reviews(Ok("uid-a"));
         let pod = Workload::sample("a", "uid-a", "sa");
-        let ask = || tokens.owner(&pod, "a.b.c", soon());
-        let (one, two) = tokio::join!(ask(), ask());
+        let review = || reviews.bound_pod(&pod, "a.b.c", soon());
+        let (one, two) = tokio::join!(review(), review());
         assert_eq!((one.unwrap(), two.unwrap()), ("uid-a".into(), "uid-a".into()));
         for _ in 0..100 {
-            ask().await.unwrap();
+            review().await.unwrap();
         }
-        assert_eq!(reviews.load(SeqCst), 1);
-        tokio::time::advance(GOOD).await;
-        ask().await.unwrap();
-        assert_eq!(reviews.load(SeqCst), 2, "and then again");
+        assert_eq!(count.load(SeqCst), 1);
+        tokio::time::advance(ACCEPTED_TTL).await;
+        review().await.unwrap();
+        assert_eq!(count.load(SeqCst), 2, "expired");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_hangs_up_causes_no_second_review() {
-        let (tokens, reviews) = tokens(Ok("uid-a"));
+    async fn client_that_hangs_up_causes_no_second_review() {
+        let (reviews, count) = reviews(Ok("uid-a"));
         let pod = Workload::sample("a", "uid-a", "sa");
         for _ in 0..10 {
-            assert!(timeout(Duration::from_millis(5), tokens.owner(&pod, "a.b.c", soon())).await.is_err());
+            assert!(timeout(Duration::from_millis(5), reviews.bound_pod(&pod, "a.b.c", soon())).await.is_err());
         }
-        tokens.owner(&pod, "a.b.c", soon()).await.unwrap();
-        assert_eq!(reviews.load(SeqCst), 1);
+        reviews.bound_pod(&pod, "a.b.c", soon()).await.unwrap();
+        assert_eq!(count.load(SeqCst), 1);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_token_after_the_other_is_refused_and_troubles_no_other_pod() {
-        let (tokens, reviews) = tokens(Err(Reason::ContainerTokenRefused));
+    async fn tokens_that_fail_are_limited_per_pod() {
+        let (reviews, count) = reviews(Err(Reason::ContainerTokenRefused));
         let (pod, other) = (Workload::sample("a", "uid-a", "sa"), Workload::sample("b", "uid-b", "sa"));
         let mut reasons = Vec::new();
         for n in 0..100 {
-            reasons.push(tokens.owner(&pod, &format!("a.b.{n}"), soon()).await.unwrap_err().reason);
+            reasons.push(reviews.bound_pod(&pod, &format!("a.b.{n}"), soon()).await.unwrap_err().reason);
         }
-        assert_eq!(reviews.load(SeqCst), TOKENS_OF_POD);
-        assert!(reasons[TOKENS_OF_POD..].iter().all(|reason| *reason == Reason::TooManyRequests), "{reasons:?}");
-        assert_eq!(tokens.owner(&other, "a.b.c", soon()).await.unwrap_err().reason, Reason::ContainerTokenRefused);
-        tokio::time::advance(BAD).await;
-        assert_eq!(tokens.owner(&pod, "a.b.1", soon()).await.unwrap_err().reason, Reason::ContainerTokenRefused);
+        assert_eq!(count.load(SeqCst), MAX_UNACCEPTED_PER_POD);
+        assert!(
+            reasons[MAX_UNACCEPTED_PER_POD..].iter().all(|reason| *reason == Reason::TooManyRequests),
+            "{reasons:?}"
+        );
+        assert_eq!(reviews.bound_pod(&other, "a.b.c", soon()).await.unwrap_err().reason, Reason::ContainerTokenRefused);
+        tokio::time::advance(REJECTED_TTL).await;
+        assert_eq!(reviews.bound_pod(&pod, "a.b.1", soon()).await.unwrap_err().reason, Reason::ContainerTokenRefused);
     }
 
-    /// As where each of many containers has a token of its own.
+    /// Each of many containers may have a token of its own.
     #[tokio::test(start_paused = true)]
-    async fn good_tokens_of_one_pod_do_not_keep_each_other_out_but_are_not_endless() {
-        let (tokens, reviews) = tokens(Ok("uid-a"));
+    async fn accepted_tokens_are_limited_per_pod() {
+        let (reviews, count) = reviews(Ok("uid-a"));
         let pod = Workload::sample("a", "uid-a", "sa");
-        for n in 0..GOOD_OF_POD {
-            tokens.owner(&pod, &format!("a.b.{n}"), soon()).await.unwrap();
+        for n in 0..MAX_ACCEPTED_PER_POD {
+            reviews.bound_pod(&pod, &format!("a.b.{n}"), soon()).await.unwrap();
             tokio::time::advance(Duration::from_millis(1)).await;
         }
-        let refusal = tokens.owner(&pod, "a.b.more", soon()).await.unwrap_err();
-        assert_eq!((refusal.reason, reviews.load(SeqCst)), (Reason::TooManyRequests, GOOD_OF_POD));
-        tokio::time::advance(GOOD).await;
-        tokens.owner(&pod, "a.b.more", soon()).await.unwrap();
+        let refusal = reviews.bound_pod(&pod, "a.b.more", soon()).await.unwrap_err();
+        assert_eq!((refusal.reason, count.load(SeqCst)), (Reason::TooManyRequests, MAX_ACCEPTED_PER_POD));
+        tokio::time::advance(ACCEPTED_TTL).await;
+        reviews.bound_pod(&pod, "a.b.more", soon()).await.unwrap();
     }
 
-    /// Where nobody polled it, a review that failed was remembered as if it had not.
+    /// A failure that no client had polled was once cached like an accepted token.
     #[tokio::test(start_paused = true)]
-    async fn a_review_that_failed_after_all_hung_up_is_not_the_answer_for_long() {
-        let (tokens, reviews) = tokens(Err(Reason::ReviewUnavailable));
+    async fn failure_after_hang_up_expires_soon() {
+        let (reviews, count) = reviews(Err(Reason::ReviewUnavailable));
         let pod = Workload::sample("a", "uid-a", "sa");
-        assert!(timeout(Duration::from_millis(5), tokens.owner(&pod, "a.b.c", soon())).await.is_err());
-        tokio::time::sleep(BAD).await;
-        assert!(tokens.owner(&pod, "a.b.c", soon()).await.is_err());
-        assert_eq!(reviews.load(SeqCst), 2);
+        assert!(timeout(Duration::from_millis(5), reviews.bound_pod(&pod, "a.b.c", soon())).await.is_err());
+        tokio::time::sleep(REJECTED_TTL).await;
+        assert!(reviews.bound_pod(&pod, "a.b.c", soon()).await.is_err());
+        assert_eq!(count.load(SeqCst), 2);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_review_without_an_answer_ends() {
-        let review = |_| -> Reviewing { Box::pin(std::future::pending()) };
-        let tokens = Tokens::new(Box::new(review));
+    async fn hanging_review_times_out() {
+        let reviewer = |_| -> Review { Box::pin(std::future::pending()) };
+        let reviews = TokenReviews::new(Box::new(reviewer));
         let pod = Workload::sample("a", "uid-a", "sa");
-        assert_eq!(tokens.owner(&pod, "a.b.c", soon()).await.unwrap_err().reason, Reason::ReviewUnavailable);
+        assert_eq!(reviews.bound_pod(&pod, "a.b.c", soon()).await.unwrap_err().reason, Reason::ReviewUnavailable);
     }
 
     #[test]
-    fn the_header_is_one_jwt_and_nothing_else() {
+    fn authorization_is_exactly_one_jwt() {
         let headers =
             |values: &[&str]| values.iter().map(|value| (AUTHORIZATION, value.parse().unwrap())).collect::<HeaderMap>();
-        assert_eq!(token(&headers(&["e30.e30.c2ln"])).unwrap(), "e30.e30.c2ln");
+        assert_eq!(parse_authorization(&headers(&["e30.e30.c2ln"])).unwrap(), "e30.e30.c2ln");
         for (values, reason) in [
             (&[][..], Reason::ContainerTokenMissing),
             (&["e30.e30.c2ln", "e30.e30.c2ln"], Reason::ContainerTokenMissing),
@@ -280,7 +289,7 @@ mod tests {
             (&["e30.e30.c2ln "], Reason::ContainerTokenRefused),
             (&[""], Reason::ContainerTokenRefused),
         ] {
-            assert_eq!(token(&headers(values)).unwrap_err().reason, reason, "{values:?}");
+            assert_eq!(parse_authorization(&headers(values)).unwrap_err().reason, reason, "{values:?}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! How long which request is held, on a paused clock: what the numbers are for stands in `imds`.
+//! How long each request waits, on a paused clock. `imds` says why.
 
 use tokio::time::Instant;
 
-use super::memory::Memory;
+use super::in_memory::InMemoryServer;
 use crate::{clock::tests::FIXED_JITTER, exchange::script::Script, intercept::Peer, refusal::Reason};
 
 const WORKLOADS: &str = "workloads:
@@ -12,38 +12,38 @@ const WORKLOADS: &str = "workloads:
 ";
 const READER: [u8; 4] = [10, 0, 0, 1];
 const IDLE: [u8; 4] = [10, 0, 0, 2];
-const STRANGER: [u8; 4] = [10, 0, 0, 9];
+const UNKNOWN: [u8; 4] = [10, 0, 0, 9];
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 const CREDENTIALS: &str = "/latest/meta-data/iam/security-credentials/reader-role";
 const NEVER: u64 = 1_000_000;
 
-fn memory(script: impl IntoIterator<Item = (u64, Option<Reason>)>) -> Memory {
+fn server(script: impl IntoIterator<Item = (u64, Option<Reason>)>) -> InMemoryServer {
     FIXED_JITTER.set(Some(1.0));
-    Memory::new(WORKLOADS, Script::new(script), None)
+    InMemoryServer::new(WORKLOADS, Script::new(script), None)
 }
 
-/// The status, and after how many milliseconds.
-async fn ask(memory: &Memory, address: [u8; 4], method: &str, path: &str) -> (u16, u128) {
+/// Returns the status, and after how many milliseconds it came.
+async fn request(server: &InMemoryServer, address: [u8; 4], method: &str, path: &str) -> (u16, u128) {
     let ttl = "x-aws-ec2-metadata-token-ttl-seconds: 60";
     let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{ttl}\r\n\r\n");
     let began = Instant::now();
-    let answer = memory.answered(request.as_bytes(), Peer::from_pod(address.into())).await;
-    let status = answer.split(' ').nth(1).unwrap_or_else(|| panic!("{answer:?}"));
+    let response = server.exchange(request.as_bytes(), Peer::from_pod(address.into())).await;
+    let status = response.split(' ').nth(1).unwrap_or_else(|| panic!("{response:?}"));
     (status.parse().unwrap(), began.elapsed().as_millis())
 }
 
-async fn get(memory: &Memory, path: &str) -> (u16, u128) {
-    ask(memory, READER, "GET", path).await
+async fn get(server: &InMemoryServer, path: &str) -> (u16, u128) {
+    request(server, READER, "GET", path).await
 }
 
-/// IMDS-17, IMDS-18: what the list waited, the credentials need not.
+/// IMDS-17, IMDS-18: the wait of the list shortens the wait for the credentials.
 #[tokio::test(start_paused = true)]
-async fn the_list_is_held_for_350_ms_and_the_credentials_until_they_come() {
-    let memory = memory([(1_200, None)]);
-    assert_eq!(get(&memory, LIST).await, (200, 350));
-    assert_eq!(get(&memory, CREDENTIALS).await, (200, 850));
-    assert_eq!(get(&memory, LIST).await, (200, 0));
-    let metrics = String::from_utf8(memory.server.metrics.render().unwrap()).unwrap();
+async fn list_waits_350_ms_and_credentials_until_ready() {
+    let server = server([(1_200, None)]);
+    assert_eq!(get(&server, LIST).await, (200, 350));
+    assert_eq!(get(&server, CREDENTIALS).await, (200, 850));
+    assert_eq!(get(&server, LIST).await, (200, 0));
+    let metrics = String::from_utf8(server.server.metrics.render().unwrap()).unwrap();
     for line in ["_sum{route=\"credentials\"} 0.85", "_bucket{route=\"role_list\",le=\"0.35\"} 2"] {
         assert!(metrics.contains(&format!("kirsa_request_seconds{line}")), "{line}: {metrics}");
     }
@@ -51,55 +51,55 @@ async fn the_list_is_held_for_350_ms_and_the_credentials_until_they_come() {
 
 /// IMDS-17, IMDS-27
 #[tokio::test(start_paused = true)]
-async fn an_exchange_that_never_ends_holds_nobody_longer_than_4_s() {
-    let memory = memory([(NEVER, None)]);
-    assert_eq!(get(&memory, LIST).await, (200, 350));
+async fn hanging_exchange_holds_requests_for_4_s() {
+    let server = server([(NEVER, None)]);
+    assert_eq!(get(&server, LIST).await, (200, 350));
     for _ in 0..2 {
-        assert_eq!(get(&memory, CREDENTIALS).await, (503, 4_000));
+        assert_eq!(get(&server, CREDENTIALS).await, (503, 4_000));
     }
 }
 
-/// IMDS-27: a failure that the list may outwait is none that it knows of.
+/// IMDS-27: the list does not report a failure that may pass within its wait.
 #[tokio::test(start_paused = true)]
-async fn failures_that_pass_are_tried_again_within_the_hold() {
+async fn transient_failures_are_retried_while_waiting() {
     let throttled = (50, Some(Reason::StsThrottled));
-    let once = memory([throttled]);
+    let once = server([throttled]);
     assert_eq!(get(&once, LIST).await.0, 200);
-    let twice = memory([throttled, throttled]);
+    let twice = server([throttled, throttled]);
     let (status, took) = get(&twice, CREDENTIALS).await;
     assert!(status == 200 && took < 350, "{status} after {took} ms");
 }
 
-/// IMDS-26: only a failure that arrives between the list and the credentials is first told at the credentials.
+/// IMDS-26: the list reports a refusal that arrives within its wait; a later one is first reported by the credentials.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_is_told_as_soon_as_it_is_there() {
-    let late = memory([(1_200, Some(Reason::AccessDenied))]);
+async fn refusal_is_reported_as_soon_as_it_is_known() {
+    let late = server([(1_200, Some(Reason::AccessDenied))]);
     assert_eq!(get(&late, LIST).await, (200, 350));
     assert_eq!(get(&late, CREDENTIALS).await, (403, 850));
     assert_eq!(get(&late, LIST).await, (403, 0));
-    let early = memory([(200, Some(Reason::AccessDenied))]);
+    let early = server([(200, Some(Reason::AccessDenied))]);
     assert_eq!(get(&early, LIST).await, (403, 200));
     assert_eq!(get(&early, CREDENTIALS).await, (403, 0));
 }
 
-/// IMDS-4: a session token waits for nobody, whatever is wrong.
+/// IMDS-4
 #[tokio::test(start_paused = true)]
-async fn a_session_token_is_there_at_once() {
-    let memory = memory([(NEVER, None)]);
-    for address in [READER, IDLE, STRANGER] {
-        assert_eq!(ask(&memory, address, "PUT", "/latest/api/token").await, (200, 0), "{address:?}");
+async fn imds_token_is_issued_at_once() {
+    let server = server([(NEVER, None)]);
+    for address in [READER, IDLE, UNKNOWN] {
+        assert_eq!(request(&server, address, "PUT", "/latest/api/token").await, (200, 0), "{address:?}");
     }
 }
 
-/// IMDS-24, IMDS-25. Another role's name and one that does not exist are told apart by nothing.
+/// IMDS-24, IMDS-25. Another pod's role and a nonexistent one give the same response.
 #[tokio::test(start_paused = true)]
-async fn whoever_gets_nothing_is_told_at_once_and_a_stranger_after_800_ms() {
-    let memory = memory([(NEVER, None)]);
+async fn no_role_is_404_and_unknown_pod_503() {
+    let server = server([(NEVER, None)]);
     for path in [LIST, CREDENTIALS] {
-        assert_eq!(ask(&memory, IDLE, "GET", path).await, (404, 0), "{path}");
-        assert_eq!(ask(&memory, STRANGER, "GET", path).await, (503, 800), "{path}");
+        assert_eq!(request(&server, IDLE, "GET", path).await, (404, 0), "{path}");
+        assert_eq!(request(&server, UNKNOWN, "GET", path).await, (503, 800), "{path}");
     }
     for name in ["idle-role", "no-such-role"] {
-        assert_eq!(get(&memory, &format!("{LIST}{name}")).await, (404, 0), "{name}");
+        assert_eq!(get(&server, &format!("{LIST}{name}")).await, (404, 0), "{name}");
     }
 }

@@ -1,43 +1,42 @@
-//! Where a request without an IMDSv2 session token is refused. Service accounts may say so for their own pods
-//! (`kirsa.dev/require-imdsv2`); what is here they cannot take back.
+//! The node's IMDSv2 policy: where requests without an IMDS token are refused. A service account can require IMDSv2 for
+//! its own pods (`kirsa.dev/require-imdsv2`), but cannot relax this policy.
 
 use crate::attribute::Workload;
 
-/// Everywhere, or in some namespaces.
+/// Requires IMDSv2 on the whole node, or in some namespaces.
 #[derive(Debug, Clone, Default)]
-pub struct Required {
+pub struct RequireImdsV2 {
     pub everywhere: bool,
-    pub namespaces: Vec<Namespaces>,
+    pub namespaces: Vec<NamespacePattern>,
 }
 
-/// One namespace, or all that begin in the same way.
+/// The name of a namespace, or a prefix of names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Namespaces {
-    beginning: String,
-    open: bool,
+pub struct NamespacePattern {
+    prefix: String,
+    wildcard: bool,
 }
 
-impl Namespaces {
-    /// A name as Kubernetes allows it (RFC 1123 label); a `*` at its end stands for any ending. `None` for anything
-    /// else.
+impl NamespacePattern {
+    /// Parses an RFC 1123 label, as Kubernetes requires for names of namespaces; a trailing `*` matches any suffix.
+    /// Returns `None` for anything else.
     pub fn parse(pattern: &str) -> Option<Self> {
-        let (beginning, open) = pattern.strip_suffix('*').map_or((pattern, false), |beginning| (beginning, true));
+        let (prefix, wildcard) = pattern.strip_suffix('*').map_or((pattern, false), |prefix| (prefix, true));
         let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        let whole = open || (!beginning.is_empty() && !beginning.ends_with('-'));
-        (whole && beginning.len() <= 63 && !beginning.starts_with('-') && beginning.chars().all(allowed))
-            .then(|| Self { beginning: beginning.to_owned(), open })
+        let complete = wildcard || (!prefix.is_empty() && !prefix.ends_with('-'));
+        (complete && prefix.len() <= 63 && !prefix.starts_with('-') && prefix.chars().all(allowed))
+            .then(|| Self { prefix: prefix.to_owned(), wildcard })
     }
 
-    fn include(&self, namespace: &str) -> bool {
-        if self.open { namespace.starts_with(&self.beginning) } else { namespace == self.beginning }
+    fn matches(&self, namespace: &str) -> bool {
+        if self.wildcard { namespace.starts_with(&self.prefix) } else { namespace == self.prefix }
     }
 }
 
-impl Required {
-    /// Of whoever is calling, as far as that is known.
-    pub(super) fn of(&self, caller: Option<&Workload>) -> bool {
-        let listed = |workload: &Workload| self.namespaces.iter().any(|of| of.include(workload.namespace()));
-        self.everywhere || caller.is_some_and(listed)
+impl RequireImdsV2 {
+    /// Returns whether this pod needs an IMDS token.
+    pub(super) fn applies_to(&self, workload: &Workload) -> bool {
+        self.everywhere || self.namespaces.iter().any(|pattern| pattern.matches(workload.namespace()))
     }
 }
 
@@ -46,22 +45,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pattern_is_a_name_or_a_beginning() {
-        let includes = |pattern: &str, namespace: &str| Namespaces::parse(pattern).unwrap().include(namespace);
-        assert!(includes("shop", "shop") && !includes("shop", "shop-2") && !includes("shop", "sho"));
-        assert!(includes("team-*", "team-a") && includes("team-*", "team-") && !includes("team-*", "teams"));
-        assert!(includes("*", "anything"));
+    fn pattern_is_name_or_prefix() {
+        let matches = |pattern: &str, namespace: &str| NamespacePattern::parse(pattern).unwrap().matches(namespace);
+        assert!(matches("shop", "shop") && !matches("shop", "shop-2") && !matches("shop", "sho"));
+        assert!(matches("team-*", "team-a") && matches("team-*", "team-") && !matches("team-*", "teams"));
+        assert!(matches("*", "anything"));
         for wrong in ["", "Shop", "a_b", "-a", "a-", "a*b", "**", "a.b", " a", &"a".repeat(64)] {
-            assert_eq!(Namespaces::parse(wrong), None, "{wrong}");
+            assert_eq!(NamespacePattern::parse(wrong), None, "{wrong}");
         }
     }
 
     #[test]
-    fn it_is_required_of_known_callers_in_the_list_and_everywhere_of_anybody() {
+    fn policy_applies_to_listed_namespaces_or_all() {
         let pod = Workload::sample("a", "uid-a", "sa");
-        let listed = Required { everywhere: false, namespaces: vec![Namespaces::parse("def*").unwrap()] };
-        assert!(listed.of(Some(&pod)) && !listed.of(None));
-        assert!(!Required::default().of(Some(&pod)));
-        assert!(Required { everywhere: true, namespaces: Vec::new() }.of(None));
+        let namespaces = |pattern| NamespacePattern::parse(pattern).into_iter().collect();
+        assert!(RequireImdsV2 { everywhere: false, namespaces: namespaces("def*") }.applies_to(&pod));
+        assert!(!RequireImdsV2 { everywhere: false, namespaces: namespaces("other") }.applies_to(&pod));
+        assert!(!RequireImdsV2::default().applies_to(&pod));
+        assert!(RequireImdsV2 { everywhere: true, namespaces: Vec::new() }.applies_to(&pod));
     }
 }

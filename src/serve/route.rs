@@ -1,38 +1,38 @@
-//! Path → [`Route`]: parse, normalise, match exactly. What does not match is not found; nothing is matched by prefix,
-//! and nothing of the path ever goes anywhere.
+//! Path → [`Route`]: parsed, normalized and matched exactly. Anything else is not found. Paths are never matched by
+//! prefix and never forwarded.
 
 use std::borrow::Cow;
 
 use super::node_metadata::IDENTITY_DOCUMENT;
 use crate::intercept::Service;
 
-/// No client asks for more.
+/// Maximum number of segments; no client requests more.
 const MAX_SEGMENTS: usize = 12;
 
-/// What can be asked for.
+/// A resource that a client can request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Route<'a> {
     Versions,
     Token,
     RoleList,
-    /// What a program takes its account from.
+    /// `iam/info`, from which programs read their account.
     IamInfo,
-    /// The role name as asked for, percent-decoded.
+    /// `role` is the requested name, percent-decoded.
     Credentials {
         role: Cow<'a, str>,
         extended: bool,
     },
-    /// The one document that names the pod's account in place of the node's.
+    /// The identity document, which has the account of the pod's role in place of the node's.
     IdentityDocument,
-    /// Anything else below `meta-data` and `dynamic`, to be found among what is known of the node.
+    /// Any other path below `meta-data` and `dynamic`, to be looked up in the node metadata.
     Metadata(String),
-    /// The one path of the other service.
+    /// The only path of the container credentials service.
     ContainerCredentials,
     NotFound,
 }
 
 impl<'a> Route<'a> {
-    /// The metric label.
+    /// Returns the metric label.
     pub fn label(&self) -> &'static str {
         match self {
             Self::Versions => "versions",
@@ -46,7 +46,7 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// `target` is the request target without its query, as sent.
+    /// Routes a request target, as sent but without its query.
     pub fn of(service: Service, target: &'a str) -> Self {
         match service {
             Service::Metadata => Self::parse(target),
@@ -57,11 +57,11 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// Of the metadata service.
+    /// Routes a request target of the metadata service.
     pub fn parse(target: &'a str) -> Self {
         match decode(target) {
-            Some(Cow::Borrowed(path)) => Self::found(path),
-            Some(Cow::Owned(path)) => Route::found(&path).into_owned(),
+            Some(Cow::Borrowed(path)) => Self::match_path(path),
+            Some(Cow::Owned(path)) => Route::match_path(&path).into_owned(),
             None => Self::NotFound,
         }
     }
@@ -82,7 +82,7 @@ impl<'a> Route<'a> {
         }
     }
 
-    fn found(path: &'a str) -> Self {
+    fn match_path(path: &'a str) -> Self {
         let Some((segments, count)) = segments(path) else { return Self::NotFound };
         let Some((version, rest)) = segments[..count].split_first() else { return Self::Versions };
         if !is_version(version) {
@@ -107,7 +107,7 @@ impl<'a> Route<'a> {
     }
 }
 
-/// `latest`, or a date such as `2009-04-04`, or `1.0`.
+/// Accepts `latest`, dates such as `2009-04-04`, and `1.0`.
 fn is_version(segment: &str) -> bool {
     let dated = segment.starts_with(|c: char| c.is_ascii_digit())
         && segment.len() <= 16
@@ -115,7 +115,8 @@ fn is_version(segment: &str) -> bool {
     segment == "latest" || dated
 }
 
-/// Several slashes count as one, and a last one as none. `None` for dots, and for more than any client asks for.
+/// Splits a path at slashes; repeated and trailing slashes are ignored. Returns `None` for `.` and `..`, and if there
+/// are more than [`MAX_SEGMENTS`].
 fn segments(path: &str) -> Option<([&str; MAX_SEGMENTS], usize)> {
     let mut segments = [""; MAX_SEGMENTS];
     let mut count = 0;
@@ -127,8 +128,8 @@ fn segments(path: &str) -> Option<([&str; MAX_SEGMENTS], usize)> {
     Some((segments, count))
 }
 
-/// Each `%xx` as what it stands for, once. `None` for what no client sends: other than printable ASCII, a slash or a
-/// percent sign that was hidden by encoding.
+/// Percent-decodes a target once. Returns `None` for what no client sends: bytes other than printable ASCII,
+/// backslashes, semicolons, and encoded slashes or percent signs.
 fn decode(target: &str) -> Option<Cow<'_, str>> {
     target.strip_prefix('/')?;
     let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'\\' | b';');
@@ -165,9 +166,9 @@ mod tests {
         Route::Metadata(path.into())
     }
 
-    /// IMDS-8: what real clients send, each answered directly.
+    /// IMDS-8: paths that real clients send.
     #[test]
-    fn every_form_that_clients_use_is_understood() {
+    fn client_spellings_are_routed() {
         for (target, route) in [
             ("/", Route::Versions),
             ("/latest", metadata("")),
@@ -188,9 +189,9 @@ mod tests {
         }
     }
 
-    /// What is not known of the node is not found there, and nothing of `iam` is known of it.
+    /// The node metadata has nothing below `iam`.
     #[test]
-    fn other_metadata_is_looked_up_by_its_exact_path() {
+    fn other_metadata_needs_its_exact_path() {
         for path in [
             "meta-data/iam/security-credentialsx",
             "meta-data/iam/security-credentials/a/b",
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn each_service_has_paths_of_its_own() {
+    fn services_share_no_paths() {
         for target in ["/v1/credentials", "/v1/credentials/", "//v1//credentials", "/v1/credential%73"] {
             assert_eq!(Route::of(Service::Container, target), Route::ContainerCredentials, "{target}");
             assert_eq!(Route::of(Service::Metadata, target), Route::NotFound, "{target}");
@@ -221,9 +222,9 @@ mod tests {
         }
     }
 
-    /// IMDS-33: everything else does not exist.
+    /// IMDS-33
     #[test]
-    fn nothing_else_is_found() {
+    fn other_paths_are_not_found() {
         for target in [
             "",
             "*",

@@ -206,7 +206,7 @@ fn groups_open_nothing_else() -> Result<()> {
     }
     agent.stop()?;
     for (path, why) in [
-        ("dynamic/instance-identity/pkcs7", "proves to others who the node is"),
+        ("dynamic/instance-identity/pkcs7", "proves the node's identity to others"),
         ("meta-data/identity-credentials/ec2/info", "identity role"),
         ("meta-data/iam-eks-info", "IAM data of the node"),
     ] {

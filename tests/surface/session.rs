@@ -224,7 +224,7 @@ fn a_token_outlives_the_agent_in_whatever_way_that_ends() -> Result<()> {
     ensure!(!holds()?, "under another key");
     agent.wait_for_log(|entry| {
         field(entry, "level") == Some("WARN")
-            && field(entry, "message").is_some_and(|message| message.contains("key of session tokens"))
+            && field(entry, "message").is_some_and(|message| message.contains("key for IMDS tokens"))
     })?;
     let again = reader.imds().put_token(21_600)?;
     agent.stop()?;

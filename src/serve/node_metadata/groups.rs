@@ -1,35 +1,35 @@
-//! Which of the node's metadata can be allowed: single paths, and groups of paths that belong together.
+//! The allow-list for the node's metadata (`--node-metadata`): single paths, and groups of related paths.
 
 use std::time::Duration;
 
 use super::{
     ALLOWABLE, DEFAULT,
-    follow::{Reads, Schedule},
+    fetch::{FetchTarget, Schedule},
 };
 
-/// A group of `--node-metadata`. `docs/node-metadata.md` says who asks for what.
+/// A group of paths. `docs/node-metadata.md` lists the programs that request them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
-    /// Where the instance is in the network: its VPC, its subnet, how many interfaces and volumes it has.
+    /// The instance's VPC and subnet, and the number of its interfaces and volumes.
     Vpc,
     /// The instance's tags.
     Tags,
-    /// What is about to happen to the instance: spot notices, maintenance, the state in its auto scaling group.
+    /// Spot notices, maintenance events, and the state in the Auto Scaling group.
     Lifecycle,
 }
 
 pub const GROUPS: [(&str, Group); 3] = [("vpc", Group::Vpc), ("tags", Group::Tags), ("lifecycle", Group::Lifecycle)];
 
 pub(super) const MAC: &str = "meta-data/mac";
-/// Folders have a slash at their end.
+/// Folders have a trailing slash.
 pub(super) const INTERFACES: &str = "meta-data/network/interfaces/macs/";
 pub(super) const DEVICES: &str = "meta-data/block-device-mapping/";
 pub(super) const TAGS: &str = "meta-data/tags/instance/";
-/// Served of the primary interface, and of no other.
-pub(super) const OF_INTERFACE: [&str; 7] =
+/// Entries of the primary interface. Other interfaces are only listed.
+pub(super) const INTERFACE_ENTRIES: [&str; 7] =
     ["device-number", "interface-id", "owner-id", "subnet-id", "vpc-id", "vpc-ipv4-cidr-block", "vpc-ipv4-cidr-blocks"];
 
-/// The node has none of these until there is something to say, and again when that is over.
+/// Paths that exist only while the notice is current.
 const NOTICES: [&str; 5] = [
     "meta-data/autoscaling/target-lifecycle-state",
     "meta-data/events/maintenance/scheduled",
@@ -38,40 +38,41 @@ const NOTICES: [&str; 5] = [
     "meta-data/spot/termination-time",
 ];
 
-/// `on-demand` or `spot`: does not change, so it is read with the single paths.
+/// `on-demand` or `spot`. It never changes, so it is fetched with the single paths.
 const LIFE_CYCLE: &str = "meta-data/instance-life-cycle";
 
-/// None of it changes while the node runs, but for a resize.
-pub(super) const STATIC: Duration = Duration::from_secs(3_600);
-const VPC: Duration = Duration::from_secs(300);
-const TAG: Duration = Duration::from_secs(60);
-/// aws-node-termination-handler asks every 2 s; AWS says to look every 5 s. A spot notice comes 2 minutes ahead.
-const NOTICE: Duration = Duration::from_secs(3);
-const HISTORY: Duration = Duration::from_secs(60);
+/// Interval for values that do not change while the node runs, except at a resize.
+pub(super) const STATIC_INTERVAL: Duration = Duration::from_secs(3_600);
+const VPC_INTERVAL: Duration = Duration::from_secs(300);
+const TAG_INTERVAL: Duration = Duration::from_secs(60);
+/// aws-node-termination-handler polls every 2 s; AWS recommends 5 s. A spot notice comes 2 minutes before the
+/// interruption.
+const NOTICE_INTERVAL: Duration = Duration::from_secs(3);
+const HISTORY_INTERVAL: Duration = Duration::from_secs(60);
 
 impl Group {
-    /// One schedule for each part that must not wait for another one.
+    /// Returns one schedule for each part, so that no part waits for another.
     pub(super) fn schedules(self) -> Vec<Schedule> {
-        let values = |paths: &[&str], every| {
-            Schedule::new(Reads::Values(paths.iter().map(|path| (*path).to_owned()).collect()), every)
+        let values = |paths: &[&str], interval| {
+            Schedule::new(FetchTarget::Values(paths.iter().map(|path| (*path).to_owned()).collect()), interval)
         };
         match self {
             Self::Vpc => vec![
-                Schedule::new(Reads::Interfaces, VPC),
-                Schedule::new(Reads::Devices, VPC),
-                values(&["meta-data/outpost-arn"], VPC),
+                Schedule::new(FetchTarget::Interfaces, VPC_INTERVAL),
+                Schedule::new(FetchTarget::Devices, VPC_INTERVAL),
+                values(&["meta-data/outpost-arn"], VPC_INTERVAL),
             ],
-            Self::Tags => vec![Schedule::new(Reads::Tags, TAG)],
+            Self::Tags => vec![Schedule::new(FetchTarget::Tags, TAG_INTERVAL)],
             Self::Lifecycle => NOTICES
                 .iter()
-                .map(|path| values(&[path], NOTICE))
-                .chain([values(&["meta-data/events/maintenance/history"], HISTORY)])
+                .map(|path| values(&[path], NOTICE_INTERVAL))
+                .chain([values(&["meta-data/events/maintenance/history"], HISTORY_INTERVAL)])
                 .collect(),
         }
     }
 }
 
-/// What pods may read of the node.
+/// The node's metadata that pods may read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Allowed {
     pub paths: Vec<String>,
@@ -79,10 +80,10 @@ pub struct Allowed {
 }
 
 impl Allowed {
-    /// Reads the words of `--node-metadata`: paths, groups, `default` for its default, or `none` by itself.
+    /// Parses the words of `--node-metadata`: paths, groups, `default`, or `none` by itself.
     ///
     /// # Errors
-    /// The word that is neither, and what would be right.
+    /// The first invalid word, and what is valid instead.
     pub fn parse(words: &[String]) -> Result<Self, (&str, String)> {
         let (mut paths, mut groups) = (Vec::new(), Vec::new());
         for word in words.iter().filter(|_| words != ["none"]) {
@@ -107,22 +108,22 @@ impl Allowed {
     }
 }
 
-/// Whether a path can be allowed, or given, by itself.
+/// Checks that a path can be allowed, or configured, individually.
 ///
 /// # Errors
-/// Why it cannot, and what can: one of the paths, or what `or_else` names.
+/// Why it cannot, and the valid paths with the alternatives in `or_else`.
 pub fn check(path: &str, or_else: &str) -> Result<(), String> {
     if ALLOWABLE.contains(&path) {
         return Ok(());
     }
-    Err(match never(path) {
+    Err(match forbidden_content(path) {
         Some(holds) => format!("is never served by any setting: it holds {holds}"),
         None => format!("must be {or_else}one of {}", ALLOWABLE.join(", ")),
     })
 }
 
-/// What a path holds that no pod may read, whatever is configured.
-fn never(path: &str) -> Option<&'static str> {
+/// Returns what a path holds if no setting may open it to pods.
+fn forbidden_content(path: &str) -> Option<&'static str> {
     let segments: Vec<_> = path.split('/').filter(|segment| !segment.is_empty() && *segment != "latest").collect();
     let below = segments.strip_prefix(&["meta-data"]).unwrap_or(&segments);
     match (below.first().copied()?, segments.last().copied()?) {
@@ -131,25 +132,25 @@ fn never(path: &str) -> Option<&'static str> {
         ("identity-credentials", _) => Some("credentials of the instance's identity role"),
         ("user-data", _) => Some("bootstrap scripts, often with secrets"),
         ("public-keys", _) => Some("the node's SSH keys"),
-        (_, "pkcs7" | "rsa2048" | "signature") => Some("a signature that proves to others who the node is"),
+        (_, "pkcs7" | "rsa2048" | "signature") => Some("a signature that proves the node's identity to others"),
         _ => None,
     }
 }
 
-/// Six pairs of hexadecimal digits with colons between, as EC2 writes them.
+/// Accepts six pairs of hexadecimal digits, separated by colons.
 pub(super) fn is_mac(text: &str) -> bool {
     let pair = |pair: &str| pair.len() == 2 && pair.bytes().all(|byte| byte.is_ascii_hexdigit());
     text.split(':').count() == 6 && text.split(':').all(pair)
 }
 
-/// EC2 serves no tag whose key has a space or a slash, nor `.`, `..` and `_index` (EC2 User Guide, "View tags for your EC2
-/// instances using instance metadata").
+/// Accepts the tag keys that EC2 serves: none with a space or a slash, and not `.`, `..` or `_index`
+/// (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/work-with-tags-in-IMDS.html>).
 pub(super) fn is_tag_key(key: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"+-=.,_:@".contains(&byte);
     (1..=128).contains(&key.len()) && key.bytes().all(plain) && !matches!(key, "." | ".." | "_index")
 }
 
-/// `ami`, `ebs1`, `ephemeral0`, `root` and the like.
+/// Accepts names such as `ami`, `ebs1`, `ephemeral0` and `root`.
 pub(super) fn is_device(name: &str) -> bool {
     (1..=32).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn names_from_outside_are_checked() {
+    fn names_from_the_node_are_validated() {
         for (mac, good) in [
             ("0e:49:61:0f:c3:11", true),
             ("0E:49:61:0F:C3:11", true),

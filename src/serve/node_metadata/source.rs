@@ -1,4 +1,4 @@
-//! The node's own metadata service, asked by kirsa itself.
+//! Client of the node's own metadata service.
 
 use std::{
     fmt,
@@ -28,29 +28,31 @@ use crate::{
     serve::{TOKEN, TOKEN_TTL},
 };
 
-const CALL: Duration = Duration::from_secs(2);
+const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Maximum size of a value in bytes.
 const MAX_VALUE: usize = 16 << 10;
-/// How long a session token is used, and how long it is good for.
-const USE_TOKEN: Duration = Duration::from_secs(240);
-const TOKEN_LIFE: &str = "300";
+/// How long an IMDS token is used: a minute less than its TTL.
+const TOKEN_USE: Duration = Duration::from_secs(240);
+/// The TTL of an IMDS token in seconds, as a header value.
+const TOKEN_TTL_VALUE: &str = "300";
 
-/// Where values are read from.
+/// A source of values, so that tests need no network.
 pub(super) trait Source: Sync {
-    /// `None` for what the node does not have.
-    fn get(&self, path: &str) -> impl Future<Output = Result<Option<Bytes>, Failure>> + Send;
+    /// Returns the value at a path, or `None` if the node has none.
+    fn get(&self, path: &str) -> impl Future<Output = Result<Option<Bytes>, FetchError>> + Send;
 }
 
 #[derive(Debug)]
-pub(super) enum Failure {
-    /// There is no such service, as far as is known: it has never answered.
+pub(super) enum FetchError {
+    /// The service has never responded: the node probably has none.
     NoService(anyhow::Error),
-    /// It did not answer this.
+    /// The service exists, but the request failed.
     Failed(anyhow::Error),
 }
 
-impl Failure {
-    /// The same of something that rests on it.
-    pub(super) fn again(&self) -> Self {
+impl FetchError {
+    /// Returns a copy, for a path that depends on the failed one.
+    pub(super) fn duplicate(&self) -> Self {
         match self {
             Self::NoService(error) => Self::NoService(anyhow!("{error:#}")),
             Self::Failed(error) => Self::Failed(anyhow!("{error:#}")),
@@ -58,64 +60,68 @@ impl Failure {
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for FetchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Self::NoService(error) | Self::Failed(error)) = self;
         write!(f, "{error:#}")
     }
 }
 
-/// The service at its IPv4 address, over connections that are kept. Not `Debug`: its session token is the node's.
-pub(super) struct Imds {
+/// The service at its IPv4 address, with persistent connections. Not `Debug`: the IMDS token is the node's.
+pub(super) struct NodeImds {
     client: Client<HttpConnector, Empty<Bytes>>,
-    session: Mutex<Session>,
-    answered: AtomicBool,
+    token: Mutex<TokenState>,
+    has_responded: AtomicBool,
 }
 
 #[derive(Default)]
-struct Session {
+struct TokenState {
     token: Option<(Arc<str>, Instant)>,
-    /// When the last attempt to get one ended, and how.
+    /// Time and error of the last failed attempt to get a token.
     failed: Option<(Instant, String)>,
 }
 
-impl Imds {
+impl NodeImds {
     pub(super) fn new() -> Self {
         let client = Client::builder(TokioExecutor::new()).build_http();
-        Self { client, session: Mutex::default(), answered: AtomicBool::new(false) }
+        Self { client, token: Mutex::default(), has_responded: AtomicBool::new(false) }
     }
 
-    async fn token(&self) -> Result<Arc<str>, Failure> {
+    async fn token(&self) -> Result<Arc<str>, FetchError> {
         let since = Instant::now();
-        let mut session = self.session.lock().await;
-        if let Some((token, until)) = &session.token
+        let mut state = self.token.lock().await;
+        if let Some((token, until)) = &state.token
             && since < *until
         {
             return Ok(token.clone());
         }
-        // Share an attempt that failed while this one waited for it: each may take the whole time-out.
-        if let Some((at, error)) = &session.failed
+        // Share the error of an attempt that ended while this one waited for the lock: each may take the whole timeout.
+        if let Some((at, error)) = &state.failed
             && since < *at
         {
-            return Err(self.failure(anyhow!("{error}")));
+            return Err(self.classify(anyhow!("{error}")));
         }
-        let token = self.call(Method::PUT, "api/token", (TOKEN_TTL, TOKEN_LIFE)).await;
+        let token = self.call(Method::PUT, "api/token", (TOKEN_TTL, TOKEN_TTL_VALUE)).await;
         match token.and_then(|token| Ok(String::from_utf8(token.unwrap_or_default().to_vec())?)) {
             Ok(token) => {
-                self.answered.store(true, Ordering::Relaxed);
+                self.has_responded.store(true, Ordering::Relaxed);
                 let token: Arc<str> = token.into();
-                *session = Session { token: Some((token.clone(), Instant::now() + USE_TOKEN)), failed: None };
+                *state = TokenState { token: Some((token.clone(), Instant::now() + TOKEN_USE)), failed: None };
                 Ok(token)
             }
             Err(error) => {
-                session.failed = Some((Instant::now(), format!("{error:#}")));
-                Err(self.failure(error))
+                state.failed = Some((Instant::now(), format!("{error:#}")));
+                Err(self.classify(error))
             }
         }
     }
 
-    fn failure(&self, error: anyhow::Error) -> Failure {
-        if self.answered.load(Ordering::Relaxed) { Failure::Failed(error) } else { Failure::NoService(error) }
+    fn classify(&self, error: anyhow::Error) -> FetchError {
+        if self.has_responded.load(Ordering::Relaxed) {
+            FetchError::Failed(error)
+        } else {
+            FetchError::NoService(error)
+        }
     }
 
     async fn call(&self, method: Method, path: &str, header: (&str, &str)) -> anyhow::Result<Option<Bytes>> {
@@ -124,7 +130,7 @@ impl Imds {
             .uri(format!("http://{METADATA_V4}/latest/{path}"))
             .header(header.0, header.1)
             .body(Empty::<Bytes>::new())?;
-        let answer = async {
+        let response = async {
             let response = self.client.request(request).await?;
             let status = response.status();
             let body = Limited::new(response.into_body(), MAX_VALUE).collect().await;
@@ -135,19 +141,19 @@ impl Imds {
                 other => Err(anyhow!("{other}")),
             }
         };
-        timeout(CALL, answer).await?
+        timeout(CALL_TIMEOUT, response).await?
     }
 }
 
-impl Source for Imds {
-    async fn get(&self, path: &str) -> Result<Option<Bytes>, Failure> {
+impl Source for NodeImds {
+    async fn get(&self, path: &str) -> Result<Option<Bytes>, FetchError> {
         let token = self.token().await?;
-        let answer = self.call(Method::GET, path, (TOKEN.as_str(), &token)).await;
-        if answer.is_err() {
-            // It may be the token that is not good any more.
-            let mut session = self.session.lock().await;
-            session.token.take_if(|(known, _)| *known == token);
+        let value = self.call(Method::GET, path, (TOKEN.as_str(), &token)).await;
+        if value.is_err() {
+            // The cause may be the token.
+            let mut state = self.token.lock().await;
+            state.token.take_if(|(known, _)| *known == token);
         }
-        answer.map_err(Failure::Failed)
+        value.map_err(FetchError::Failed)
     }
 }

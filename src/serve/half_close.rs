@@ -1,6 +1,7 @@
-//! Tells a client that has gone from one that only sends no more, as `nc` does at the end of its input. TCP says the
-//! same of both, and hyper takes it for the former: so hyper is told a while later if a request is being answered then.
-//! Whoever is really gone keeps its place for that long. Knows connections, not what is asked on them.
+//! Half-close handling. A client that shuts down its sending side, as `nc` does at the end of its input, still wants
+//! the response, but TCP signals the same when a client is gone, and hyper then drops the request. [`HalfCloseGrace`]
+//! delays the end of input that hyper sees for a grace period while a request is in flight; a client that is really
+//! gone keeps its connection permit for that long. Knows connections, not requests.
 
 use std::{
     io,
@@ -17,26 +18,26 @@ use tokio::{
 
 use crate::connections::Permit;
 
-/// Enough for what is in hand and for a quick exchange. No SDK closes its side and waits, but SDKs that time out try
-/// again: with more, their former tries would use up the connections of their pod.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// Enough for a cached response or a quick exchange. No SDK half-closes and waits, but SDKs that time out retry: with a
+/// longer grace period their abandoned requests would use up the connections of the pod.
+const GRACE_PERIOD: Duration = Duration::from_millis(500);
 
-pub(super) struct Patient<S> {
+pub(super) struct HalfCloseGrace<S> {
     stream: S,
     permit: Arc<Permit>,
-    /// Since the client sends no more.
-    patience: Option<Pin<Box<Sleep>>>,
+    /// Starts when the client half-closes.
+    grace: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Patient<S> {
+impl<S> HalfCloseGrace<S> {
     pub(super) fn new(stream: S, permit: Arc<Permit>) -> Self {
-        Self { stream, permit, patience: None }
+        Self { stream, permit, grace: None }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for HalfCloseGrace<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.patience.is_none() {
+        if self.grace.is_none() {
             let before = buffer.filled().len();
             ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
             if buffer.filled().len() > before || buffer.remaining() == 0 {
@@ -46,11 +47,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
         if !self.permit.is_busy() {
             return Poll::Ready(Ok(()));
         }
-        self.patience.get_or_insert_with(|| Box::pin(sleep(PATIENCE))).as_mut().poll(cx).map(Ok)
+        self.grace.get_or_insert_with(|| Box::pin(sleep(GRACE_PERIOD))).as_mut().poll(cx).map(Ok)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for HalfCloseGrace<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }

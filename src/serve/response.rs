@@ -1,4 +1,4 @@
-//! The responses, byte for byte as SDKs want them.
+//! Responses, byte for byte as SDKs expect them.
 
 use bytes::Bytes;
 use http::{
@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::TOKEN_TTL;
 use crate::{authorize::RoleArn, clock::UnixTime, exchange::json, intercept::Service, refusal::Reason};
 
-/// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
+/// Appends no newline: 15 of 56 SDKs would take it for a part of the role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     response(StatusCode::OK, "text/plain", text.into())
 }
@@ -20,7 +20,7 @@ pub(super) fn document(json: Bytes) -> Response<Full<Bytes>> {
     response(StatusCode::OK, "application/json", json)
 }
 
-/// EC2's members, in EC2's order.
+/// The members that EC2 has, in its order.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct IamInfo<'a> {
@@ -30,8 +30,8 @@ struct IamInfo<'a> {
     instance_profile_id: &'a str,
 }
 
-/// Terraform takes the account from here: that of the pod's role, never the node's (IMDS-31). `None` where the store
-/// has no accounts.
+/// Returns `iam/info` with the account of the pod's role, never the node's: Terraform reads its account from here
+/// (IMDS-31). Returns `None` for roles of an S3-compatible store, which have no account.
 pub(super) fn iam_info(role: &RoleArn, now: UnixTime) -> Option<Response<Full<Bytes>>> {
     let partition = role.as_str().split(':').nth(1)?;
     let profile = format!("arn:{partition}:iam::{}:instance-profile/{}", role.account()?, role.alias());
@@ -39,33 +39,33 @@ pub(super) fn iam_info(role: &RoleArn, now: UnixTime) -> Option<Response<Full<By
         code: "Success",
         last_updated: &now.iso8601(),
         instance_profile_arn: &profile,
-        // IAM's ids are 21 characters; there is no profile that this could be the id of.
+        // IDs in IAM have 21 characters. No real profile has this one.
         instance_profile_id: "AIPAKIRSA000000000000",
     };
     json::ec2(&info).ok().map(text)
 }
 
-/// The Rust SDK fails without the header, and Go's falls back to IMDSv1 (IMDS-1).
+/// Adds the TTL header: without it the Rust SDK fails and the Go SDK falls back to IMDSv1 (IMDS-1).
 pub(super) fn token(token: String, ttl: u32) -> Response<Full<Bytes>> {
     let mut response = text(token);
     response.headers_mut().insert(TOKEN_TTL, HeaderValue::from(ttl));
     response
 }
 
-/// Short and fixed, and without a word of what is behind it.
+/// Returns a short, fixed response that reveals no detail of the refusal.
 pub(super) fn refuse(service: Service, reason: Reason) -> Response<Full<Bytes>> {
     let status = StatusCode::from_u16(reason.info().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     match service {
-        Service::Metadata => response(status, "text/html", Bytes::from_static(page(status).as_bytes())),
-        // As the EKS Pod Identity agent does: a line of text, which SDKs put into their error.
+        Service::Metadata => response(status, "text/html", Bytes::from_static(html_page(status).as_bytes())),
+        // A line of text, as from the EKS Pod Identity agent: SDKs include it in their error.
         Service::Container => {
-            response(status, "text/plain; charset=utf-8", Bytes::from_static(line(status).as_bytes()))
+            response(status, "text/plain; charset=utf-8", Bytes::from_static(text_line(status).as_bytes()))
         }
     }
 }
 
-/// With a `<` and a newline, so that SDKs that ignore the status cannot take it for a role's name (IMDS-12).
-fn page(status: StatusCode) -> &'static str {
+/// Contains `<` and newlines, so that SDKs that ignore the status cannot take it for a role's name (IMDS-12).
+fn html_page(status: StatusCode) -> &'static str {
     match status {
         StatusCode::BAD_REQUEST => "<html>\n<title>400 - Bad Request</title>\n</html>\n",
         StatusCode::UNAUTHORIZED => "<html>\n<title>401 - Unauthorized</title>\n</html>\n",
@@ -76,7 +76,7 @@ fn page(status: StatusCode) -> &'static str {
     }
 }
 
-fn line(status: StatusCode) -> &'static str {
+fn text_line(status: StatusCode) -> &'static str {
     match status {
         StatusCode::BAD_REQUEST => "the service account token is missing, or is not accepted\n",
         StatusCode::FORBIDDEN => "Access Denied\n",
@@ -90,7 +90,7 @@ fn response(status: StatusCode, content_type: &'static str, body: Bytes) -> Resp
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    // Tells whoever debugs in a pod who answered; EC2 says `EC2ws`.
+    // Identifies kirsa to a person who debugs in a pod; EC2 sends `EC2ws`.
     response.headers_mut().insert(SERVER, HeaderValue::from_static("kirsa"));
     response
 }
@@ -104,7 +104,7 @@ mod tests {
     #[tokio::test]
     async fn iam_info_has_ec2s_bytes() {
         let role = RoleArn::parse("arn:aws:iam::111122223333:role/reader", false).unwrap();
-        let answer = iam_info(&role, UnixTime(1_767_225_600)).unwrap();
+        let response = iam_info(&role, UnixTime(1_767_225_600)).unwrap();
         let golden = concat!(
             "{\n",
             "  \"Code\" : \"Success\",\n",
@@ -113,6 +113,6 @@ mod tests {
             "  \"InstanceProfileId\" : \"AIPAKIRSA000000000000\"\n",
             "}",
         );
-        assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), golden.as_bytes());
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), golden.as_bytes());
     }
 }

@@ -1,20 +1,21 @@
-//! When what is read, and what becomes of it when the node's service answers otherwise, on a paused clock.
+//! Intervals of fetches, and what is served when responses of the node's service change, on a paused clock.
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
 
 use anyhow::anyhow;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::{
     NodeMetadata,
     groups::{Allowed, Group, MAC},
-    source::{Failure, Source},
+    source::{FetchError, Source},
 };
 
 const SPOT: &str = "meta-data/spot/instance-action";
@@ -25,84 +26,84 @@ const MACS: &str = "meta-data/network/interfaces/macs";
 const TAGS: &str = "meta-data/tags/instance";
 
 #[derive(Debug, Clone)]
-enum Answer {
+enum Response {
     Value(String),
     Fails,
     Hangs,
     NoService,
 }
 
-/// A node's service: what is not set is not there.
+/// A node's metadata service. Paths that are not set do not exist.
 #[derive(Debug, Clone, Default)]
 struct Node {
-    answers: Arc<Mutex<BTreeMap<String, Answer>>>,
-    asked: Arc<Mutex<Vec<(String, Instant)>>>,
+    responses: Arc<Mutex<BTreeMap<String, Response>>>,
+    requests: Arc<Mutex<Vec<(String, Instant)>>>,
 }
 
 impl Node {
-    fn set(&self, path: &str, answer: Answer) {
-        self.answers.lock().unwrap().insert(path.to_owned(), answer);
+    fn set(&self, path: &str, response: Response) {
+        self.responses.lock().insert(path.to_owned(), response);
     }
 
     fn value(&self, path: &str, value: &str) {
-        self.set(path, Answer::Value(value.to_owned()));
+        self.set(path, Response::Value(value.to_owned()));
     }
 
     fn remove(&self, path: &str) {
-        self.answers.lock().unwrap().remove(path);
+        self.responses.lock().remove(path);
     }
 
-    /// How often a path was asked for.
-    fn asked(&self, path: &str) -> usize {
-        self.asked.lock().unwrap().iter().filter(|(asked, _)| asked == path).count()
+    /// Returns how often a path was requested.
+    fn count(&self, path: &str) -> usize {
+        self.requests.lock().iter().filter(|(requested, _)| requested == path).count()
     }
 }
 
 impl Source for Node {
-    async fn get(&self, path: &str) -> Result<Option<Bytes>, Failure> {
-        self.asked.lock().unwrap().push((path.to_owned(), Instant::now()));
-        let answer = self.answers.lock().unwrap().get(path).cloned();
-        match answer {
+    async fn get(&self, path: &str) -> Result<Option<Bytes>, FetchError> {
+        self.requests.lock().push((path.to_owned(), Instant::now()));
+        let response = self.responses.lock().get(path).cloned();
+        match response {
             None => Ok(None),
-            Some(Answer::Value(value)) => Ok(Some(value.into())),
-            Some(Answer::Fails) => Err(Failure::Failed(anyhow!("503"))),
-            Some(Answer::NoService) => Err(Failure::NoService(anyhow!("connection refused"))),
-            Some(Answer::Hangs) => {
+            Some(Response::Value(value)) => Ok(Some(value.into())),
+            Some(Response::Fails) => Err(FetchError::Failed(anyhow!("503"))),
+            Some(Response::NoService) => Err(FetchError::NoService(anyhow!("connection refused"))),
+            Some(Response::Hangs) => {
                 sleep(Duration::from_secs(2)).await;
-                Err(Failure::Failed(anyhow!("deadline has elapsed")))
+                Err(FetchError::Failed(anyhow!("deadline has elapsed")))
             }
         }
     }
 }
 
-fn follow(node: &Node, allowed: &[&str], groups: &[Group]) -> Arc<NodeMetadata> {
+fn start(node: &Node, allowed: &[&str], groups: &[Group]) -> Arc<NodeMetadata> {
     let paths = allowed.iter().map(|path| (*path).to_owned()).collect();
     let metadata = NodeMetadata::new([], Allowed { paths, groups: groups.to_vec() });
-    let (followed, node) = (metadata.clone(), node.clone());
-    tokio::spawn(async move { followed.follow_from(&node).await });
+    let (polled, node) = (metadata.clone(), node.clone());
+    tokio::spawn(async move { polled.poll_from(&node).await });
     metadata
 }
 
 async fn seconds(seconds: u64) {
     sleep(Duration::from_secs(seconds)).await;
-    // Whatever is due at the same time.
+    // Let schedules that are due at the same instant run.
     sleep(Duration::from_millis(10)).await;
 }
 
-/// What a request at this moment finds: a value, nothing, or `None` for not known yet.
+/// Returns what a request finds now: a value, nothing, or `None` if it would have to wait.
 async fn served(metadata: &NodeMetadata, path: &str) -> Option<Option<String>> {
     let value = || metadata.value(path).map(|value| String::from_utf8(value.to_vec()).unwrap());
     match value() {
         Some(value) => Some(Some(value)),
-        None => metadata.is_told(path, Instant::now()).await.then(value),
+        None => metadata.wait_fetched(path, Instant::now()).await.then(value),
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn notices_come_and_vanish_within_seconds() {
     let node = Node::default();
-    let metadata = follow(&node, &[], &[Group::Lifecycle]);
-    assert_eq!(served(&metadata, SPOT).await, None, "not read yet");
+    let metadata = start(&node, &[], &[Group::Lifecycle]);
+    assert_eq!(served(&metadata, SPOT).await, None, "not fetched yet");
     seconds(0).await;
     assert_eq!(served(&metadata, SPOT).await, Some(None));
     assert_eq!(metadata.entries("meta-data/spot"), Vec::<String>::new());
@@ -121,27 +122,27 @@ async fn each_group_has_its_own_interval() {
     let node = Node::default();
     node.value(REGION, "mars-1");
     node.value(MAC, PRIMARY);
-    follow(&node, &[REGION], &[Group::Vpc, Group::Tags, Group::Lifecycle]);
+    start(&node, &[REGION], &[Group::Vpc, Group::Tags, Group::Lifecycle]);
     seconds(3_590).await;
-    assert_eq!(node.asked(REGION), 1, "hourly");
-    assert_eq!((node.asked(MAC), node.asked(&format!("{MACS}/"))), (12, 12), "every five minutes");
-    assert_eq!(node.asked(&format!("{TAGS}/")), 60, "every minute");
-    let polls = node.asked(SPOT);
+    assert_eq!(node.count(REGION), 1, "hourly");
+    assert_eq!((node.count(MAC), node.count(&format!("{MACS}/"))), (12, 12), "every five minutes");
+    assert_eq!(node.count(&format!("{TAGS}/")), 60, "every minute");
+    let polls = node.count(SPOT);
     assert!((1_190..=1_200).contains(&polls), "every three seconds: {polls}");
     seconds(20).await;
-    assert_eq!(node.asked(REGION), 2);
+    assert_eq!(node.count(REGION), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_path_that_hangs_delays_no_other() {
+async fn hanging_path_delays_no_other() {
     let node = Node::default();
     for path in ["meta-data/spot/termination-time", "meta-data/ami-id", MAC] {
-        node.set(path, Answer::Hangs);
+        node.set(path, Response::Hangs);
     }
     node.value(REGION, "mars-1");
     node.value(SPOT, "{}");
     node.value("meta-data/block-device-mapping/", "ami\nroot");
-    let metadata = follow(&node, &["meta-data/ami-id", REGION], &[Group::Vpc, Group::Lifecycle]);
+    let metadata = start(&node, &["meta-data/ami-id", REGION], &[Group::Vpc, Group::Lifecycle]);
     seconds(0).await;
     for path in [REGION, SPOT] {
         assert!(metadata.value(path).is_some(), "{path}");
@@ -155,21 +156,25 @@ async fn a_path_that_hangs_delays_no_other() {
     }
     node.value("meta-data/ami-id", "ami-7");
     seconds(10).await;
-    assert_eq!((node.asked(REGION), metadata.value("meta-data/ami-id").is_some()), (1, true), "only it is read again");
+    assert_eq!(
+        (node.count(REGION), metadata.value("meta-data/ami-id").is_some()),
+        (1, true),
+        "only the path that failed is retried"
+    );
 }
 
-/// A failure is no answer: the last value stays, and what was not there may be there now.
+/// After a failure the last value is kept, and a path without one may exist.
 #[tokio::test(start_paused = true)]
 async fn refresh_failure_keeps_values() {
     let node = Node::default();
     node.value(SPOT, "{}");
     node.value(&format!("{TAGS}/"), "Name");
     node.value(&format!("{TAGS}/Name"), "shop");
-    let metadata = follow(&node, &[], &[Group::Lifecycle, Group::Tags]);
+    let metadata = start(&node, &[], &[Group::Lifecycle, Group::Tags]);
     seconds(1).await;
-    node.set(SPOT, Answer::Fails);
-    node.set(&format!("{TAGS}/"), Answer::Fails);
-    node.set("meta-data/events/recommendations/rebalance", Answer::Fails);
+    node.set(SPOT, Response::Fails);
+    node.set(&format!("{TAGS}/"), Response::Fails);
+    node.set("meta-data/events/recommendations/rebalance", Response::Fails);
     seconds(70).await;
     assert_eq!(served(&metadata, SPOT).await, Some(Some("{}".into())));
     assert_eq!(served(&metadata, &format!("{TAGS}/Name")).await, Some(Some("shop".into())));
@@ -185,9 +190,9 @@ async fn tags_follow_their_listing() {
     let listing = format!("{TAGS}/");
     node.value(&listing, "Name\nteam");
     node.value(&format!("{TAGS}/Name"), "a value: ä, with spaces");
-    node.set(&format!("{TAGS}/team"), Answer::Fails);
-    let metadata = follow(&node, &[], &[Group::Tags]);
-    assert_eq!(served(&metadata, &format!("{TAGS}/Name")).await, None, "not read yet");
+    node.set(&format!("{TAGS}/team"), Response::Fails);
+    let metadata = start(&node, &[], &[Group::Tags]);
+    assert_eq!(served(&metadata, &format!("{TAGS}/Name")).await, None, "not fetched yet");
     seconds(0).await;
     assert_eq!(metadata.entries("meta-data/tags"), ["instance/"]);
     assert_eq!(metadata.entries(TAGS), ["Name", "team"]);
@@ -219,13 +224,13 @@ async fn names_and_values_are_bounded() {
     node.value(MAC, PRIMARY);
     node.value(&format!("{MACS}/"), "../../\nnot-a-mac/");
     node.value("meta-data/block-device-mapping/", "ebs1\n../x");
-    let metadata = follow(&node, &[], &[Group::Tags, Group::Vpc]);
+    let metadata = start(&node, &[], &[Group::Tags, Group::Vpc]);
     seconds(5).await;
-    assert_eq!(metadata.entries(TAGS).len(), 126, "128 names, and two whose values are none");
-    let asked = node.asked.lock().unwrap().clone();
+    assert_eq!(metadata.entries(TAGS).len(), 126, "128 names, two of them with invalid values");
+    let requests = node.requests.lock().clone();
     assert!(
-        asked.iter().all(|(path, _)| !path.contains("..") && !path.contains(' ') && !path.contains('%')),
-        "{asked:?}"
+        requests.iter().all(|(path, _)| !path.contains("..") && !path.contains(' ') && !path.contains('%')),
+        "{requests:?}"
     );
     for key in ["long", "control"] {
         assert_eq!(served(&metadata, &format!("{TAGS}/{key}")).await, Some(None), "{key}");
@@ -234,7 +239,7 @@ async fn names_and_values_are_bounded() {
     assert_eq!(metadata.entries("meta-data/block-device-mapping"), ["ebs1"]);
     node.value(MAC, "no mac");
     seconds(300).await;
-    assert_eq!(served(&metadata, MAC).await, Some(Some(PRIMARY.into())), "what is no MAC address is not taken for one");
+    assert_eq!(served(&metadata, MAC).await, Some(Some(PRIMARY.into())), "an invalid MAC address is ignored");
 }
 
 #[tokio::test(start_paused = true)]
@@ -246,7 +251,7 @@ async fn only_the_primary_interface_has_values() {
         node.value(&format!("{MACS}/{mac}/vpc-id"), "vpc-7");
         node.value(&format!("{MACS}/{mac}/public-ipv4s"), "192.0.2.1");
     }
-    let metadata = follow(&node, &[], &[Group::Vpc]);
+    let metadata = start(&node, &[], &[Group::Vpc]);
     seconds(0).await;
     assert_eq!(metadata.entries(MACS), [format!("{PRIMARY}/"), format!("{OTHER}/")]);
     assert_eq!(metadata.entries(&format!("{MACS}/{PRIMARY}")), ["vpc-id"]);
@@ -262,15 +267,15 @@ async fn only_the_primary_interface_has_values() {
     assert_eq!(served(&metadata, &format!("{MACS}/{PRIMARY}/vpc-id")).await, Some(Some("vpc-7".into())));
 }
 
-/// Outside EC2 a group is empty at once, and stays so without a storm of requests.
+/// Outside EC2 a group is empty at once, and polling it causes few requests.
 #[tokio::test(start_paused = true)]
-async fn without_a_service_nothing_is_awaited() {
+async fn without_service_requests_do_not_wait() {
     let node = Node::default();
     let listings = [MACS, TAGS, "meta-data/block-device-mapping"].map(|folder| format!("{folder}/"));
     for path in [SPOT, REGION, MAC].into_iter().chain(listings.iter().map(String::as_str)) {
-        node.set(path, Answer::NoService);
+        node.set(path, Response::NoService);
     }
-    let metadata = follow(&node, &[REGION], &[Group::Vpc, Group::Tags, Group::Lifecycle]);
+    let metadata = start(&node, &[REGION], &[Group::Vpc, Group::Tags, Group::Lifecycle]);
     seconds(0).await;
     for path in [SPOT, REGION, MAC, MACS, TAGS, "meta-data", &format!("{MACS}/{PRIMARY}/vpc-id"), &format!("{TAGS}/x")]
     {
@@ -278,24 +283,24 @@ async fn without_a_service_nothing_is_awaited() {
     }
     seconds(3_600).await;
     assert!(
-        node.asked(TAGS.trim_end_matches('/')) == 0 && node.asked(&listings[1]) < 40,
+        node.count(TAGS.trim_end_matches('/')) == 0 && node.count(&listings[1]) < 40,
         "{}",
-        node.asked(&listings[1])
+        node.count(&listings[1])
     );
     node.value(&listings[1], "Name");
-    node.set(MAC, Answer::Fails);
+    node.set(MAC, Response::Fails);
     seconds(300).await;
-    assert_eq!(metadata.entries(TAGS), Vec::<String>::new(), "the value is not there");
+    assert_eq!(metadata.entries(TAGS), Vec::<String>::new(), "the value does not exist");
     assert_eq!(served(&metadata, &format!("{MACS}/{PRIMARY}/vpc-id")).await, None, "there is a service after all");
 }
 
-/// Each waits for the other for ever if a listing takes its lock twice.
+/// A listing and a refresh deadlocked when a listing took the read lock twice.
 #[test]
 fn listing_during_refresh_does_not_deadlock() {
     let metadata = NodeMetadata::new([], Allowed { paths: vec![REGION.to_owned()], groups: Vec::new() });
     let (ended, end) = mpsc::channel();
     let work: [fn(&NodeMetadata); 2] = [
-        |metadata| drop(metadata.learn(SPOT, Ok(Some(Bytes::from_static(b"{}"))))),
+        |metadata| drop(metadata.store(SPOT, Ok(Some(Bytes::from_static(b"{}"))))),
         |metadata| drop(metadata.entries("meta-data")),
     ];
     for step in work {
