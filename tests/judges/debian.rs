@@ -1,4 +1,4 @@
-//! Command-line tools of Debian that print an instance's metadata.
+//! Command-line tools in Debian that print an instance's metadata.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use lab::net::Pod;
 
 use super::{Lab, run};
 
-/// Never served: what a node starts with, and what its instance is made of and reached by.
+/// Never served: user data, and details of the instance, its image and its addresses.
 const WITHHELD: [&str; 12] = [
     "ami-launch-index",
     "ami-manifest-path",
@@ -25,7 +25,7 @@ const WITHHELD: [&str; 12] = [
     "user-data",
 ];
 
-/// Amazon Linux's tool. It asks for some documents with two slashes, and takes any error for "not available".
+/// Amazon Linux's tool. It requests some documents with two slashes, and prints "not available" for any error.
 /// Source: <https://github.com/amazonlinux/amazon-ec2-utils/blob/main/ec2-metadata>
 #[test]
 fn ec2_metadata_prints_what_is_served() -> Result<()> {
@@ -33,22 +33,22 @@ fn ec2_metadata_prints_what_is_served() -> Result<()> {
     let lab = Lab::start()?;
     for pod in [&lab.reader, &lab.idle] {
         let zone = ("placement", Instance::default().availability_zone);
-        let lines = ask(&tool, pod, &[])?;
-        // The name of a folder has a line of its own, before its entries or "not available".
+        let lines = print(&tool, pod, &[])?;
+        // A folder has its own line before its entries or "not available".
         expect(&lines, &["not available", ""], &[zone])?;
         ensure!(!lines.iter().any(|line| line.starts_with([' ', '\t']) || line.starts_with("keyname")), "{lines:#?}");
     }
-    // What it asks for with two slashes is not served; this is served, in the same form.
+    // The documents that it requests with two slashes are not served; this one is, with two slashes.
     let id = lab.reader.imds().get("/latest//meta-data/instance-id").send()?.ok()?;
     ensure!(id == Instance::default().instance_id, "{id}");
     for (option, line) in [("--instance-id", "instance-id: i-"), ("--ramdisk-id", "ramdisk-id: not available")] {
-        let lines = ask(&tool, &lab.reader, &[option])?;
+        let lines = print(&tool, &lab.reader, &[option])?;
         ensure!(lines.len() == 1 && lines[0].starts_with(line), "{option}: {lines:?}");
     }
     lab.stop()
 }
 
-/// Canonical's tool, which asks for the version of 2009. Any error but 404 ends it.
+/// Canonical's tool, which requests the version of 2009. It exits at any error but 404.
 /// Source: <https://github.com/canonical/cloud-utils/blob/main/bin/ec2metadata>
 #[test]
 fn ec2metadata_prints_what_is_served() -> Result<()> {
@@ -61,20 +61,21 @@ fn ec2metadata_prints_what_is_served() -> Result<()> {
             ("availability-zone-id", instance.availability_zone_id.clone()),
             ("region", instance.region.clone()),
         ];
-        expect(&ask(&tool, pod, &[])?, &["unavailable"], &placement)?;
-        let region = ask(&tool, pod, &["--region"])?;
+        expect(&print(&tool, pod, &[])?, &["unavailable"], &placement)?;
+        let region = print(&tool, pod, &["--region"])?;
         ensure!(region == [&*instance.region], "{region:?}");
     }
     lab.stop()
 }
 
-fn ask(tool: &Installed, pod: &Pod, options: &[&str]) -> Result<Vec<String>> {
+fn print(tool: &Installed, pod: &Pod, options: &[&str]) -> Result<Vec<String>> {
     let mut command = tool.command();
     command.args(options);
     run(pod, command)?.ok().with_context(|| format!("{} {options:?}", tool.version))
 }
 
-/// Checks for the values of the instance, and that what is withheld is as `absent` as the tool says it.
+/// Checks the values of the instance, and that withheld ones have one of the texts that the tool prints if they are
+/// `absent`.
 fn expect(lines: &[String], absent: &[&str], placement: &[(&str, String)]) -> Result<()> {
     let printed: BTreeMap<_, _> = lines.iter().filter_map(|line| line.split_once(": ")).collect();
     let instance = Instance::default();

@@ -1,4 +1,4 @@
-//! The kubelet's credential provider for ECR: it signs with whatever the instance's metadata has for it.
+//! The kubelet's credential provider for ECR, which signs with the credentials from the instance's metadata.
 //! Source: <https://github.com/kubernetes/cloud-provider-aws/tree/master/cmd/ecr-credential-provider>
 
 use std::net::TcpListener;
@@ -15,7 +15,7 @@ use super::{Lab, run};
 
 const REGISTRY: &str = "111122223333.dkr.ecr.eu-central-1.amazonaws.com";
 
-/// The provider, which reads its request from standard input as the kubelet writes it.
+/// Returns the command of the provider, with a request on standard input like the kubelet's.
 fn provider(registry: &Registry) -> Option<Command> {
     let provider = Installed::find_or_skip("ecr-credential-provider")?;
     let request = json!({
@@ -34,9 +34,9 @@ fn ecr_provider_logs_in_as_the_pods_role() -> Result<()> {
     let registry = lab.site.sts.start_registry(TcpListener::bind((BASE, 0))?)?;
     let Some(command) = provider(&registry) else { return Ok(()) };
     let lines = run(&lab.reader, command)?.ok()?;
-    let answer: Value =
-        serde_json::from_str(lines.last().context("an answer")?).with_context(|| format!("{lines:#?}"))?;
-    ensure!(answer["auth"][REGISTRY]["password"] == PASSWORD, "{answer}");
+    let response: Value =
+        serde_json::from_str(lines.last().context("a response")?).with_context(|| format!("{lines:#?}"))?;
+    ensure!(response["auth"][REGISTRY]["password"] == PASSWORD, "{response}");
     let acts = lab.site.sts.acts();
     let own = format!("arn:aws:sts::{ACCOUNT}:assumed-role/reader-role/default.reader");
     ensure!(acts.len() == 1 && acts[0].arn == own && acts[0].from == lab.reader.ip(), "{acts:?}");
@@ -48,7 +48,7 @@ fn without_role_ecr_provider_fails() -> Result<()> {
     let lab = Lab::start()?;
     let registry = lab.site.sts.start_registry(TcpListener::bind((BASE, 0))?)?;
     let Some(command) = provider(&registry) else { return Ok(()) };
-    let said = run(&lab.idle, command)?;
-    ensure!(!said.status.success() && lab.site.sts.acts().is_empty(), "{}: {:#?}", said.status, said.lines);
+    let output = run(&lab.idle, command)?;
+    ensure!(!output.status.success() && lab.site.sts.acts().is_empty(), "{}: {:#?}", output.status, output.lines);
     lab.stop()
 }

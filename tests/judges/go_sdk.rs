@@ -12,7 +12,7 @@ use super::{Lab, run};
 
 const IAM_INFO: &str = "TestInteg_GetIAMInfo";
 const CREDENTIALS: &str = "TestInteg_RetrieveCredentials";
-/// User data often holds what a node joins its cluster with: kirsa never serves it.
+/// User data often holds the node's bootstrap secrets: kirsa never serves it.
 const USER_DATA: &str = "TestInteg_GetUserData";
 const OTHERS: [&str; 4] = [
     "TestInteg_GetDynamicData",
@@ -49,7 +49,7 @@ fn without_role_go_sdk_tests_find_no_profile() -> Result<()> {
 /// Test names and whether they passed.
 type Results = Vec<(String, bool)>;
 
-/// Runs a package's integration tests; the outcome of each, and all that they print.
+/// Runs a package's integration tests. Returns their results and their output.
 fn go_test(sdk: &Installed, package: &str, pod: &Pod) -> Result<(Results, Vec<String>)> {
     let mut command = Command::new(sdk.folder.join(format!("{package}.test")));
     command.env_clear().env("AWS_TEST_EC2_IMDS_WITH_USER_DATA", "true");
@@ -65,7 +65,7 @@ fn go_test(sdk: &Installed, package: &str, pod: &Pod) -> Result<(Results, Vec<St
     Ok((lines.iter().filter_map(result).collect(), lines))
 }
 
-/// That exactly these passed, and exactly those failed.
+/// Checks that exactly these tests passed and failed.
 fn expect(results: &Results, pass: &[&str], fail: &[&str]) -> Result<()> {
     let mut found = results.clone();
     found.sort();

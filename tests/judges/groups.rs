@@ -1,4 +1,4 @@
-//! The same programs where groups of the node's metadata are allowed.
+//! The same programs with groups of the node's metadata allowed.
 
 use anyhow::{Result, ensure};
 use lab::clients::Installed;
@@ -10,7 +10,7 @@ use super::{Lab, python::last_line, run};
 const MAC: &str = "0e:49:61:0f:c3:11";
 const TAG: &str = "workers";
 
-/// A node that has something in each group, and an agent that may read some of them.
+/// Starts a node with metadata in each group, and an agent that may read these groups.
 fn start(groups: &'static str) -> Result<Lab> {
     let mut site = Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
     site.polled = vec![
@@ -43,11 +43,11 @@ fn start(groups: &'static str) -> Result<Lab> {
         site.set_node_metadata(&format!("/latest/meta-data/{path}"), Some(document));
     }
     site.options = site.options.clone().flag("--node-metadata", format!("default,{groups}"));
-    let lab = Lab::of(site)?;
-    // Each group is read on a schedule of its own, and waited for by who asks.
+    let lab = Lab::with_site(site)?;
+    // Each group has its own schedule, and requests wait until it has been fetched.
     for path in ["tags/instance/", "mac", "network/interfaces/macs/", "block-device-mapping/", "events/maintenance/"] {
-        let answer = lab.reader.imds().get(&format!("/latest/meta-data/{path}")).send()?;
-        ensure!([200, 404].contains(&answer.status), "{path}: {answer:?}");
+        let response = lab.reader.imds().get(&format!("/latest/meta-data/{path}")).send()?;
+        ensure!([200, 404].contains(&response.status), "{path}: {response:?}");
     }
     Ok(lab)
 }
@@ -64,8 +64,8 @@ fn cloud_init_finds_tags_and_lifecycle() -> Result<()> {
     lab.stop()
 }
 
-/// Drivers count the names of block devices and interfaces, which are listed without being served. cloud-init asks for
-/// each, and gives up: it has no business in a pod, and need only come to an end.
+/// Names of block devices and interfaces are listed, since drivers count them, but not served. cloud-init requests each
+/// one and gives up. It has no purpose in a pod, and only needs to exit.
 #[test]
 fn cloud_init_ends_where_more_is_listed() -> Result<()> {
     let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
@@ -99,7 +99,7 @@ fn ec2_metadata_tool_prints_groups() -> Result<()> {
     let lines = run(&lab.reader, command)?.ok()?;
     let printed = |name: &str, value: &str| lines.iter().any(|line| line.trim() == format!("{name}: {value}").trim());
     ensure!(printed("aws:autoscaling:groupName", TAG), "{lines:#?}");
-    // Its name is listed, its device not told.
+    // Its name is listed without its device.
     ensure!(printed("root", ""), "{lines:#?}");
     lab.stop()
 }

@@ -1,5 +1,5 @@
-//! The server that amazon-ec2-metadata-mock's own tests specify: which paths there are and with which status. AWS
-//! publishes it as a stand-in for an instance. Sources:
+//! The paths and statuses that the tests of amazon-ec2-metadata-mock specify. AWS publishes it as a mock of an
+//! instance's metadata service. Sources:
 //! - <https://github.com/aws/amazon-ec2-metadata-mock/blob/main/test/e2e/golden/default/latest/meta-data/index.golden>
 //! - <https://github.com/aws/amazon-ec2-metadata-mock/blob/main/test/e2e/golden/dynamic/index.golden>
 //! - <https://github.com/aws/amazon-ec2-metadata-mock/blob/main/test/e2e/golden/dynamic/instance-identity.golden>
@@ -14,20 +14,20 @@ use lab::poll::poll;
 
 use super::Lab;
 
-/// What kirsa makes of a path that the mock has.
+/// How kirsa treats a path that the mock has.
 #[derive(PartialEq)]
-enum Is {
+enum Treatment {
     Served,
     /// 404, for this reason.
     Withheld(&'static str),
 }
-use Is::{Served, Withheld};
+use Treatment::{Served, Withheld};
 
-const SECRET: Is = Withheld("proves who the node is, or holds what it starts with");
-const NODES_OWN: Is = Withheld("describes the node; no pod needs it to find its region or to detect EC2");
-const ON_REQUEST: Is = Withheld("served where --node-metadata allows it, by itself or in a group");
+const SECRET: Treatment = Withheld("proves the node's identity, or holds bootstrap secrets");
+const NODES_OWN: Treatment = Withheld("describes the node; no pod needs it to find its region or to detect EC2");
+const ON_REQUEST: Treatment = Withheld("served if --node-metadata allows the path or its group");
 
-const ROOT: &[(&str, Is)] = &[
+const ROOT: &[(&str, Treatment)] = &[
     ("ami-id", Served),
     ("ami-launch-index", NODES_OWN),
     ("ami-manifest-path", NODES_OWN),
@@ -58,9 +58,9 @@ const ROOT: &[(&str, Is)] = &[
     ("spot/", ON_REQUEST),
     ("tags/", ON_REQUEST),
 ];
-const DYNAMIC: &[(&str, Is)] = &[("fws/", NODES_OWN), ("instance-identity/", Served)];
-const IDENTITY: &[(&str, Is)] = &[("document", Served), ("pkcs7", SECRET), ("signature", SECRET)];
-/// Longer than the shortest life of a token.
+const DYNAMIC: &[(&str, Treatment)] = &[("fws/", NODES_OWN), ("instance-identity/", Served)];
+const IDENTITY: &[(&str, Treatment)] = &[("document", Served), ("pkcs7", SECRET), ("signature", SECRET)];
+/// Longer than the minimum TTL of a token.
 const EXPIRY: Duration = Duration::from_secs(10);
 
 #[test]
@@ -72,15 +72,15 @@ fn mock_paths_are_served_or_withheld() -> Result<()> {
     for (folder, entries) in
         [("/latest/meta-data", ROOT), ("/latest/dynamic", DYNAMIC), ("/latest/dynamic/instance-identity", IDENTITY)]
     {
-        let served = entries.iter().filter(|(_, is)| *is == Served);
+        let served = entries.iter().filter(|(_, treatment)| *treatment == Served);
         let expected = served.map(|(entry, _)| *entry).collect::<Vec<_>>().join("\n");
         let listing = get(folder)?.ok()?;
         ensure!(listing == expected, "{folder}: {listing:?}");
-        for (entry, is) in entries {
-            let answer = get(&format!("{folder}/{entry}"))?;
-            match is {
-                Served => ensure!(answer.status == 200 && !answer.body.is_empty(), "{entry}: {answer:?}"),
-                Withheld(reason) => ensure!(answer.status == 404, "{entry} ({reason}): {answer:?}"),
+        for (entry, treatment) in entries {
+            let response = get(&format!("{folder}/{entry}"))?;
+            match treatment {
+                Served => ensure!(response.status == 200 && !response.body.is_empty(), "{entry}: {response:?}"),
+                Withheld(reason) => ensure!(response.status == 404, "{entry} ({reason}): {response:?}"),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Programs in Python that read all the metadata they can find.
+//! Python programs that read all metadata that is listed.
 
 use anyhow::{Context, Result, ensure};
 use lab::clients::Installed;
@@ -7,9 +7,9 @@ use lab::poll::poll;
 use lab::site::ACCOUNT;
 use serde_json::{Value, json};
 
-use super::{DEADLINE, Lab, run};
+use super::{Lab, TIMEOUT, run};
 
-/// cloud-init fetches everything that a listing names, and throws all of it away if one document fails.
+/// cloud-init fetches every listed entry, and discards all of them if one document fails.
 /// Source: <https://github.com/canonical/cloud-init/blob/main/cloudinit/sources/DataSourceEc2.py>
 #[test]
 fn cloud_init_finds_all_that_is_listed() -> Result<()> {
@@ -24,7 +24,7 @@ fn cloud_init_finds_all_that_is_listed() -> Result<()> {
         ensure!(metadata["placement"]["availability-zone-id"] == instance.availability_zone_id, "{found:#}");
         let document = &found["dynamic"]["instance-identity"]["document"];
         ensure!(document["region"] == instance.region && document["accountId"] == account, "{found:#}");
-        // Often the secret that a node joins its cluster with.
+        // Often holds the node's bootstrap secrets.
         ensure!(found["user-data"] == "", "{found:#}");
         let profile = metadata["iam"]["info"]["InstanceProfileArn"].as_str();
         let own = format!("arn:aws:iam::{ACCOUNT}:instance-profile/reader-role");
@@ -33,7 +33,7 @@ fn cloud_init_finds_all_that_is_listed() -> Result<()> {
     lab.stop()
 }
 
-/// Where `iam/info` is refused, nothing lists it: the rest is found.
+/// If `iam/info` is refused, it is not listed, and the rest is found.
 #[test]
 fn cloud_init_finds_the_rest_without_usable_role() -> Result<()> {
     let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
@@ -41,14 +41,14 @@ fn cloud_init_finds_the_rest_without_usable_role() -> Result<()> {
     let wrong = lab.site.stranger("wrong")?;
     lab.site.put(lab.site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
     let failing = || wrong.imds().get("/latest/meta-data/iam/info").send().ok().filter(|info| info.status == 403);
-    poll("the role to be known", DEADLINE, failing)?;
+    poll("the role to be known", TIMEOUT, failing)?;
     let found = last_line(run(&wrong, tool.command())?.ok()?)?;
     ensure!(found["meta-data"]["instance-id"] == Instance::default().instance_id, "{found:#}");
     ensure!(found["meta-data"]["iam"] == Value::Null, "{found:#}");
     lab.stop()
 }
 
-/// An answer that is no answer yet fails one document, and with it all of them: after the retries of cloud-init.
+/// A 503 fails one document, and with it all documents, after the retries of cloud-init.
 #[test]
 fn cloud_init_ends_in_a_pod_that_is_not_known() -> Result<()> {
     let Some(tool) = Installed::find_or_skip("cloud-init") else { return Ok(()) };
@@ -72,12 +72,12 @@ fn ec2_metadata_package_reads_what_is_served() -> Result<()> {
         ensure!(found["ami_id"] == image_id && found["instance_id"] == instance_id, "{found:#}");
         ensure!(found["instance_type"] == instance_type, "{found:#}");
         ensure!(found["partition"] == "aws" && found["domain"] == "amazonaws.com", "{found:#}");
-        // Documents that an instance may be without: the package asks for these so that a 404 is no error.
+        // Documents that an instance may lack: the package accepts a 404 for them.
         for name in ["kernel_id", "public_hostname", "public_ipv4", "spot_instance_action", "user_data"] {
             ensure!(found[name] == Value::Null, "{name}: {found:#}");
         }
         ensure!(found["public_keys"] == json!({}), "{found:#}");
-        // Those that every instance has: they describe the node, and no pod needs them.
+        // Documents that every instance has: they describe the node, and no pod needs them.
         for name in ["ami_launch_index", "reservation_id", "security_groups"] {
             ensure!(found[name].as_str().is_some_and(|error| error.contains("HTTP 404")), "{name}: {found:#}");
         }
@@ -90,7 +90,7 @@ fn ec2_metadata_package_reads_what_is_served() -> Result<()> {
     lab.stop()
 }
 
-/// The JSON at the end of what a program printed; warnings may come before.
+/// Parses the last line of the output as JSON; warnings may precede it.
 pub(super) fn last_line(lines: Vec<String>) -> Result<Value> {
     let line = lines.last().context("nothing printed")?;
     serde_json::from_str(line).with_context(|| format!("{lines:#?}"))

@@ -1,9 +1,8 @@
-//! The cases that AWS's SDKs share for credentials of an instance, as the server behind them: what it answers to each
-//! request, and in which order. Source:
+//! The shared test cases of AWS's SDKs for instance credentials, seen from the server: the responses to each request,
+//! in order. Source:
 //! <https://github.com/aws/aws-sdk-ruby/blob/version-3/gems/aws-sdk-core/spec/fixtures/imds/test-cases.json>
 //!
-//! Left out: the cases of a server without `security-credentials-extended`. kirsa always has it, so an SDK never gets
-//! as far as those.
+//! The cases of a server without `security-credentials-extended` are left out: kirsa always has it.
 
 use anyhow::{Context, Result, ensure};
 use lab::http::{Client, Response, TOKEN};
@@ -14,11 +13,11 @@ use lab::sts::Dialect;
 use lab::workloads::Workload;
 use serde_json::Value;
 
-use super::{DEADLINE, Lab};
+use super::{Lab, TIMEOUT};
 
 const LEGACY: &str = "/latest/meta-data/iam/security-credentials/";
 const EXTENDED: &str = "/latest/meta-data/iam/security-credentials-extended/";
-/// Of every document; the extended one has `AccountId` too.
+/// Members of every document; the extended one also has `AccountId`.
 const MEMBERS: [&str; 7] = ["Code", "LastUpdated", "Type", "AccessKeyId", "SecretAccessKey", "Token", "Expiration"];
 
 fn get(imds: &mut Client, path: &str) -> Result<Response> {
@@ -26,7 +25,7 @@ fn get(imds: &mut Client, path: &str) -> Result<Response> {
     imds.get(path).header(TOKEN, &token).send()
 }
 
-/// The credentials at a path, complete.
+/// Gets the credentials at a path, and checks that they are complete.
 fn credentials(imds: &mut Client, path: &str) -> Result<Value> {
     let document = get(imds, path)?.ok().and_then(|body| Ok(serde_json::from_str::<Value>(&body)?));
     let document = document.with_context(|| path.to_owned())?;
@@ -55,7 +54,7 @@ fn profile_is_listed_and_has_an_account_id() -> Result<()> {
         ensure!(document["AccountId"] == ACCOUNT, "{document}");
         ensure!(lab.site.session(&document.to_string())?.role_arn == lab.site.arn("reader"));
     }
-    // What SDKs that know no account ask for.
+    // Older SDKs request the form without an account.
     ensure!(get(&mut imds, LEGACY)?.ok()? == profile);
     let document = credentials(&mut imds, &format!("{LEGACY}{profile}"))?;
     ensure!(document.get("AccountId").is_none(), "{document}");
@@ -71,7 +70,7 @@ fn named_profile_needs_no_listing() -> Result<()> {
 }
 
 #[test]
-fn changed_profile_is_404_until_it_is_listed_again() -> Result<()> {
+fn changed_profile_is_404_until_listed_again() -> Result<()> {
     let lab = Lab::start()?;
     let mut imds = lab.reader.imds();
     credentials(&mut imds, &format!("{EXTENDED}reader-role"))?;
@@ -79,7 +78,7 @@ fn changed_profile_is_404_until_it_is_listed_again() -> Result<()> {
     give(&lab, &lab.reader, &other)?;
     for folder in [EXTENDED, LEGACY] {
         let gone = || get(&mut imds, &format!("{folder}reader-role")).ok().filter(|gone| gone.status == 404);
-        poll("the former name to be gone", DEADLINE, gone)?;
+        poll("the former name to be gone", TIMEOUT, gone)?;
         let profile = get(&mut imds, folder)?.ok()?;
         ensure!(profile == "other-role", "{profile}");
         let document = credentials(&mut imds, &format!("{folder}{profile}"))?;
@@ -92,8 +91,8 @@ fn changed_profile_is_404_until_it_is_listed_again() -> Result<()> {
 fn invalid_profile_is_404_in_both_forms() -> Result<()> {
     let lab = Lab::start()?;
     for folder in [EXTENDED, LEGACY] {
-        let answer = get(&mut lab.reader.imds(), &format!("{folder}no-such-profile"))?;
-        ensure!(answer.status == 404, "{answer:?}");
+        let response = get(&mut lab.reader.imds(), &format!("{folder}no-such-profile"))?;
+        ensure!(response.status == 404, "{response:?}");
     }
     lab.stop()
 }
@@ -108,7 +107,7 @@ fn role_without_account_has_no_account_id() -> Result<()> {
     give(&lab, &pod, arn)?;
     let mut imds = pod.imds();
     let listed = || get(&mut imds, EXTENDED).ok().filter(|list| list.status == 200);
-    let profile = poll("the pod to be known", DEADLINE, listed)?.body;
+    let profile = poll("the pod to be known", TIMEOUT, listed)?.body;
     let document = credentials(&mut imds, &format!("{EXTENDED}{profile}"))?;
     ensure!(document.get("AccountId").is_none(), "{document}");
     lab.stop()

@@ -1,4 +1,4 @@
-//! Many connections at once: whoever holds them without using them pays for it, not the other pods.
+//! Many connections at once: clients that hold idle connections lose them; other pods are not affected.
 
 use std::net::TcpStream;
 use std::sync::Barrier;
@@ -11,19 +11,20 @@ use lab::net::{METADATA, METADATA6, Pod};
 use lab::poll::poll;
 use lab::site::Site;
 
-use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
+use super::{TIMEOUT, credentials, get, has_credentials_of, role, site};
 
-/// By default.
-const PLACES: f64 = 2_048.0;
-const OF_A_SOURCE: usize = 64;
-/// One more than it takes to hold all places.
+/// The default of --max-connections.
+const MAX_CONNECTIONS: f64 = 2_048.0;
+/// The default of --max-connections-per-source.
+const MAX_PER_SOURCE: usize = 64;
+/// One more than needed to use all connections.
 const SOURCES: usize = 33;
 
 fn crowd(site: &Site) -> Result<Vec<Pod>> {
     (0..SOURCES).map(|number| site.pod(&format!("crowd{number}"))).collect()
 }
 
-/// Opens all the connections that one source may have, each having sent these bytes.
+/// Opens as many connections as one source may have, and sends these bytes on each.
 fn open(pod: &Pod, sent: &str) -> Result<Vec<TcpStream>> {
     use std::io::Write;
     let connect = || {
@@ -31,7 +32,7 @@ fn open(pod: &Pod, sent: &str) -> Result<Vec<TcpStream>> {
         stream.write_all(sent.as_bytes())?;
         Ok(stream)
     };
-    let open: std::io::Result<Vec<TcpStream>> = pod.netns().run(|| (0..OF_A_SOURCE).map(|_| connect()).collect());
+    let open: std::io::Result<Vec<TcpStream>> = pod.netns().run(|| (0..MAX_PER_SOURCE).map(|_| connect()).collect());
     open.with_context(|| format!("connections of {}", pod.name()))
 }
 
@@ -39,8 +40,8 @@ fn closed(agent: &Agent, reason: &str) -> Result<f64> {
     agent.metric("kirsa_connections_closed_total", &[("reason", reason)])
 }
 
-/// Every place is taken; the victim is answered like on any other day.
-fn shuts_nobody_out(sent: &str) -> Result<(Agent, Vec<TcpStream>)> {
+/// Uses all connections from other pods, and checks that the victim still gets credentials.
+fn assert_others_served(sent: &str) -> Result<(Agent, Vec<TcpStream>)> {
     let site = site()?;
     let victim = site.pod_with_role("victim")?;
     let crowd = crowd(&site)?;
@@ -50,22 +51,22 @@ fn shuts_nobody_out(sent: &str) -> Result<(Agent, Vec<TcpStream>)> {
     for pod in &crowd {
         held.extend(open(pod, sent)?);
     }
-    poll("all places to be taken", PATIENCE, || {
-        let taken = agent.metric("kirsa_connections", &[]).is_ok_and(|open| open >= PLACES);
-        // On a slow machine the first ones may have had their time before the last one came.
-        (taken || closed(&agent, "silent").is_ok_and(|count| count > 0.0)).then_some(())
+    poll("all connections to be used", TIMEOUT, || {
+        let used = agent.metric("kirsa_connections", &[]).is_ok_and(|open| open >= MAX_CONNECTIONS);
+        // On a slow machine the first ones may time out before the last one is open.
+        (used || closed(&agent, "silent").is_ok_and(|count| count > 0.0)).then_some(())
     })?;
     for _ in 0..10 {
-        opens_the_session_of(&site, "victim", &get(&victim, &credentials("victim"))?)?;
+        has_credentials_of(&site, "victim", &get(&victim, &credentials("victim"))?)?;
     }
     ensure!(agent.metric("kirsa_refusals_total", &[("reason", "too_many_connections")]).unwrap_or(0.0) == 0.0);
     Ok((agent, held))
 }
 
 #[test]
-fn silent_connections_shut_nobody_out() -> Result<()> {
-    let (agent, held) = shuts_nobody_out("")?;
-    poll("silent connections to be closed", PATIENCE, || {
+fn silent_connections_do_not_block_others() -> Result<()> {
+    let (agent, held) = assert_others_served("")?;
+    poll("silent connections to be closed", TIMEOUT, || {
         agent.metric("kirsa_connections", &[]).is_ok_and(|open| open <= 1.0).then_some(())
     })?;
     ensure!(closed(&agent, "silent")? > 0.0);
@@ -74,35 +75,35 @@ fn silent_connections_shut_nobody_out() -> Result<()> {
 }
 
 #[test]
-fn half_a_request_shuts_nobody_out() -> Result<()> {
-    let (agent, held) = shuts_nobody_out("GET /latest/ HTTP/1.1\r\nX-Slow: ")?;
+fn partial_requests_do_not_block_others() -> Result<()> {
+    let (agent, held) = assert_others_served("GET /latest/ HTTP/1.1\r\nX-Slow: ")?;
     drop(held);
     agent.stop()
 }
 
 #[test]
-fn idle_connections_shut_nobody_out() -> Result<()> {
-    let (agent, held) = shuts_nobody_out("GET /latest/none HTTP/1.1\r\nHost: x\r\n\r\n")?;
-    ensure!(closed(&agent, "total")? > 0.0, "connections are idle for a minute otherwise");
+fn idle_connections_do_not_block_others() -> Result<()> {
+    let (agent, held) = assert_others_served("GET /latest/none HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    ensure!(closed(&agent, "total")? > 0.0, "no idle connection was evicted");
     drop(held);
     agent.stop()
 }
 
-/// A dual-stack pod gets no second share by its second address.
+/// A dual-stack pod has one quota for both addresses.
 #[test]
 fn both_addresses_of_a_pod_count_as_one() -> Result<()> {
     let site = site()?;
     let pod = site.pod_with_role("dual")?;
     let agent = Agent::start(&site.node, &site.options.clone().flag("--max-connections-per-source", "2"))?;
     ensure!(get(&pod, &credentials("dual"))?.status == 200);
-    poll("that connection to end", PATIENCE, || {
+    poll("that connection to end", TIMEOUT, || {
         agent.metric("kirsa_connections", &[]).is_ok_and(|open| open == 0.0).then_some(())
     })?;
-    let mut ways = vec![METADATA.into()];
-    ways.extend(pod.ip6().map(|_| std::net::IpAddr::from(METADATA6)));
+    let mut addresses = vec![METADATA.into()];
+    addresses.extend(pod.ip6().map(|_| std::net::IpAddr::from(METADATA6)));
     let mut open = Vec::new();
-    for way in ways.iter().cycle().take(4) {
-        let mut wire = Wire::connect_to(&pod, (*way, 80))?;
+    for address in addresses.iter().cycle().take(4) {
+        let mut wire = Wire::connect_to(&pod, (*address, 80))?;
         wire.send(format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: x\r\n\r\n"))?;
         ensure!(wire.response()?.body == role("dual"));
         open.push(wire);
@@ -114,28 +115,28 @@ fn both_addresses_of_a_pod_count_as_one() -> Result<()> {
     agent.stop()
 }
 
-/// botocore in a process that was forked: one connection, kept for the next time.
+/// botocore in a forked process: one persistent connection.
 struct Worker<'a> {
     pod: &'a Pod,
     kept: Option<Wire>,
 }
 
 impl Worker<'_> {
-    /// One attempt on the connection that is kept, unless the other side has closed that before (as urllib3 looks).
-    fn ask(&mut self, head: &str) -> Result<String> {
+    /// Sends a request once, on the persistent connection unless the server has closed it (urllib3 checks that).
+    fn request(&mut self, head: &str) -> Result<String> {
         let kept = self.kept.take().filter(|wire| wire.is_open());
         let mut wire = kept.map_or_else(|| Wire::connect(self.pod), Ok)?;
         wire.send(format!("{head}\r\nHost: 169.254.169.254\r\n\r\n"))?;
-        let answer = wire.response()?;
-        self.kept = (answer.header("connection") != Some("close")).then_some(wire);
-        answer.ok().with_context(|| head.to_owned())
+        let response = wire.response()?;
+        self.kept = (response.header("connection") != Some("close")).then_some(wire);
+        response.ok().with_context(|| head.to_owned())
     }
 
     fn credentials(&mut self) -> Result<()> {
-        let token = self.ask(&format!("PUT /latest/api/token HTTP/1.1\r\n{TOKEN_TTL}: 21600"))?;
+        let token = self.request(&format!("PUT /latest/api/token HTTP/1.1\r\n{TOKEN_TTL}: 21600"))?;
         let get = |path: &str| format!("GET {CREDENTIALS_PATH}{path} HTTP/1.1\r\n{TOKEN}: {token}");
-        ensure!(self.ask(&get(""))? == role("forks"));
-        ensure!(self.ask(&get(&role("forks")))?.contains("\"Success\""));
+        ensure!(self.request(&get(""))? == role("forks"));
+        ensure!(self.request(&get(&role("forks")))?.contains("\"Success\""));
         Ok(())
     }
 }
@@ -151,7 +152,7 @@ fn forked_workers_of_one_pod_all_get_credentials() -> Result<()> {
     let work = |number: usize| {
         let mut worker = Worker { pod: &pod, kept: None };
         let first = worker.credentials().with_context(|| format!("worker {number}"));
-        // Each keeps its connection until all have what they need.
+        // Every worker keeps its connection until all have their credentials.
         done.wait();
         let second = worker.credentials().with_context(|| format!("worker {number}, later"));
         done.wait();

@@ -1,4 +1,4 @@
-//! What a good answer and a bad one look like, and how fast the warm ones are.
+//! The format of credentials and of refusals.
 
 use std::thread;
 
@@ -9,16 +9,16 @@ use lab::sts::{Effect, Fault};
 
 use super::{credentials, get, get_with, site};
 
-/// IMDS-11; and IMDS-23, which is not done: what is served is dated as STS dates it.
+/// IMDS-11; and IMDS-23: the expiration is that of STS, unchanged.
 #[test]
-fn a_document_has_every_member_in_the_form_that_every_sdk_reads() -> Result<()> {
+fn document_has_members_that_sdks_parse() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     let agent = site.start()?;
-    let answer = get(&reader, &credentials("reader"))?;
-    let length: usize = answer.header("content-length").context("a length")?.parse()?;
-    ensure!(answer.status == 200 && length == answer.body.len(), "{answer:?}");
-    let document = answer.json()?;
+    let response = get(&reader, &credentials("reader"))?;
+    let length: usize = response.header("content-length").context("a length")?.parse()?;
+    ensure!(response.status == 200 && length == response.body.len(), "{response:?}");
+    let document = response.json()?;
     let members = document.as_object().context("an object")?;
     let string = |name: &str| members.get(name).and_then(|value| value.as_str()).with_context(|| name.to_owned());
     ensure!(members.len() == 7 && string("Code")? == "Success" && string("Type")? == "AWS-HMAC", "{document}");
@@ -29,16 +29,19 @@ fn a_document_has_every_member_in_the_form_that_every_sdk_reads() -> Result<()> 
         let shape: String = string(name)?.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
         ensure!(shape == "0000-00-00T00:00:00Z", "{name}: {document}");
     }
-    // Times of this form are in the order of their text.
+    // Times in this format sort as text.
     let now = site.node.netns().shell("date -u +%Y-%m-%dT%H:%M:%SZ")?;
     ensure!(string("LastUpdated")? <= now.trim() && string("Expiration")? > now.trim(), "{now}: {document}");
-    ensure!(string("Expiration")? == site.session(&answer.body)?.expiration.to_string(), "as STS dates it: {document}");
+    ensure!(
+        string("Expiration")? == site.session(&response.body)?.expiration.to_string(),
+        "not the expiration of STS: {document}"
+    );
     agent.stop()
 }
 
-/// IMDS-12: some clients ignore the status and take a body for a role's name.
+/// IMDS-12: some clients ignore the status and take the body for a role's name.
 #[test]
-fn a_refusal_is_short_and_fixed_and_no_clients_idea_of_a_role() -> Result<()> {
+fn refusals_are_short_and_fixed() -> Result<()> {
     let site = site()?;
     let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
     let (denied, stranger) = (site.pod_with_role("denied")?, site.stranger("stranger")?);
@@ -62,11 +65,14 @@ fn a_refusal_is_short_and_fixed_and_no_clients_idea_of_a_role() -> Result<()> {
         (503, get(&stranger, CREDENTIALS_PATH)?),
         (503, get(&late, CREDENTIALS_PATH)?),
     ];
-    for (status, answer) in &seen {
-        ensure!(answer.status == *status, "{status}: {answer:?}");
-        ensure!(answer.body.len() <= 100 && answer.body.contains('<') && answer.body.contains('\n'), "{answer:?}");
+    for (status, response) in &seen {
+        ensure!(response.status == *status, "{status}: {response:?}");
+        ensure!(
+            response.body.len() <= 100 && response.body.contains('<') && response.body.contains('\n'),
+            "{response:?}"
+        );
         for word in ["role", "arn:", "reader", "denied", "AccessDenied", "STS", "default"] {
-            ensure!(!format!("{answer:?}").contains(word), "{word} in {answer:?}");
+            ensure!(!format!("{response:?}").contains(word), "{word} in {response:?}");
         }
     }
     // One body for each status, whatever the reason.
@@ -76,9 +82,9 @@ fn a_refusal_is_short_and_fixed_and_no_clients_idea_of_a_role() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-16. How quick they are, `make bench` measures.
+/// IMDS-16. `make bench` measures their latency.
 #[test]
-fn warm_answers_need_nobody() -> Result<()> {
+fn warm_responses_need_no_upstream() -> Result<()> {
     let site = site()?;
     let names = ["a", "b", "c", "d"];
     let pods = names.iter().map(|name| site.pod_with_role(name)).collect::<Result<Vec<_>>>()?;
@@ -101,11 +107,11 @@ fn warm_answers_need_nobody() -> Result<()> {
         let workers: Vec<_> = pods.iter().zip(names).map(|pair| scope.spawn(move || rounds(pair))).collect();
         workers.into_iter().try_for_each(|worker| worker.join().unwrap())
     })?;
-    warm(&agent, names.len())
+    check_warm(&agent, names.len())
 }
 
-/// That every exchange was made once, and every answer after that was in hand.
-fn warm(agent: &Agent, sessions: usize) -> Result<()> {
+/// Checks that each session had one exchange, and that all later responses were cache hits.
+fn check_warm(agent: &Agent, sessions: usize) -> Result<()> {
     let ok = agent.metric("kirsa_exchange_seconds_count", &[("step", "sts"), ("outcome", "ok")])?;
     let answered = agent.metric("kirsa_requests_total", &[("route", "credentials"), ("outcome", "ok")])?;
     let hits = agent.metric("kirsa_cache_hits_total", &[])?;

@@ -1,4 +1,4 @@
-//! Groups of the node's metadata: what programs ask for, on a node that has it.
+//! Groups of the node's metadata: the paths that programs request, on a node that has them.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::Agent;
@@ -8,7 +8,7 @@ use lab::net::Pod;
 use lab::poll::poll;
 use lab::site::Site;
 
-use super::{PATIENCE, get, get_with, nobody_was_asked_but_sts_for, site};
+use super::{TIMEOUT, get, get_with, no_upstream_calls_except_sts, site};
 
 const M: &str = "/latest/meta-data";
 const SPOT: &str = "/latest/meta-data/spot/instance-action";
@@ -16,7 +16,7 @@ const MAC: &str = "0e:49:61:0f:c3:11";
 const OTHER: &str = "0e:49:61:0f:c3:12";
 const ALL: &str = "default,vpc,tags,lifecycle";
 
-/// A site whose node has what an EKS worker with two interfaces and two volumes has, and which lets the agent read it.
+/// Returns a site whose node has the metadata of an EKS worker with two interfaces and two volumes.
 fn worker() -> Result<Site> {
     let mut site = site()?;
     site.polled = vec![
@@ -69,21 +69,22 @@ fn start(site: &Site, allowed: &str) -> Result<Agent> {
     Agent::start(&site.node, &site.options.clone().flag("--node-metadata", allowed))
 }
 
-/// Once the agent has read it: until then it is 503.
+/// Gets a path, which is 503 until the agent has fetched it.
 fn read(pod: &Pod, path: &str) -> Result<String> {
-    let answer =
-        poll(&format!("an answer for {path}"), PATIENCE, || get(pod, path).ok().filter(|answer| answer.status != 503))?;
-    answer.ok().with_context(|| path.to_owned())
+    let response = poll(&format!("a response for {path}"), TIMEOUT, || {
+        get(pod, path).ok().filter(|response| response.status != 503)
+    })?;
+    response.ok().with_context(|| path.to_owned())
 }
 
-/// IMDS-32: what each program asks for, as it asks (docs/node-metadata.md).
+/// IMDS-32: the requests of each program (docs/node-metadata.md).
 #[test]
 fn groups_answer_what_programs_ask() -> Result<()> {
     let site = worker()?;
     let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
     let agent = start(&site, ALL)?;
     for pod in [&reader, &idle] {
-        // AWS Load Balancer Controller, and Vector, which asks for the subnet too.
+        // AWS Load Balancer Controller, and Vector, which also requests the subnet.
         let mac = read(pod, &format!("{M}/mac"))?;
         let interface = format!("{M}/network/interfaces/macs/{mac}");
         ensure!(read(pod, &format!("{interface}/vpc-id"))? == "vpc-0123456789abcdef0");
@@ -102,7 +103,7 @@ fn groups_answer_what_programs_ask() -> Result<()> {
         for none in [SPOT, &format!("{M}/events/recommendations/rebalance"), &format!("{M}/public-ipv4")] {
             ensure!(get(pod, none)?.status == 404, "{none}");
         }
-        // fluent-bit, with a slash at the end of everything but tags.
+        // fluent-bit appends a slash to all paths but tags.
         ensure!(read(pod, &format!("{M}/mac/"))? == MAC);
         ensure!(read(pod, &format!("{interface}/vpc-id/"))? == "vpc-0123456789abcdef0");
         let keys = read(pod, &format!("{M}/tags/instance"))?;
@@ -110,7 +111,7 @@ fn groups_answer_what_programs_ask() -> Result<()> {
         ensure!(read(pod, &format!("{M}/tags/instance/Name"))? == "a worker, of the shop");
         ensure!(read(pod, &format!("{M}/tags/instance/aws%3Aautoscaling%3AgroupName"))? == "workers");
     }
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()
 }
 
@@ -136,13 +137,13 @@ fn groups_are_listed_as_on_ec2() -> Result<()> {
     ] {
         for slash in ["", "/"] {
             let path = format!("{M}/{folder}{slash}").replace("data//", "data/");
-            let listing = poll(&format!("the listing of {path}"), PATIENCE, || {
+            let listing = poll(&format!("the listing of {path}"), TIMEOUT, || {
                 get(&idle, &path).ok().filter(|listing| listing.status == 200 && listing.body == entries)
             });
             ensure!(listing.is_ok(), "{path}: {:?}", get(&idle, &path)?);
         }
     }
-    nobody_was_asked_but_sts_for(&site, &[])?;
+    no_upstream_calls_except_sts(&site, &[])?;
     agent.stop()
 }
 
@@ -153,8 +154,8 @@ fn spot_notice_reaches_pods_and_vanishes() -> Result<()> {
     let agent = start(&site, "lifecycle")?;
     let notice = r#"{"action": "terminate", "time": "2026-11-29T10:20:00Z"}"#;
     let status = |wanted: u16| {
-        poll(&format!("{wanted} for the notice"), PATIENCE, || {
-            get(&idle, SPOT).ok().filter(|answer| answer.status == wanted)
+        poll(&format!("{wanted} for the notice"), TIMEOUT, || {
+            get(&idle, SPOT).ok().filter(|response| response.status == wanted)
         })
     };
     status(404)?;
@@ -164,11 +165,11 @@ fn spot_notice_reaches_pods_and_vanishes() -> Result<()> {
     site.set_node_metadata(SPOT, None);
     status(404)?;
     ensure!(get(&idle, &format!("{M}/spot/"))?.status == 404);
-    nobody_was_asked_but_sts_for(&site, &[])?;
+    no_upstream_calls_except_sts(&site, &[])?;
     agent.stop()
 }
 
-/// IMDS-32: groups open what they name, and nothing else that the node's own service has.
+/// IMDS-32: groups open their own paths and no others of the node's service.
 #[test]
 fn groups_open_nothing_else() -> Result<()> {
     let site = worker()?;
@@ -195,14 +196,14 @@ fn groups_open_nothing_else() -> Result<()> {
         ensure!(get(&reader, path)?.status == 404, "{path}");
     }
     for path in [format!("{M}/mac"), format!("{M}/tags/instance/"), SPOT.to_owned()] {
-        let answer = get_with(&mut reader.imds(), &path, &[(TOKEN, "wrong")])?;
-        ensure!(answer.status == 401, "{path} with a wrong session token: {answer:?}");
+        let response = get_with(&mut reader.imds(), &path, &[(TOKEN, "wrong")])?;
+        ensure!(response.status == 401, "{path} with a wrong IMDS token: {response:?}");
     }
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()?;
     let agent = start(&site, "default")?;
     for path in [SPOT.to_owned(), format!("{M}/mac"), format!("{M}/network/"), format!("{M}/tags/instance")] {
-        ensure!(get(&reader, &path)?.status == 404, "{path} is of no group that is allowed");
+        ensure!(get(&reader, &path)?.status == 404, "{path} is in no allowed group");
     }
     agent.stop()?;
     for (path, why) in [
@@ -212,8 +213,8 @@ fn groups_open_nothing_else() -> Result<()> {
     ] {
         let options = site.options.clone().flag("--node-metadata", format!("vpc,{path}"));
         let output = Agent::run_to_end(&site.node, &options)?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        let named = said.contains(&format!("--node-metadata {path}: is never served")) && said.contains(why);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let named = stderr.contains(&format!("--node-metadata {path}: is never served")) && stderr.contains(why);
         ensure!(output.status.code() == Some(2) && named, "{output:?}");
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! Requests that nobody sends in good faith. Each has its exact answer; none of them reaches STS, the node's own
-//! metadata service or another pod's credentials, and the agent serves the next one as if nothing had been.
+//! Malicious requests. Each gets an exact response; none reaches STS, the node's own metadata service or another pod's
+//! credentials, and the agent still serves the next request.
 
 use std::net::SocketAddr;
 
@@ -10,50 +10,50 @@ use lab::imds::Hit;
 use lab::net::{METADATA, METADATA6};
 use lab::site::Site;
 
-use super::{credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, role, site};
+use super::{credentials, get, get_with, has_credentials_of, no_upstream_calls_except_sts, role, site};
 
-/// What comes back, byte for byte but for the header, and what becomes of the connection.
+/// The expected response, and what happens to the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Answer {
-    /// A status, and the connection goes on.
+enum Expected {
+    /// A response; the connection stays usable.
     Status(u16, Body),
-    /// A status, and the connection ends.
+    /// A response; the server closes the connection.
     Last(u16, Body),
-    /// The connection ends without a word.
+    /// The server closes the connection without a response.
     Closed,
 }
-use Answer::{Closed, Last, Status};
+use Expected::{Closed, Last, Status};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Body {
-    /// The agent's own.
-    Ours(&'static str),
-    /// A session token for a minute.
+    /// The body of kirsa's response.
+    Kirsa(&'static str),
+    /// An IMDS token with a TTL of 60 s.
     Token,
-    /// None: hyper's own answer, to what it can read no request in.
+    /// Empty: hyper's response to a malformed request.
     Hyper,
 }
 
-const LIST: Answer = Status(200, Body::Ours("reader-role"));
-const SESSION: Answer = Status(200, Body::Token);
-const UNAUTHORIZED: Answer = Status(401, Body::Ours("<html>\n<title>401 - Unauthorized</title>\n</html>\n"));
-const FORBIDDEN: Answer = Status(403, Body::Ours("<html>\n<title>403 - Forbidden</title>\n</html>\n"));
-const NOT_FOUND: Answer = Status(404, Body::Ours("<html>\n<title>404 - Not Found</title>\n</html>\n"));
-const NOT_ALLOWED: Answer = Status(405, Body::Ours("<html>\n<title>405 - Method Not Allowed</title>\n</html>\n"));
-/// Where the end of the body is cannot be known, so neither where the next request would begin.
-const BAD_BODY: Answer = Last(400, Body::Ours("<html>\n<title>400 - Bad Request</title>\n</html>\n"));
-const MALFORMED: Answer = Last(400, Body::Hyper);
-const TOO_LARGE: Answer = Last(431, Body::Hyper);
+const LIST: Expected = Status(200, Body::Kirsa("reader-role"));
+const TOKEN_ISSUED: Expected = Status(200, Body::Token);
+const UNAUTHORIZED: Expected = Status(401, Body::Kirsa("<html>\n<title>401 - Unauthorized</title>\n</html>\n"));
+const FORBIDDEN: Expected = Status(403, Body::Kirsa("<html>\n<title>403 - Forbidden</title>\n</html>\n"));
+const NOT_FOUND: Expected = Status(404, Body::Kirsa("<html>\n<title>404 - Not Found</title>\n</html>\n"));
+const NOT_ALLOWED: Expected = Status(405, Body::Kirsa("<html>\n<title>405 - Method Not Allowed</title>\n</html>\n"));
+/// The end of the body is unknown, and with it the start of the next request.
+const BAD_BODY: Expected = Last(400, Body::Kirsa("<html>\n<title>400 - Bad Request</title>\n</html>\n"));
+const MALFORMED: Expected = Last(400, Body::Hyper);
+const TOO_LARGE: Expected = Last(431, Body::Hyper);
 
 const L: &str = CREDENTIALS_PATH;
 const HOST: &str = "Host: 169.254.169.254\r\n";
 
-fn get_of(target: &str) -> String {
+fn get_request(target: &str) -> String {
     format!("GET {target} HTTP/1.1\r\n{HOST}\r\n")
 }
 
-/// Spellings of paths that one parser takes for another path than the next does.
-fn paths() -> Vec<(String, Answer)> {
+/// Paths that parsers interpret differently.
+fn paths() -> Vec<(String, Expected)> {
     let not_found = [
         "/LATEST/meta-data/iam/security-credentials/",
         "/latest/Meta-Data/iam/security-credentials/",
@@ -119,14 +119,14 @@ fn paths() -> Vec<(String, Answer)> {
     ];
     let good =
         ["/latest/meta-data/iam/security-credentials/#writer-role", "/latest/meta-data/iam/security-credentials/?/../"];
-    let with = |answer| move |path: &str| (get_of(path), answer);
+    let with = |response| move |path: &str| (get_request(path), response);
     let not_found = not_found.into_iter().map(with(NOT_FOUND));
     let malformed = malformed.into_iter().map(with(MALFORMED));
     not_found.chain(malformed).chain(good.into_iter().map(with(LIST))).collect()
 }
 
-/// Requests that are wrong in another way.
-fn requests() -> Vec<(String, Answer)> {
+/// Requests that are malicious or malformed in other ways.
+fn requests() -> Vec<(String, Expected)> {
     let long = "x".repeat(64 << 10);
     let headers = |count| (0..count).map(|n| format!("X-{n}: y\r\n")).collect::<String>();
     let many = headers(10_000);
@@ -151,7 +151,7 @@ fn requests() -> Vec<(String, Answer)> {
         (format!("GET {L} HTTP/1.1\r\nHost: {long}\r\n\r\n"), TOO_LARGE),
         (format!("GET /{long} HTTP/1.1\r\n{HOST}\r\n"), TOO_LARGE),
         (format!("GET {L} HTTP/1.1\r\n{HOST}{many}\r\n"), TOO_LARGE),
-        // A hundred are read, and not one more.
+        // The maximum is 100 headers.
         (format!("GET /latest/user-data HTTP/1.1\r\n{HOST}{}\r\n", headers(99)), NOT_FOUND),
         (format!("GET /latest/user-data HTTP/1.1\r\n{HOST}{}\r\n", headers(100)), TOO_LARGE),
         (format!("GET {L} HTTP/1.1\r\n{HOST}X Y: z\r\n\r\n"), MALFORMED),
@@ -187,79 +187,79 @@ fn requests() -> Vec<(String, Answer)> {
         (format!("{put}Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n"), MALFORMED),
         (format!("{put}Transfer-Encoding: chunked\r\n\r\n-1\r\n"), BAD_BODY),
         (format!("{put}Transfer-Encoding: chunked\r\n\r\n1\nx\r\n0\r\n\r\n"), BAD_BODY),
-        (format!("{put}Expect: 200-ok\r\n\r\n"), SESSION),
+        (format!("{put}Expect: 200-ok\r\n\r\n"), TOKEN_ISSUED),
         (format!("GET {L} HTTP/1.1\r\n{HOST}{TOKEN}: INVALID\r\n\r\n"), UNAUTHORIZED),
-        // A trailer is no header.
+        // A trailer must not count as a header.
         (format!("GET {L} HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n0\r\n{TOKEN}: INVALID\r\n\r\n"), LIST),
-        // Of the other service, which is another address.
+        // The path of the container credentials service, which has another address.
         (format!("GET /v1/credentials HTTP/1.1\r\n{HOST}Authorization: e30.e30.c2ln\r\n\r\n"), NOT_FOUND),
     ]
 }
 
-/// The agent's own reading of the node's metadata, once that is over.
-fn own_hits(site: &Site, agent: &Agent) -> Result<Vec<Hit>> {
+/// Returns the agent's own requests to the node's metadata service, once it has fetched everything.
+fn agent_hits(site: &Site, agent: &Agent) -> Result<Vec<Hit>> {
     agent.wait_for_log(|entry| field(entry, "message") == Some("node metadata read"))?;
     site.no_pod_got_outside()?;
     Ok(site.hits())
 }
 
-/// A timeout is an error in each of these, so that an agent that hangs passes for none of them.
-fn is_answered(mut wire: Wire, bytes: &str, expected: Answer) -> Result<()> {
-    // A server that has seen enough may close before all is sent.
+/// Checks the response. A timeout is always an error, so that a hanging agent passes for none.
+fn check_response(mut wire: Wire, bytes: &str, expected: Expected) -> Result<()> {
+    // The server may close the connection before it has read everything.
     let _ = wire.send(bytes);
     let (Status(status, body) | Last(status, body)) = expected else { return wire.closed() };
-    let answer = wire.response()?;
-    let (server, length) = (answer.header("server"), answer.header("content-length"));
-    let mut next = get_of("/");
-    let right = match body {
-        Body::Ours(text) => answer.body == text && server == Some("kirsa"),
+    let response = wire.response()?;
+    let (server, length) = (response.header("server"), response.header("content-length"));
+    let mut next = get_request("/");
+    let correct = match body {
+        Body::Kirsa(text) => response.body == text && server == Some("kirsa"),
         Body::Token => {
-            next = next.replace(HOST, &format!("{HOST}{TOKEN}: {}\r\n", answer.body));
-            answer.header(TOKEN_TTL) == Some("60")
+            next = next.replace(HOST, &format!("{HOST}{TOKEN}: {}\r\n", response.body));
+            response.header(TOKEN_TTL) == Some("60")
         }
         Body::Hyper => length == Some("0") && server.is_none(),
     };
-    ensure!(answer.status == status && right, "{answer:?}");
+    ensure!(response.status == status && correct, "{response:?}");
     if matches!(expected, Last(..)) {
         return wire.closed();
     }
     wire.send(next)?;
     let next = wire.response()?;
-    ensure!(next.status == 200 && next.body == "latest", "and then {next:?}");
+    ensure!(next.status == 200 && next.body == "latest", "the next response: {next:?}");
     Ok(())
 }
 
 /// IMDS-12
 #[test]
-fn every_hostile_request_has_its_answer_and_asks_nobody() -> Result<()> {
+fn hostile_requests_get_exact_responses() -> Result<()> {
     let site = site()?;
     let (reader, writer) = (site.pod_with_role("reader")?, site.pod_with_role("writer")?);
     let agent = site.start()?;
     for (pod, name) in [(&reader, "reader"), (&writer, "writer")] {
-        opens_the_session_of(&site, name, &get(pod, &credentials(name))?)?;
+        has_credentials_of(&site, name, &get(pod, &credentials(name))?)?;
     }
-    let hits = own_hits(&site, &agent)?;
+    let hits = agent_hits(&site, &agent)?;
     let families = [(METADATA, 80).into()].into_iter().chain(reader.ip6().map(|_| (METADATA6, 80).into()));
     let families: Vec<SocketAddr> = families.collect();
     let rows = paths().into_iter().chain(requests());
     for ((bytes, expected), address) in rows.flat_map(|row| families.iter().map(move |to| (row.clone(), *to))) {
         let shown: String = bytes.chars().take(200).collect();
         let wire = Wire::connect_to(&reader, address)?;
-        is_answered(wire, &bytes, expected).with_context(|| format!("{shown:?}: not {expected:?}"))?;
+        check_response(wire, &bytes, expected).with_context(|| format!("{shown:?}: not {expected:?}"))?;
     }
-    opens_the_session_of(&site, "reader", &get(&reader, &credentials("reader"))?)?;
+    has_credentials_of(&site, "reader", &get(&reader, &credentials("reader"))?)?;
     ensure!(site.sts.calls().len() == 2, "{:?}", site.sts.calls());
     ensure!(site.hits() == hits, "{:?}", site.hits());
     agent.stop()
 }
 
-/// A header is no evidence of who is calling, and the answer is the same whatever they say.
+/// Headers must not change the caller's identity or the response.
 #[test]
-fn no_header_changes_who_is_calling() -> Result<()> {
+fn headers_do_not_identify_the_caller() -> Result<()> {
     let site = site()?;
     let (reader, writer) = (site.pod_with_role("reader")?, site.pod_with_role("writer")?);
     let agent = site.start()?;
-    let hits = own_hits(&site, &agent)?;
+    let hits = agent_hits(&site, &agent)?;
     let other = writer.ip().to_string();
     let forwarded = format!("for={other};proto=http");
     for (name, value) in [
@@ -276,12 +276,12 @@ fn no_header_changes_who_is_calling() -> Result<()> {
         ("X-Original-URL", "/latest/meta-data/iam/security-credentials/writer-role"),
         ("X-aws-ec2-metadata-role", "writer-role"),
     ] {
-        let answer = get_with(&mut reader.imds(), L, &[(name, value)])?;
-        ensure!(answer.status == 200 && answer.body == role("reader"), "{name}: {value}: {answer:?}");
+        let response = get_with(&mut reader.imds(), L, &[(name, value)])?;
+        ensure!(response.status == 200 && response.body == role("reader"), "{name}: {value}: {response:?}");
     }
     let mut without_host = Wire::open(&reader, format!("GET {L} HTTP/1.1\r\n\r\n"))?;
     ensure!(without_host.response()?.body == role("reader"));
-    nobody_was_asked_but_sts_for(&site, &["reader", "writer"])?;
+    no_upstream_calls_except_sts(&site, &["reader", "writer"])?;
     ensure!(site.hits() == hits, "{:?}", site.hits());
     agent.stop()
 }

@@ -1,4 +1,4 @@
-//! What one pod may take, and that it takes nothing from the others.
+//! Limits per pod: a pod that exceeds them does not affect other pods.
 
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpStream};
@@ -10,13 +10,13 @@ use lab::net::Pod;
 use lab::poll::poll;
 use lab::sts::{Effect, Fault};
 
-use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
+use super::{TIMEOUT, credentials, get, has_credentials_of, role, site};
 
 fn request() -> String {
     format!("GET {CREDENTIALS_PATH} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n")
 }
 
-/// While all connections of a pod are being answered, none of them is given up for one more.
+/// A connection with a request in flight is never evicted for a new one.
 #[test]
 fn busy_connections_are_kept_and_more_get_503() -> Result<()> {
     let site = site()?;
@@ -26,28 +26,31 @@ fn busy_connections_are_kept_and_more_get_503() -> Result<()> {
     ensure!(get(&other, &credentials("other"))?.status == 200);
     let held = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", credentials("greedy"));
     let mut open = (0..3).map(|_| Wire::open(&greedy, &held)).collect::<Result<Vec<_>>>()?;
-    poll("the requests to be held", PATIENCE, || {
+    poll("the requests to be held", TIMEOUT, || {
         agent.metric("kirsa_cache_misses_total", &[]).is_ok_and(|misses| misses >= 3.0).then_some(())
     })?;
     for refused in 1..=2 {
         let mut wire = Wire::open(&greedy, request())?;
-        let answer = wire.response()?;
-        ensure!(answer.status == 503 && answer.body.contains("503 - Service Unavailable"), "{answer:?}");
-        ensure!(answer.header("connection") == Some("close"), "{answer:?}");
+        let response = wire.response()?;
+        ensure!(response.status == 503 && response.body.contains("503 - Service Unavailable"), "{response:?}");
+        ensure!(response.header("connection") == Some("close"), "{response:?}");
         wire.closed()?;
         let counted = agent.metric("kirsa_connections_refused_total", &[("reason", "per_source")])?;
         ensure!(counted == f64::from(refused), "{counted}");
-        opens_the_session_of(&site, "other", &get(&other, &credentials("other"))?)?;
+        has_credentials_of(&site, "other", &get(&other, &credentials("other"))?)?;
     }
     let refused = agent.wait_for_log(|entry| field(entry, "reason") == Some("too_many_connections"))?;
     ensure!(field(&refused, "pod") == Some("greedy"), "{refused}");
     for wire in &mut open {
-        let answer = wire.response()?;
-        ensure!(answer.status == 503 && answer.header("connection").is_none(), "held to the end: {answer:?}");
+        let response = wire.response()?;
+        ensure!(
+            response.status == 503 && response.header("connection").is_none(),
+            "a busy connection was closed: {response:?}"
+        );
     }
-    // Now that they are idle, one of them makes room.
+    // Now the connections are idle, and one can be evicted.
     site.sts.heal();
-    poll("the role", PATIENCE, || get(&greedy, CREDENTIALS_PATH).is_ok_and(|list| list.status == 200).then_some(()))?;
+    poll("the role", TIMEOUT, || get(&greedy, CREDENTIALS_PATH).is_ok_and(|list| list.status == 200).then_some(()))?;
     ensure!(agent.metric("kirsa_connections_closed_total", &[("reason", "per_source")])? >= 1.0);
     ensure!(open.iter().filter(|wire| wire.is_open()).count() >= 2);
     agent.stop()
@@ -55,12 +58,12 @@ fn busy_connections_are_kept_and_more_get_503() -> Result<()> {
 
 /// IMDS-29
 #[test]
-fn a_tight_loop_is_delayed_or_told_to_come_back_and_no_other_pod_waits() -> Result<()> {
+fn tight_loop_is_rate_limited_per_source() -> Result<()> {
     let site = site()?;
     let (hot, quiet) = (site.pod_with_role("hot")?, site.pod_with_role("quiet")?);
     let agent = Agent::start(&site.node, &site.options.clone().flag("--max-requests-per-source", "20"))?;
     let mut statuses = Vec::new();
-    // Pipelined, so that none of them waits for the answer to the one before; over several connections at once.
+    // Pipelined over several connections, so that no request waits for the previous response.
     let mut wires = (0..10).map(|_| Wire::open(&hot, request().repeat(10))).collect::<Result<Vec<_>>>()?;
     ensure!(get(&quiet, CREDENTIALS_PATH)?.body == role("quiet"));
     for wire in &mut wires {
@@ -75,39 +78,42 @@ fn a_tight_loop_is_delayed_or_told_to_come_back_and_no_other_pod_waits() -> Resu
     agent.stop()
 }
 
-/// Where Prometheus is to reach the admin port, every pod can; it learns counts there, and cannot keep others out.
+/// If Prometheus can reach the admin port, so can every pod: it must see only counts, and must not block others.
 #[test]
-fn what_pods_can_read_of_the_admin_port_names_nobody_and_they_cannot_keep_the_node_out() -> Result<()> {
+fn pods_cannot_block_or_inspect_admin_port() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     let agent = Agent::start(&site.node, &site.options.clone().flag("--admin-address", "[::]:8182"))?;
     ensure!(get(&reader, &credentials("reader"))?.status == 200);
     let admin = (site.node.host_ip(), 8182);
-    let ask = |path: &str| Client::new(reader.netns(), admin).get(path).send();
-    let metrics = ask("/metrics")?;
+    let request = |path: &str| Client::new(reader.netns(), admin).get(path).send();
+    let metrics = request("/metrics")?;
     ensure!(metrics.status == 200 && !metrics.body.contains("reader"), "{metrics:?}");
-    let slots = ask("/debug/sessions")?;
-    ensure!(slots.status == 403 && !slots.body.contains("reader"), "{slots:?}");
-    ensure!(agent.admin("/debug/sessions")?.body.contains("reader-role"), "the node's own processes may");
+    let sessions = request("/debug/sessions")?;
+    ensure!(sessions.status == 403 && !sessions.body.contains("reader"), "{sessions:?}");
+    ensure!(agent.admin("/debug/sessions")?.body.contains("reader-role"), "processes of the node have access");
 
     let crowd = (0..8).map(|number| site.pod(&format!("crowd{number}"))).collect::<Result<Vec<_>>>()?;
     for sent in ["", "GET /metrics HTTP/1.1\r\nX-Slow: ", "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"] {
         let held = crowd.iter().map(|pod| hold(pod, admin, sent)).collect::<Result<Vec<_>>>()?;
         let mut prometheus = Client::new(reader.netns(), admin);
         for _ in 0..3 {
-            ensure!(prometheus.get("/metrics").send()?.status == 200, "places are given up by whoever holds most");
+            ensure!(
+                prometheus.get("/metrics").send()?.status == 200,
+                "the source with most connections is evicted first"
+            );
         }
-        ensure!(agent.admin("/healthz")?.status == 200, "the kubelet has places of its own");
+        ensure!(agent.admin("/healthz")?.status == 200, "connections of the node have their own limit");
         drop(held);
     }
     agent.stop()
 }
 
-/// Opens as many connections as the admin port has in all, each having sent these bytes.
+/// Opens as many connections as the admin port allows in total, and sends these bytes on each.
 fn hold(pod: &Pod, admin: (Ipv4Addr, u16), sent: &str) -> Result<Vec<TcpStream>> {
     let connect = || {
         let mut stream = TcpStream::connect(admin)?;
-        // What is above the limit is closed at once.
+        // Connections above the limit are closed at once.
         let _ = stream.write_all(sent.as_bytes());
         Ok(stream)
     };

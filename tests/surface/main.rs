@@ -1,5 +1,5 @@
-//! The surface that pods see, through the real binary: every requirement on it that docs/imds-requirements.md numbers,
-//! what hostile pods send, and the limits.
+//! Black-box tests of the surface that pods see, with the real binary: every numbered requirement of
+//! docs/imds-requirements.md, hostile requests, and limits.
 
 mod crowd;
 mod denied;
@@ -28,24 +28,24 @@ use lab::sts::Call;
 
 lab::enter!();
 
-/// Enough for anything that the agent does on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than anything that the agent does on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn site() -> Result<Site> {
     Site::new(env!("CARGO_BIN_EXE_kirsa"))
 }
 
-/// The role of the pod of that name, as [`Site::with_role`] names it.
+/// Returns the name of a pod's role, as [`Site::with_role`] assigns it.
 fn role(name: &str) -> String {
     format!("{name}-role")
 }
 
-/// The path of the credentials of that pod's role.
+/// Returns the path of the credentials of a pod's role.
 fn credentials(name: &str) -> String {
     format!("{CREDENTIALS_PATH}{}", role(name))
 }
 
-/// Without a session token.
+/// Sends a request without an IMDS token.
 fn get(pod: &Pod, path: &str) -> Result<Response> {
     get_with(&mut pod.imds(), path, &[])
 }
@@ -55,18 +55,18 @@ fn get_with(imds: &mut Client, path: &str, headers: &[(&str, &str)]) -> Result<R
     request.send().with_context(|| format!("GET {path}"))
 }
 
-/// That the answer opens a session of the role of the pod of that name, and that STS was asked for it once.
-fn opens_the_session_of(site: &Site, name: &str, answer: &Response) -> Result<()> {
-    ensure!(answer.status == 200, "{answer:?}");
-    let session = site.session(&answer.body)?;
+/// Checks that the response has credentials for the role of the named pod, and that there was one exchange for it.
+fn has_credentials_of(site: &Site, name: &str, response: &Response) -> Result<()> {
+    ensure!(response.status == 200, "{response:?}");
+    let session = site.session(&response.body)?;
     ensure!(session.role_arn == site.arn(name), "{name} got {session:?}");
     ensure!(site.calls(name).len() == 1, "{:?}", site.calls(name));
     Ok(())
 }
 
-/// That nothing went upstream on a request's account: the node's own metadata service saw what the agent reads there by
-/// itself, and STS was asked for the roles of these pods only.
-fn nobody_was_asked_but_sts_for(site: &Site, names: &[&str]) -> Result<()> {
+/// Checks that no request caused other upstream traffic: the node's metadata service saw only the agent's own requests,
+/// and STS only exchanges for the roles of these pods.
+fn no_upstream_calls_except_sts(site: &Site, names: &[&str]) -> Result<()> {
     let calls = site.sts.calls();
     let expected = |call: &Call| names.iter().any(|name| call.role_arn == site.arn(name));
     ensure!(calls.iter().all(expected), "{calls:?}");

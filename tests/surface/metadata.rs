@@ -1,11 +1,11 @@
-//! What pods may know of the node, and what they are told instead.
+//! The node's metadata: what pods can read, and what is replaced or withheld.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::{Agent, field};
 use lab::imds::{Instance, NODE_ROLE};
 use lab::site::{ACCOUNT, Site};
 
-use super::{get, nobody_was_asked_but_sts_for, site};
+use super::{get, no_upstream_calls_except_sts, site};
 
 const DOCUMENT: &str = "/latest/dynamic/instance-identity/document";
 
@@ -16,7 +16,7 @@ fn start(site: &Site, flags: &[(&str, &str)]) -> Result<Agent> {
     Ok(agent)
 }
 
-/// IMDS-31: Terraform takes its account from here.
+/// IMDS-31: Terraform reads its account from here.
 #[test]
 fn iam_info_is_that_of_the_pods_role() -> Result<()> {
     let site = site()?;
@@ -30,13 +30,13 @@ fn iam_info_is_that_of_the_pods_role() -> Result<()> {
     );
     ensure!(info["InstanceProfileId"].is_string() && info["LastUpdated"].as_str().is_some_and(|at| at.len() == 20));
     ensure!(get(&idle, "/latest/meta-data/iam/info")?.status == 404);
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()
 }
 
 /// IMDS-32
 #[test]
-fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
+fn document_has_nodes_region_and_roles_account() -> Result<()> {
     let site = site()?;
     let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
     let (agent, instance) = (start(&site, &[])?, Instance::default());
@@ -52,18 +52,18 @@ fn region_and_zone_are_the_nodes_and_the_account_is_the_roles() -> Result<()> {
     }
     ensure!(get(&reader, DOCUMENT)?.json()?["accountId"] == ACCOUNT);
     ensure!(get(&idle, DOCUMENT)?.json()?["accountId"] == "");
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()
 }
 
-/// IMDS-15: a listing leads to nothing but what is served to the pod.
+/// IMDS-15: listings have only entries that the pod can read.
 #[test]
 fn root_listings_name_what_is_served() -> Result<()> {
     let site = site()?;
     let (reader, idle, wrong) = (site.pod_with_role("reader")?, site.pod("idle")?, site.stranger("wrong")?);
     site.put(site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
     let agent = start(&site, &[])?;
-    // Whatever keeps a pod from its role: where `iam/info` is refused, `iam/` is not listed.
+    // If `iam/info` is refused for any reason, `iam/` is not listed.
     ensure!(get(&wrong, "/latest/meta-data/iam/info")?.status == 403);
     ensure!(get(&wrong, "/latest/meta-data/iam/")?.status == 404);
     for (pod, pods_own) in [(&reader, vec!["iam/"]), (&idle, vec![]), (&wrong, vec![])] {
@@ -90,9 +90,9 @@ fn root_listings_name_what_is_served() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-27, IMDS-32: SDKs take a 404 for an answer, and would go on without a region.
+/// IMDS-27, IMDS-32: a 404 is final for SDKs, which would continue without a region.
 #[test]
-fn who_asks_while_the_nodes_metadata_is_read_waits_for_it() -> Result<()> {
+fn requests_wait_for_node_metadata() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     for _ in 0..5 {
@@ -104,27 +104,27 @@ fn who_asks_while_the_nodes_metadata_is_read_waits_for_it() -> Result<()> {
     Ok(())
 }
 
-/// IMDS-32: programs ask for these to learn whether they run on EC2.
+/// IMDS-32: programs request these to detect EC2.
 #[test]
 fn ec2_detection_finds_the_instance() -> Result<()> {
     let site = site()?;
     let idle = site.pod("idle")?;
     let (agent, instance) = (start(&site, &[])?, Instance::default());
-    let ask = |what| get(&idle, &format!("/latest/meta-data/{what}"))?.ok();
-    ensure!(ask("ami-id")? == instance.image_id && ask("instance-id")? == instance.instance_id);
-    ensure!(ask("instance-type")? == instance.instance_type);
-    ensure!(ask("hostname")? == ask("local-hostname")? && ask("hostname")?.starts_with("ip-"));
+    let read = |what| get(&idle, &format!("/latest/meta-data/{what}"))?.ok();
+    ensure!(read("ami-id")? == instance.image_id && read("instance-id")? == instance.instance_id);
+    ensure!(read("instance-type")? == instance.instance_type);
+    ensure!(read("hostname")? == read("local-hostname")? && read("hostname")?.starts_with("ip-"));
     let document = get(&idle, DOCUMENT)?.json()?;
     ensure!(document["instanceId"] == instance.instance_id && document["imageId"] == instance.image_id, "{document}");
     ensure!(document["privateIp"] == "" && document["accountId"] == "", "{document}");
     ensure!(get(&idle, &format!("/latest/meta-data/iam/security-credentials/{NODE_ROLE}"))?.status == 404);
-    nobody_was_asked_but_sts_for(&site, &[])?;
+    no_upstream_calls_except_sts(&site, &[])?;
     agent.stop()
 }
 
-/// IMDS-32: whoever looks for its region finds it, whatever is wrong with its role.
+/// IMDS-32: a pod can find its region even if its role is unusable.
 #[test]
-fn the_identity_document_does_not_depend_on_the_role() -> Result<()> {
+fn identity_document_needs_no_usable_role() -> Result<()> {
     let site = site()?;
     let wrong = site.stranger("wrong")?;
     site.put(site.with_role(&wrong)?.annotation("kirsa.dev/session-policy", "nonsense"))?;
@@ -135,9 +135,9 @@ fn the_identity_document_does_not_depend_on_the_role() -> Result<()> {
     agent.stop()
 }
 
-/// IMDS-32: the list is exact, and what is not on it does not exist, whatever the node's own service has.
+/// IMDS-32: the allow-list is exact; other paths are 404 even if the node's service has them.
 #[test]
-fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
+fn only_configured_node_metadata_is_served() -> Result<()> {
     let mut site = site()?;
     site.node_metadata = vec!["/latest/meta-data/instance-id"];
     let reader = site.pod_with_role("reader")?;
@@ -147,7 +147,10 @@ fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
     ];
     let agent = start(&site, &flags)?;
     ensure!(get(&reader, "/latest/meta-data/instance-id")?.ok()? == Instance::default().instance_id);
-    ensure!(get(&reader, "/latest/meta-data/placement/region")?.ok()? == "mars-1", "a given value comes first");
+    ensure!(
+        get(&reader, "/latest/meta-data/placement/region")?.ok()? == "mars-1",
+        "a configured value overrides the node's"
+    );
     for path in [
         DOCUMENT,
         "/latest/meta-data/placement/availability-zone",
@@ -158,16 +161,16 @@ fn what_is_allowed_is_configured_and_nothing_can_open_the_rest() -> Result<()> {
     ] {
         ensure!(get(&reader, path)?.status == 404, "{path}");
     }
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()?;
     let document = format!("{}={{}}", DOCUMENT.trim_start_matches("/latest/"));
     let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata-value", document))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(2) && said.contains("generated from the other values"), "{output:?}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(2) && stderr.contains("generated from the other values"), "{output:?}");
     for path in ["meta-data/iam/info", "user-data", "dynamic/instance-identity/signature", "meta-data"] {
         let output = Agent::run_to_end(&site.node, &site.options.clone().flag("--node-metadata", path))?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() == Some(2) && said.contains(&format!("--node-metadata {path}")), "{output:?}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2) && stderr.contains(&format!("--node-metadata {path}")), "{output:?}");
     }
     Ok(())
 }

@@ -1,17 +1,17 @@
-//! Which paths there are, and in which spellings.
+//! Paths and their spellings.
 
 use anyhow::{Result, ensure};
 use lab::http::{CREDENTIALS_PATH, TOKEN_TTL};
 use lab::sts::{Effect, Fault};
 use lab::workloads::Workload;
 
-use super::{credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, role, site};
+use super::{credentials, get, get_with, has_credentials_of, no_upstream_calls_except_sts, role, site};
 
 const EXTENDED_PATH: &str = "/latest/meta-data/iam/security-credentials-extended";
 
 /// IMDS-8
 #[test]
-fn every_spelling_that_clients_use_is_answered_directly() -> Result<()> {
+fn client_spellings_are_served_without_redirect() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     let agent = site.start()?;
@@ -28,9 +28,9 @@ fn every_spelling_that_clients_use_is_answered_directly() -> Result<()> {
         "/latest/meta%2Ddata/iam/security-credentials/",
         "/%6catest/meta-data/iam/security-credentials/",
     ] {
-        let answer = get_with(&mut imds, path, &[])?;
-        ensure!(answer.status == 200 && answer.body == "reader-role", "{path}: {answer:?}");
-        ensure!(answer.header("location").is_none(), "{path}: {answer:?}");
+        let response = get_with(&mut imds, path, &[])?;
+        ensure!(response.status == 200 && response.body == "reader-role", "{path}: {response:?}");
+        ensure!(response.header("location").is_none(), "{path}: {response:?}");
     }
     for path in [
         "/latest/meta-data/iam/security-credentials/reader-role",
@@ -40,18 +40,18 @@ fn every_spelling_that_clients_use_is_answered_directly() -> Result<()> {
         "/latest/meta-data/iam/security-credentials/reader%2Drole",
         "/latest/meta-data/iam/security-credentials/reader-role?role=writer-role",
     ] {
-        opens_the_session_of(&site, "reader", &get_with(&mut imds, path, &[])?)?;
+        has_credentials_of(&site, "reader", &get_with(&mut imds, path, &[])?)?;
     }
     for path in ["/latest/api/token", "/latest/api/token/", "//latest//api//token", "/2021-07-15/api/token?x"] {
-        let answer = imds.put(path).header(TOKEN_TTL, "60").send()?;
-        ensure!(answer.status == 200, "{path}: {answer:?}");
+        let response = imds.put(path).header(TOKEN_TTL, "60").send()?;
+        ensure!(response.status == 200, "{path}: {response:?}");
     }
     agent.stop()
 }
 
 /// IMDS-9
 #[test]
-fn the_list_is_one_name_that_every_client_can_read() -> Result<()> {
+fn role_list_is_one_name_without_newline() -> Result<()> {
     let site = site()?;
     let long = "r".repeat(64);
     let cases = [
@@ -73,46 +73,46 @@ fn the_list_is_one_name_that_every_client_can_read() -> Result<()> {
     let agent = site.start()?;
     for ((pod, arn), (_, _, shown)) in pods.iter().zip(cases) {
         for list in [CREDENTIALS_PATH.trim_end_matches('/'), CREDENTIALS_PATH, EXTENDED_PATH] {
-            let answer = get(pod, list)?;
-            ensure!(answer.status == 200 && answer.body == shown, "{list}: {answer:?}");
-            ensure!(answer.header("content-type") == Some("text/plain"), "{answer:?}");
+            let response = get(pod, list)?;
+            ensure!(response.status == 200 && response.body == shown, "{list}: {response:?}");
+            ensure!(response.header("content-type") == Some("text/plain"), "{response:?}");
         }
-        // As the C++ SDK and minio-js ask for it.
+        // The C++ SDK and minio-js percent-encode the name.
         let encoded: String = shown.bytes().map(|byte| format!("%{byte:02X}")).collect();
-        for asked in [shown, &encoded] {
-            let document = get(pod, &format!("{CREDENTIALS_PATH}{asked}"))?.ok()?;
-            ensure!(site.session(&document)?.role_arn == *arn, "{asked}: {document}");
+        for name in [shown, &encoded] {
+            let document = get(pod, &format!("{CREDENTIALS_PATH}{name}"))?.ok()?;
+            ensure!(site.session(&document)?.role_arn == *arn, "{name}: {document}");
         }
     }
     let (equals, _) = &pods[2];
-    ensure!(get(equals, &format!("{CREDENTIALS_PATH}a%3Db"))?.status == 200, "the role's own name is right too");
+    ensure!(get(equals, &format!("{CREDENTIALS_PATH}a%3Db"))?.status == 200, "the role's own name is also valid");
     agent.stop()
 }
 
 /// IMDS-10
 #[test]
-fn the_name_stays_and_no_other_name_is_found() -> Result<()> {
+fn role_name_is_stable_and_no_other_is_found() -> Result<()> {
     let site = site()?;
     let (reader, writer) = (site.pod_with_role("reader")?, site.pod_with_role("writer")?);
     let denied = site.pod_with_role("denied")?;
     site.sts.inject(Fault::always(Effect::error("AccessDenied")).of_role(&site.arn("denied")));
     let agent = site.start()?;
-    // PHP and GDAL ask for the list once in their life.
-    opens_the_session_of(&site, "writer", &get(&writer, &credentials("writer"))?)?;
+    // PHP and GDAL request the list only once.
+    has_credentials_of(&site, "writer", &get(&writer, &credentials("writer"))?)?;
     ensure!(get(&writer, CREDENTIALS_PATH)?.body == role("writer"));
-    // Whether there is such a role, whose it is, and whether this pod has one: the answer is the same.
+    // The response must not reveal whether a role exists, or whose it is.
     let no_such_role = get(&reader, &credentials("nobody"))?;
     ensure!(no_such_role.status == 404, "{no_such_role:?}");
     for path in [credentials("writer"), credentials("denied"), format!("{CREDENTIALS_PATH}node-role")] {
-        let answer = get(&reader, &path)?;
-        ensure!(answer.status == 404 && answer.body == no_such_role.body, "{path}: {answer:?}");
-        ensure!(names(&answer.headers) == names(&no_such_role.headers), "{path}: {answer:?}");
+        let response = get(&reader, &path)?;
+        ensure!(response.status == 404 && response.body == no_such_role.body, "{path}: {response:?}");
+        ensure!(names(&response.headers) == names(&no_such_role.headers), "{path}: {response:?}");
     }
     ensure!(get(&denied, &credentials("writer"))?.body == no_such_role.body);
     agent.stop()?;
     let agent = site.start()?;
     ensure!(get(&reader, CREDENTIALS_PATH)?.body == role("reader"), "after a restart");
-    nobody_was_asked_but_sts_for(&site, &["reader", "writer", "denied"])?;
+    no_upstream_calls_except_sts(&site, &["reader", "writer", "denied"])?;
     agent.stop()
 }
 
@@ -120,9 +120,9 @@ fn names(headers: &[(String, String)]) -> Vec<&str> {
     headers.iter().map(|(name, _)| name.as_str()).collect()
 }
 
-/// IMDS-14, as decided: served, with the account, by the same rules.
+/// IMDS-14: extended credentials are served by the same rules.
 #[test]
-fn extended_credentials_are_the_same_with_the_account() -> Result<()> {
+fn extended_credentials_add_the_account() -> Result<()> {
     let site = site()?;
     let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
     let agent = site.start()?;
@@ -139,13 +139,13 @@ fn extended_credentials_are_the_same_with_the_account() -> Result<()> {
     ensure!(get(&reader, "/latest/meta-data/iam/security-credentials-extende/reader-role")?.status == 404);
     ensure!(get(&reader, "/latest/meta-data/iam/security-credentials-extendedx/reader-role")?.status == 404);
     ensure!(site.calls("reader").len() == 1, "one session for both documents");
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()
 }
 
 /// IMDS-15
 #[test]
-fn the_way_down_to_the_credentials_can_be_listed() -> Result<()> {
+fn folders_above_credentials_are_listed() -> Result<()> {
     let site = site()?;
     let (reader, idle) = (site.pod_with_role("reader")?, site.pod("idle")?);
     let agent = site.start()?;
@@ -160,24 +160,24 @@ fn the_way_down_to_the_credentials_can_be_listed() -> Result<()> {
     ] {
         let token = reader.imds().put_token(60)?;
         for headers in [&[][..], &[(lab::http::TOKEN, token.as_str())]] {
-            let answer = get_with(&mut reader.imds(), path, headers)?;
-            ensure!(answer.status == 200 && answer.body.lines().any(|line| line == entry), "{path}: {answer:?}");
+            let response = get_with(&mut reader.imds(), path, headers)?;
+            ensure!(response.status == 200 && response.body.lines().any(|line| line == entry), "{path}: {response:?}");
         }
-        // fluent-bit tells IMDSv2 from IMDSv1 by this.
-        let answer = get_with(&mut reader.imds(), path, &[(lab::http::TOKEN, "INVALID")])?;
-        ensure!(answer.status == 401, "{path}: {answer:?}");
+        // fluent-bit detects IMDSv2 by this response.
+        let response = get_with(&mut reader.imds(), path, &[(lab::http::TOKEN, "INVALID")])?;
+        ensure!(response.status == 401, "{path}: {response:?}");
     }
     for (path, status) in [("/latest/meta-data/", 200), ("/latest/meta-data/iam/", 404)] {
-        let answer = get(&idle, path)?;
-        ensure!(answer.status == status && !answer.body.contains("iam/"), "a pod without a role: {answer:?}");
+        let response = get(&idle, path)?;
+        ensure!(response.status == status && !response.body.contains("iam/"), "a pod without a role: {response:?}");
     }
-    nobody_was_asked_but_sts_for(&site, &["reader"])?;
+    no_upstream_calls_except_sts(&site, &["reader"])?;
     agent.stop()
 }
 
-/// IMDS-33, and of IMDS-32 what is denied
+/// IMDS-33, and the forbidden paths of IMDS-32
 #[test]
-fn what_is_not_served_is_not_found_and_nobody_is_asked_for_it() -> Result<()> {
+fn other_paths_and_methods_are_refused() -> Result<()> {
     let site = site()?;
     let reader = site.pod_with_role("reader")?;
     let agent = site.start()?;
@@ -201,17 +201,17 @@ fn what_is_not_served_is_not_found_and_nobody_is_asked_for_it() -> Result<()> {
     ] {
         ensure!(get_with(&mut imds, path, &[])?.status == 404, "{path}");
         for method in ["PUT", "POST", "DELETE", "PATCH", "OPTIONS", "TRACE", "get"] {
-            let answer = imds.request(method, path).header("Content-Length", "0").send()?;
-            ensure!(answer.status == 405, "{method} {path}: {answer:?}");
+            let response = imds.request(method, path).header("Content-Length", "0").send()?;
+            ensure!(response.status == 405, "{method} {path}: {response:?}");
         }
     }
     for method in ["POST", "PUT", "DELETE"] {
-        let answer = imds.request(method, &credentials("reader")).header("Content-Length", "0").send()?;
-        ensure!(answer.status == 405, "{method}: {answer:?}");
+        let response = imds.request(method, &credentials("reader")).header("Content-Length", "0").send()?;
+        ensure!(response.status == 405, "{method}: {response:?}");
     }
     for method in ["GET", "POST", "DELETE"] {
-        let answer = imds.request(method, "/latest/api/token").header("Content-Length", "0").send()?;
-        ensure!(answer.status == 405, "{method} token: {answer:?}");
+        let response = imds.request(method, "/latest/api/token").header("Content-Length", "0").send()?;
+        ensure!(response.status == 405, "{method} token: {response:?}");
     }
     let head = imds.request("HEAD", &credentials("reader")).send()?;
     ensure!(head.status == 200 && head.body.is_empty(), "{head:?}");

@@ -1,4 +1,4 @@
-//! What a client that tries again gets, once what was in its way has passed.
+//! Retries of clients after a transient failure has passed.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::field;
@@ -8,11 +8,11 @@ use lab::process::Process;
 use lab::sdk;
 use lab::sts::{Effect, Fault};
 
-use super::{PATIENCE, credentials, get, opens_the_session_of, role, site};
+use super::{TIMEOUT, credentials, get, has_credentials_of, role, site};
 
-/// IMDS-28: at the list, and at the credentials for those that know the role's name from before.
+/// IMDS-28: for the list, and for the credentials if the client already knows the role's name.
 #[test]
-fn two_503s_are_forgotten_with_the_next_try_on_the_same_connection() -> Result<()> {
+fn retry_after_two_503s_succeeds() -> Result<()> {
     let site = site()?;
     let agent = site.start()?;
     for (name, path) in [("list", CREDENTIALS_PATH), ("document", &credentials("document"))] {
@@ -22,46 +22,46 @@ fn two_503s_are_forgotten_with_the_next_try_on_the_same_connection() -> Result<(
         let mut wire = Wire::connect(&pod)?;
         for _ in 0..2 {
             wire.send(get(path))?;
-            let answer = wire.response()?;
-            ensure!(answer.status == 503 && answer.header("connection").is_none(), "{path}: {answer:?}");
+            let response = wire.response()?;
+            ensure!(response.status == 503 && response.header("connection").is_none(), "{path}: {response:?}");
         }
         let mark = agent.process().mark();
         site.put(entry)?;
         agent.wait_for_log_after(mark, |entry| field(entry, "message") == Some("workloads file was read"))?;
         wire.send(get(path))?;
-        let mut answer = wire.response()?;
+        let mut response = wire.response()?;
         if path == CREDENTIALS_PATH {
-            ensure!(answer.status == 200 && answer.body == role(name), "{answer:?}");
+            ensure!(response.status == 200 && response.body == role(name), "{response:?}");
             wire.send(get(&credentials(name)))?;
-            answer = wire.response()?;
+            response = wire.response()?;
         }
-        opens_the_session_of(&site, name, &answer)?;
+        has_credentials_of(&site, name, &response)?;
     }
     agent.stop()
 }
 
 /// IMDS-28
 #[test]
-fn an_sdk_that_is_told_503_twice_succeeds_in_the_same_call() -> Result<()> {
+fn sdk_call_survives_two_503s() -> Result<()> {
     let site = site()?;
     let cold = site.pod("cold")?;
     let agent = site.start()?;
     site.sts.inject(Fault::always(Effect::Status(503)));
     site.give_role(&cold)?;
-    // From here on the list knows of the failure, however slow this machine is.
-    poll("the failure to be known", PATIENCE, || {
-        get(&cold, CREDENTIALS_PATH).is_ok_and(|answer| answer.status == 503).then_some(())
+    // From here on the list reports the failure, however slow this machine is.
+    poll("the failure to be known", TIMEOUT, || {
+        get(&cold, CREDENTIALS_PATH).is_ok_and(|response| response.status == 503).then_some(())
     })?;
     let refused = || agent.metric("kirsa_requests_total", &[("route", "role_list"), ("outcome", "sts_unavailable")]);
     let before = refused()?;
     let mut sdk = Process::spawn(Some(cold.netns()), "sdk", sdk::rust(&site.sts.url())?)?;
-    poll("two refusals", PATIENCE, || refused().is_ok_and(|now| now - before >= 2.0).then_some(()))?;
+    poll("two refusals", TIMEOUT, || refused().is_ok_and(|now| now - before >= 2.0).then_some(()))?;
     site.sts.heal();
-    // Whoever waits hurries the next exchange on, so that the SDK's tries need not be lucky.
+    // A waiting request shortens the retry delay, so that the SDK's retries succeed deterministically.
     ensure!(get(&cold, &credentials("cold"))?.status == 200);
-    ensure!(sdk.wait(PATIENCE)?.success(), "{:?}", sdk.lines());
-    let said: serde_json::Value = serde_json::from_str(sdk.lines().last().context("a line")?)?;
-    let session = site.sts.session(said["access_key_id"].as_str().context("a key")?).context("a session")?;
-    ensure!(session.role_arn == site.arn("cold") && said["arn"] == session.arn, "{said} {session:?}");
+    ensure!(sdk.wait(TIMEOUT)?.success(), "{:?}", sdk.lines());
+    let output: serde_json::Value = serde_json::from_str(sdk.lines().last().context("a line")?)?;
+    let session = site.sts.session(output["access_key_id"].as_str().context("a key")?).context("a session")?;
+    ensure!(session.role_arn == site.arn("cold") && output["arn"] == session.arn, "{output} {session:?}");
     agent.stop()
 }

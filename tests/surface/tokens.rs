@@ -1,4 +1,4 @@
-//! Session tokens that a pod should not have, or that it made up.
+//! Stolen and forged IMDS tokens.
 
 use anyhow::{Result, ensure};
 use base64::Engine;
@@ -7,14 +7,14 @@ use lab::http::{CREDENTIALS_PATH, TOKEN};
 use lab::net::Shape;
 use lab::poll::poll;
 
-use super::{PATIENCE, credentials, get, get_with, nobody_was_asked_but_sts_for, opens_the_session_of, site};
+use super::{TIMEOUT, credentials, get, get_with, has_credentials_of, no_upstream_calls_except_sts, site};
 
 /// 2100-01-01T00:00:00Z
 const YEAR_2100: u64 = 4_102_444_800;
 
 /// IMDS-6
 #[test]
-fn no_bit_of_a_token_can_be_changed_and_none_can_be_made_up() -> Result<()> {
+fn forged_tokens_are_rejected() -> Result<()> {
     let site = site()?;
     let (reader, writer) = (site.pod_with_role("reader")?, site.pod_with_role("writer")?);
     let agent = site.start()?;
@@ -27,10 +27,9 @@ fn no_bit_of_a_token_can_be_changed_and_none_can_be_made_up() -> Result<()> {
         changed[bit / 8] ^= 1 << (bit % 8);
         forged.push(URL_SAFE_NO_PAD.encode(changed));
     }
-    // Behind a byte that tells whom it is for stand when it was issued and when it expires, as seconds since 1970, and
-    // nothing but the second of them is changed here.
+    // One byte for the binding, then the issue and expiry times as Unix time in 40 bits. Change only the expiry.
     let seconds = |at: usize| raw[at..at + 5].iter().fold(0, |seconds, byte| seconds << 8 | u64::from(*byte));
-    ensure!(seconds(6) == seconds(1) + 21_600, "the expiry stands elsewhere: {raw:?}");
+    ensure!(seconds(6) == seconds(1) + 21_600, "the format has changed: {raw:?}");
     let mut later = raw.clone();
     later[6..11].copy_from_slice(&YEAR_2100.to_be_bytes()[3..]);
     forged.push(URL_SAFE_NO_PAD.encode(later));
@@ -48,17 +47,17 @@ fn no_bit_of_a_token_can_be_changed_and_none_can_be_made_up() -> Result<()> {
         good.to_lowercase(),
     ]);
     for token in &forged {
-        let answer = get_with(&mut imds, &credentials("reader"), &[(TOKEN, token)])?;
-        ensure!(answer.status == 401, "{token}: {answer:?}");
+        let response = get_with(&mut imds, &credentials("reader"), &[(TOKEN, token)])?;
+        ensure!(response.status == 401, "{token}: {response:?}");
     }
-    opens_the_session_of(&site, "reader", &get_with(&mut imds, &credentials("reader"), &[(TOKEN, &good)])?)?;
-    nobody_was_asked_but_sts_for(&site, &["reader", "writer"])?;
+    has_credentials_of(&site, "reader", &get_with(&mut imds, &credentials("reader"), &[(TOKEN, &good)])?)?;
+    no_upstream_calls_except_sts(&site, &["reader", "writer"])?;
     agent.stop()
 }
 
-/// IMDS-6: an address is given to another pod within seconds.
+/// IMDS-6: an address may be reused by another pod within seconds.
 #[test]
-fn a_token_of_the_pod_that_had_the_address_before_is_worth_nothing() -> Result<()> {
+fn token_of_former_pod_at_address_is_rejected() -> Result<()> {
     let site = site()?;
     let address = site.node.allocate();
     let first = site.node.pod_at("first", Shape::RoutedBare, address)?;
@@ -71,31 +70,34 @@ fn a_token_of_the_pod_that_had_the_address_before_is_worth_nothing() -> Result<(
     first.delete();
     let second = site.node.pod_at("second", Shape::RoutedBare, address)?;
     site.put(site.with_role(&second)?)?;
-    poll("the second pod to be known", PATIENCE, || {
-        get(&second, CREDENTIALS_PATH).is_ok_and(|answer| answer.body == "second-role").then_some(())
+    poll("the second pod to be known", TIMEOUT, || {
+        get(&second, CREDENTIALS_PATH).is_ok_and(|response| response.body == "second-role").then_some(())
     })?;
-    let answer = get_with(&mut second.imds(), &credentials("second"), &[(TOKEN, &token)])?;
-    ensure!(answer.status == 401, "{answer:?}");
+    let response = get_with(&mut second.imds(), &credentials("second"), &[(TOKEN, &token)])?;
+    ensure!(response.status == 401, "{response:?}");
     ensure!(get(&second, &credentials("first"))?.status == 404);
-    opens_the_session_of(&site, "second", &get(&second, &credentials("second"))?)?;
-    nobody_was_asked_but_sts_for(&site, &["first", "second"])?;
+    has_credentials_of(&site, "second", &get(&second, &credentials("second"))?)?;
+    no_upstream_calls_except_sts(&site, &["first", "second"])?;
     agent.stop()
 }
 
-/// A token that was asked for before anybody knew the pod stays good, or SDKs would be stuck with it for six hours.
+/// A token that was issued before its pod was known stays valid: SDKs may cache it for six hours.
 #[test]
-fn a_token_from_before_the_pod_was_known_is_good_afterwards() -> Result<()> {
+fn token_from_before_pod_was_known_stays_valid() -> Result<()> {
     let site = site()?;
     let (late, other) = (site.stranger("late")?, site.pod("other")?);
     let entry = site.with_role(&late)?;
     let agent = site.start()?;
     let token = late.imds().put_token(21_600)?;
     site.put(entry)?;
-    poll("the pod to be known", PATIENCE, || {
+    poll("the pod to be known", TIMEOUT, || {
         get_with(&mut late.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)]).is_ok_and(|a| a.status == 200).then_some(())
     })?;
-    opens_the_session_of(&site, "late", &get_with(&mut late.imds(), &credentials("late"), &[(TOKEN, &token)])?)?;
-    ensure!(get_with(&mut other.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)])?.status == 401, "for its address only");
-    nobody_was_asked_but_sts_for(&site, &["late"])?;
+    has_credentials_of(&site, "late", &get_with(&mut late.imds(), &credentials("late"), &[(TOKEN, &token)])?)?;
+    ensure!(
+        get_with(&mut other.imds(), CREDENTIALS_PATH, &[(TOKEN, &token)])?.status == 401,
+        "it is bound to its address"
+    );
+    no_upstream_calls_except_sts(&site, &["late"])?;
     agent.stop()
 }
