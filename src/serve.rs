@@ -1,4 +1,4 @@
-//! Last stage: [`Peer`] and HTTP request → response. What success looks like on the wire stands in `answer`, what a no
+//! Last stage: [`ClientConn`] and HTTP request → response. What success looks like on the wire stands in `answer`, what a no
 //! looks like in [`crate::refusal`], and nowhere else.
 //!
 //! Nothing of a request is ever forwarded, and nothing in it decides who is calling: parse, normalise, match exactly,
@@ -34,8 +34,8 @@ use crate::{
     attribute::Attributor,
     authorize::Authorizer,
     cache::Cache,
-    connections::{Permit, Socket, Tracked},
-    intercept::{Accepted, Arrival, MAX_DELAY, Peer, Service, Share, TurnedAway},
+    connections::{ConnectionPermit, Socket, Tracked},
+    intercept::{Accepted, ClientConn, IncomingConn, MAX_DELAY, MetadataService, Rejected, SourceQuota},
     observe::{Metrics, Outcome, RefusalLog, log_refusal},
     refusal::{Reason, Refusal},
 };
@@ -75,12 +75,12 @@ pub struct Server {
 
 impl Server {
     /// Serves one connection to its end.
-    pub async fn connection(self: Arc<Self>, arrival: Arrival, drain: Watcher) {
-        match arrival.settle().await {
-            Ok(Accepted { stream, peer, share, permit }) => {
+    pub async fn connection(self: Arc<Self>, conn: IncomingConn, drain: Watcher) {
+        match conn.wait_for_permit().await {
+            Ok(Accepted { stream, client, quota, permit }) => {
                 // Answers are small and whole: waiting to fill a segment only delays them.
                 let _ = stream.set_nodelay(true);
-                self.converse(stream, peer, share, permit, drain).await;
+                self.converse(stream, client, quota, permit, drain).await;
             }
             Err(turned_away) => self.turn_away(turned_away).await,
         }
@@ -90,9 +90,9 @@ impl Server {
     pub(crate) async fn converse(
         &self,
         stream: impl Socket + Send + 'static,
-        peer: Peer,
-        share: Share,
-        permit: Arc<Permit>,
+        peer: ClientConn,
+        share: SourceQuota,
+        permit: Arc<ConnectionPermit>,
         drain: Watcher,
     ) {
         let caller = Caller::new(peer, share, permit.clone());
@@ -114,8 +114,8 @@ impl Server {
     }
 
     /// Answers the first request with a refusal, whatever it asks for, and closes.
-    async fn turn_away(&self, turned_away: TurnedAway) {
-        let TurnedAway { stream, peer, refusal, permit } = turned_away;
+    async fn turn_away(&self, turned_away: Rejected) {
+        let Rejected { stream, client: peer, refusal, permit } = turned_away;
         let service = peer.service();
         let answer = |request: Request<Incoming>| {
             permit.busy();
@@ -158,7 +158,7 @@ impl Server {
         body: Incoming,
         arrived: Instant,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
-        let at = match caller.share.request(arrived) {
+        let at = match caller.share.throttle(arrived) {
             Some(Duration::ZERO) => arrived,
             Some(delay) => {
                 tokio::time::sleep(delay).await;
@@ -172,13 +172,13 @@ impl Server {
         };
         let asked = Asked { caller, headers: &head.headers, at };
         match (caller.peer.service(), &head.method, route) {
-            (Service::Metadata, &Method::PUT, Route::Token) => {
+            (MetadataService::Metadata, &Method::PUT, Route::Token) => {
                 drain(body).await?;
                 self.token(&asked)
             }
             (_, _, Route::Token) => Err(Reason::MethodNotAllowed.into()),
-            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read(&asked, route).await,
-            (Service::Container, &Method::GET | &Method::HEAD, _) => self.container(&asked, route).await,
+            (MetadataService::Metadata, &Method::GET | &Method::HEAD, _) => self.read(&asked, route).await,
+            (MetadataService::Container, &Method::GET | &Method::HEAD, _) => self.container(&asked, route).await,
             _ => Err(Reason::MethodNotAllowed.into()),
         }
     }
@@ -196,7 +196,7 @@ impl Server {
         }
     }
 
-    fn log(&self, peer: &Peer, refusal: &Refusal) {
+    fn log(&self, peer: &ClientConn, refusal: &Refusal) {
         if self.refusals.is_news(refusal.reason, peer.source().ip()) {
             match self.attributor.lookup(peer) {
                 Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
@@ -207,7 +207,7 @@ impl Server {
 }
 
 /// By the request target without its query. The forms that are for proxies are not found.
-fn route(service: Service, uri: &Uri) -> Route<'_> {
+fn route(service: MetadataService, uri: &Uri) -> Route<'_> {
     let for_proxies = uri.scheme().is_some() || uri.authority().is_some();
     if for_proxies { Route::NotFound } else { Route::of(service, uri.path()) }
 }

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     authorize::Grant,
     exchange::{Credential, Issuer},
-    intercept::{Peer, Service},
+    intercept::{ClientConn, MetadataService},
     refusal::{Reason, Refusal},
     serve::{
         container::{Reviewing, Tokens},
@@ -75,7 +75,7 @@ impl Site {
         Self { runtime, memory }
     }
 
-    fn said(&self, sent: &[u8], peer: Peer) -> String {
+    fn said(&self, sent: &[u8], peer: ClientConn) -> String {
         self.runtime.block_on(async {
             let said = self.memory.said(sent, peer).await;
             // Until a refused token is forgotten, or one pod's few tokens would be all that is ever looked at.
@@ -92,13 +92,13 @@ pub fn check(data: &[u8]) {
             let own = site.memory.session_token(sender.address());
             let sent = replaced(&replaced(data, OWN, &own), OTHERS, &site.memory.session_token([10, 0, 0, 2]));
             let requests = framing::requests(&sent);
-            let said = site.said(&sent, Peer::from_pod(sender.address().into()));
+            let said = site.said(&sent, ClientConn::from_pod(sender.address().into()));
             for (number, response) in framing::responses(&said, &requests).iter().enumerate() {
                 metadata(sender, &own, requests.get(number), response);
             }
         }
         let requests = framing::requests(data);
-        let said = site.said(data, Peer::from_pod_to([10, 0, 0, 1].into(), Service::Container));
+        let said = site.said(data, ClientConn::from_pod_to([10, 0, 0, 1].into(), MetadataService::Container));
         for (number, response) in framing::responses(&said, &requests).iter().enumerate() {
             container(requests.get(number), response);
         }

@@ -9,7 +9,7 @@ use http_body_util::Full;
 use serde::Serialize;
 
 use super::TOKEN_TTL;
-use crate::{authorize::RoleArn, clock::UnixTime, exchange::json, intercept::Service, refusal::Reason};
+use crate::{authorize::RoleArn, clock::UnixTime, exchange::json, intercept::MetadataService, refusal::Reason};
 
 /// Without a newline at the end: 15 of 56 SDKs would take it for part of a role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -53,12 +53,12 @@ pub(super) fn token(token: String, ttl: u32) -> Response<Full<Bytes>> {
 }
 
 /// Short and fixed, and without a word of what is behind it.
-pub(super) fn refuse(service: Service, reason: Reason) -> Response<Full<Bytes>> {
+pub(super) fn refuse(service: MetadataService, reason: Reason) -> Response<Full<Bytes>> {
     let status = StatusCode::from_u16(reason.info().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     match service {
-        Service::Metadata => response(status, "text/html", Bytes::from_static(page(status).as_bytes())),
+        MetadataService::Metadata => response(status, "text/html", Bytes::from_static(page(status).as_bytes())),
         // As the EKS Pod Identity agent does: a line of text, which SDKs put into their error.
-        Service::Container => {
+        MetadataService::Container => {
             response(status, "text/plain; charset=utf-8", Bytes::from_static(line(status).as_bytes()))
         }
     }

@@ -6,15 +6,15 @@ use crate::{
     attribute::{PodUid, Workload},
     authorize::Grant,
     cache::SessionHandle,
-    connections::{Owner, Permit},
-    intercept::{Peer, Share},
+    connections::{ConnectionPermit, Owner},
+    intercept::{ClientConn, SourceQuota},
 };
 
 #[derive(Debug)]
 pub(super) struct Caller {
-    pub(super) peer: Peer,
-    pub(super) share: Share,
-    pub(super) permit: Arc<Permit>,
+    pub(super) peer: ClientConn,
+    pub(super) share: SourceQuota,
+    pub(super) permit: Arc<ConnectionPermit>,
     /// Fixed by the first request, whatever the directory says later.
     pod: OnceLock<PodUid>,
     known: Mutex<Option<Arc<Known>>>,
@@ -34,14 +34,14 @@ pub(super) struct Known {
 }
 
 impl Caller {
-    pub(super) fn new(peer: Peer, share: Share, permit: Arc<Permit>) -> Self {
+    pub(super) fn new(peer: ClientConn, share: SourceQuota, permit: Arc<ConnectionPermit>) -> Self {
         Self { peer, share, permit, pod: OnceLock::new(), known: Mutex::default() }
     }
 
     /// Whether it is still the pod that sent the connection's first request.
     pub(super) fn is_still(&self, workload: &Workload) -> bool {
         let pod = self.pod.get_or_init(|| {
-            self.permit.identify(Owner::Pod(workload.uid().0.clone()));
+            self.permit.set_owner(Owner::Pod(workload.uid().0.clone()));
             workload.uid().clone()
         });
         pod == workload.uid()

@@ -15,7 +15,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::connections::Permit;
+use crate::connections::ConnectionPermit;
 
 /// Enough for what is in hand and for a quick exchange. No SDK closes its side and waits, but SDKs that time out try
 /// again: with more, their former tries would use up the connections of their pod.
@@ -23,13 +23,13 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 pub(super) struct Patient<S> {
     stream: S,
-    permit: Arc<Permit>,
+    permit: Arc<ConnectionPermit>,
     /// Since the client sends no more.
     patience: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Patient<S> {
-    pub(super) fn new(stream: S, permit: Arc<Permit>) -> Self {
+    pub(super) fn new(stream: S, permit: Arc<ConnectionPermit>) -> Self {
         Self { stream, permit, patience: None }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     cache::SessionStatus,
     clock::UnixTime,
     exchange::Credential,
-    intercept::Peer,
+    intercept::ClientConn,
     refusal::{Reason, Refusal},
 };
 
@@ -152,7 +152,7 @@ impl Server {
     /// What a grant is worth, if its pod still has the address when that is there.
     pub(super) async fn credential(
         &self,
-        peer: &Peer,
+        peer: &ClientConn,
         known: &Known,
         until: Instant,
     ) -> Result<Arc<Credential>, Refusal> {

@@ -18,9 +18,9 @@ use crate::{
     authorize::{Accounts, Authorizer, Defaults},
     cache::{Cache, ExchangeLimiter},
     clock::UnixTime,
-    connections::Permit,
+    connections::ConnectionPermit,
     exchange::Issuer,
-    intercept::{Peer, Share},
+    intercept::{ClientConn, SourceQuota},
     observe::{Metrics, RefusalLog},
 };
 
@@ -59,25 +59,25 @@ impl Memory {
 
     /// A good session token, of whoever has the address.
     pub(crate) fn session_token(&self, address: [u8; 4]) -> String {
-        let workload = self.server.attributor.lookup(&Peer::from_pod(address.into())).ok();
+        let workload = self.server.attributor.lookup(&ClientConn::from_pod(address.into())).ok();
         self.server.sessions.issue(workload.as_ref(), address.into(), 21_600, UnixTime::now())
     }
 
     /// All that is answered on one connection to what is sent by a client that then sends no more.
-    pub(crate) async fn said(&self, sent: &[u8], peer: Peer) -> String {
+    pub(crate) async fn said(&self, sent: &[u8], peer: ClientConn) -> String {
         self.talk(sent, peer, true).await
     }
 
     /// The same of a client that waits, and has asked for the connection to be closed.
     #[cfg(test)]
-    pub(crate) async fn answered(&self, sent: &[u8], peer: Peer) -> String {
+    pub(crate) async fn answered(&self, sent: &[u8], peer: ClientConn) -> String {
         self.talk(sent, peer, false).await
     }
 
-    async fn talk(&self, sent: &[u8], peer: Peer, shut: bool) -> String {
+    async fn talk(&self, sent: &[u8], peer: ClientConn, shut: bool) -> String {
         let (mut client, stream) = tokio::io::duplex(BUFFER);
         let graceful = GracefulShutdown::new();
-        let share = Share::sample(self.metrics.clone());
+        let share = SourceQuota::sample(self.metrics.clone());
         let mut answers = Vec::new();
         let talk = async {
             // It may have heard enough before all was sent.
@@ -87,7 +87,7 @@ impl Memory {
             }
             client.read_to_end(&mut answers).await.unwrap();
         };
-        tokio::join!(self.server.converse(stream, peer, share, Permit::sample(), graceful.watcher()), talk);
+        tokio::join!(self.server.converse(stream, peer, share, ConnectionPermit::sample(), graceful.watcher()), talk);
         String::from_utf8(answers).unwrap()
     }
 }
