@@ -1,4 +1,4 @@
-//! Second stage: [`Peer`] → [`Workload`]: identifies the pod that is calling.
+//! Second stage: [`ClientConn`] → [`Workload`]: identifies the pod that is calling.
 //!
 //! Attribution combines three sources: the kernel's view of the connection, the API server's view of this node's pods,
 //! and the node's own CNI records of pod addresses. It returns the current owner of the source address or a refusal
@@ -35,7 +35,7 @@ pub use pod_index::{Change, Event, PodIndex};
 
 use crate::{
     clock::UnixTime,
-    intercept::Peer,
+    intercept::ClientConn,
     observe::Metrics,
     refusal::{Reason, Refusal},
 };
@@ -169,7 +169,7 @@ impl Attributor {
     /// # Errors
     /// `Starting` if the pods of the node have not been listed yet; `AmbiguousAddress` if several pods claim the
     /// address; `UnknownPod` if no pod does, or if none can be proven to own it.
-    pub fn lookup(&self, peer: &Peer) -> Result<Workload, Refusal> {
+    pub fn lookup(&self, peer: &ClientConn) -> Result<Workload, Refusal> {
         let address = peer.source().ip();
         let index = self.index.read();
         match index.owner(address) {
@@ -205,7 +205,7 @@ impl Attributor {
     ///
     /// # Errors
     /// The last refusal of [`Attributor::lookup`] if the pod is not known by `until`.
-    pub async fn attribute(&self, peer: &Peer, until: Instant) -> Result<Workload, Refusal> {
+    pub async fn attribute(&self, peer: &ClientConn, until: Instant) -> Result<Workload, Refusal> {
         // Fast path: subscribing to changes costs more than the lookup.
         if let Ok(workload) = self.lookup(peer) {
             return Ok(workload);
@@ -338,8 +338,8 @@ mod tests {
         attributor
     }
 
-    fn peer(address: &str) -> Peer {
-        Peer::from_pod(address.parse().unwrap())
+    fn peer(address: &str) -> ClientConn {
+        ClientConn::from_pod(address.parse().unwrap())
     }
 
     /// IMDS-25: an event ends the wait, not the timeout.

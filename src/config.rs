@@ -13,7 +13,7 @@ use self::args::{Cli, CliCommand};
 pub use self::args::{Health, Output};
 use crate::{
     authorize::{Defaults, SessionScope},
-    intercept::{Backend, HostAddresses, Limits, rule::RuleSet},
+    intercept::{Backend, HostAddresses, Limits, rule::RedirectRules},
     kubernetes::MintMode,
     observe::LogFormat,
     serve::{imdsv2::RequireImdsV2, node_metadata::groups::Allowed},
@@ -90,8 +90,8 @@ pub enum Source {
 
 impl Config {
     /// Returns the rules that redirect pods' connections to this agent.
-    pub fn rules(&self) -> RuleSet {
-        RuleSet { host: self.host, port: self.port, container: self.container_audience.is_some() }
+    pub fn rules(&self) -> RedirectRules {
+        RedirectRules { host: self.host, port: self.port, container: self.container_audience.is_some() }
     }
 
     /// Returns the defaults for what annotations of service accounts can override.

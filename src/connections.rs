@@ -1,8 +1,8 @@
-//! Limits on open connections: a number in all, and a number per owner. When places run short, the connection that has
-//! been idle longest is evicted, of the owner that holds most. A request is never cut off: one that is being answered,
-//! or on its way, is answered first.
+//! Connection limits: a total, and a maximum per owner. At a limit, the limiter evicts the longest idle connection of
+//! the owner with the most connections. Eviction never interrupts a request: one that has arrived, or is in the
+//! socket's receive buffer, gets its response first. Also enforces the idle, read and write timeouts.
 //!
-//! Used for pods' connections and for those of the admin port. Knows neither pods nor HTTP.
+//! Used for pods' connections and for the admin port. Knows neither pods nor HTTP.
 
 mod activity;
 mod buffers;
@@ -12,14 +12,9 @@ mod tracked;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    future::Future,
-    net::IpAddr,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{future::Future, net::IpAddr, pin::pin, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use activity::Connection;
@@ -29,24 +24,26 @@ pub use activity::Timeout;
 pub use buffers::Buffers;
 pub use tracked::{Socket, Tracked};
 
-/// Whom a connection counts for.
+/// The owner whose limit a connection counts against.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Owner {
-    /// A source address, while it is not known which pod has it.
+    /// A source address whose pod is unknown.
     Address(IpAddr),
-    /// A pod by its UID, with all its addresses.
+    /// A pod with all its addresses, by its UID.
     Pod(Arc<str>),
 }
 
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
+    /// Maximum number of open connections.
     pub total: usize,
+    /// Maximum number of open connections of one owner.
     pub per_owner: usize,
     /// Minimum idle time before an eviction, so that a client between two requests keeps its connection.
     pub grace: Duration,
 }
 
-/// The limit that a connection ran into.
+/// The limit that a new connection would exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     PerOwner,
@@ -56,7 +53,7 @@ pub enum Limit {
 #[derive(Debug)]
 pub struct ConnectionLimiter {
     bounds: Bounds,
-    /// Times of activity count from here, to fit into an atomic.
+    /// Origin of all activity times, so that one fits into an atomic.
     epoch: Instant,
     table: Mutex<Table>,
 }
@@ -66,13 +63,12 @@ impl ConnectionLimiter {
         Arc::new(Self { bounds, epoch: Instant::now(), table: Mutex::default() })
     }
 
-    /// Admits a connection of `owner`, in the place of another one if it must. Returns the limit that cost that one
-    /// its place.
+    /// Admits a connection of `owner`, evicting another one if necessary. Returns the limit that caused an eviction.
     ///
     /// # Errors
-    /// The limit, where no connection can be evicted.
-    pub fn try_admit(self: &Arc<Self>, owner: Owner) -> Result<(Arc<Permit>, Option<Limit>), Limit> {
-        let mut table = self.table();
+    /// Returns the limit if no connection can be evicted.
+    pub fn try_admit(self: &Arc<Self>, owner: Owner) -> Result<(Arc<ConnectionPermit>, Option<Limit>), Limit> {
+        let mut table = self.table.lock();
         let limit = table.limit(&owner, &self.bounds);
         if let Some(limit) = limit {
             table.evict(limit, &owner, self.now(), self.bounds.grace).ok_or(limit)?;
@@ -80,12 +76,13 @@ impl ConnectionLimiter {
         let connection = Arc::new(Connection::new(self.now()));
         table.insert(owner.clone(), connection.clone());
         drop(table);
-        Ok((Arc::new(Permit { limiter: self.clone(), owner: Mutex::new(owner), connection }), limit))
+        Ok((Arc::new(ConnectionPermit { limiter: self.clone(), owner: Mutex::new(owner), connection }), limit))
     }
 
-    /// Lets the tasks of evicted connections run, if there are any: a burst of new connections must not outrun them.
-    pub async fn let_evicted_end(&self) {
-        if self.table().is_closing() {
+    /// Yields to the tasks of evicted connections, if there are any, so that a burst of new connections cannot starve
+    /// them.
+    pub async fn yield_to_evicted(&self) {
+        if self.table.lock().is_closing() {
             tokio::task::yield_now().await;
         }
     }
@@ -93,22 +90,18 @@ impl ConnectionLimiter {
     fn now(&self) -> Duration {
         self.epoch.elapsed()
     }
-
-    fn table(&self) -> MutexGuard<'_, Table> {
-        lock(&self.table)
-    }
 }
 
-/// One open connection: its place, and what it is doing. The place is free when this is dropped.
+/// Permission for one open connection, and the record of its activity. Returned to the limiter when dropped.
 #[derive(Debug)]
-pub struct Permit {
+pub struct ConnectionPermit {
     limiter: Arc<ConnectionLimiter>,
     owner: Mutex<Owner>,
     connection: Arc<Connection>,
 }
 
-impl Permit {
-    /// For tests of what holds one.
+impl ConnectionPermit {
+    /// Returns a permit for tests of other modules.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample() -> Arc<Self> {
         let bounds = Bounds { total: 1, per_owner: 1, grace: Duration::ZERO };
@@ -116,31 +109,32 @@ impl Permit {
         ConnectionLimiter::new(bounds).try_admit(owner).unwrap().0
     }
 
-    /// Counts this connection for another owner from now on.
-    pub fn identify(&self, owner: Owner) {
-        let mut table = self.limiter.table();
-        let mut known = lock(&self.owner);
-        if *known != owner && table.remove(&known, &self.connection) {
+    /// Counts this connection against another owner's limit, once the pod is known.
+    pub fn set_owner(&self, owner: Owner) {
+        let mut table = self.limiter.table.lock();
+        let mut current = self.owner.lock();
+        if *current != owner && table.remove(&current, &self.connection) {
             table.insert(owner.clone(), self.connection.clone());
-            *known = owner;
+            *current = owner;
         }
     }
 
-    /// A request has arrived and is being answered.
+    /// Records that a request has arrived.
     pub fn busy(&self) {
         self.connection.busy(self.limiter.now());
     }
 
-    /// The answer is complete.
+    /// Records that the response is complete.
     pub fn idle(&self) {
         self.connection.idle(self.limiter.now());
     }
 
+    /// Returns whether a request is being answered.
     pub fn is_busy(&self) -> bool {
         self.connection.is_busy()
     }
 
-    /// Whether the connection must close after the response that is next.
+    /// Returns whether the connection must close after its next response.
     pub fn is_evicted(&self) -> bool {
         self.connection.is_evicted()
     }
@@ -153,14 +147,14 @@ impl Permit {
     /// Drives a connection over a [`Tracked`] stream until it ends.
     ///
     /// # Errors
-    /// The client sent or read nothing for too long.
+    /// Returns [`Timeout`] if the client sent or read nothing for too long.
     pub async fn drive<T>(&self, connection: impl Future<Output = T>) -> Result<T, Timeout> {
         let (mut connection, mut timeout) = (pin!(connection), pin!(self.timeout()));
         loop {
             tokio::select! {
                 ended = &mut connection => return Ok(ended),
                 timeout = &mut timeout => return Err(timeout),
-                // Polls the connection again, whose stream looks whether a request is on its way.
+                // Poll the connection again: its stream checks for unread bytes and ends if there are none.
                 () = self.evicted() => {}
             }
         }
@@ -176,13 +170,9 @@ impl Permit {
     }
 }
 
-impl Drop for Permit {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut table = self.limiter.table();
-        table.release(&lock(&self.owner), &self.connection);
+        let mut table = self.limiter.table.lock();
+        table.release(&self.owner.lock(), &self.connection);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,16 +1,16 @@
-//! First stage: TCP connection → [`Peer`].
+//! First stage: TCP connection → [`ClientConn`].
 //!
-//! Brings pods' connections to the metadata address here ([`rule`]), accepts them within limits, and learns from the
-//! kernel who they come from and where they were meant to go. Knows no Kubernetes and no HTTP.
+//! Redirects pods' connections for the metadata address to the agent ([`rule`]), accepts them within limits, and gets
+//! their source and original destination from the kernel. Knows no Kubernetes and no HTTP.
 
-pub mod handover;
-pub mod rule;
 mod accept;
-mod around;
+mod bypass;
+mod hot_restart;
 mod monitor;
 mod netlink;
 pub mod port;
-mod probe;
+pub mod rule;
+mod self_test;
 mod service;
 mod source;
 
@@ -28,91 +28,92 @@ use tracing::warn;
 
 use crate::connections::Buffers;
 
-pub use accept::{Accepted, Acceptor, Arrival, Direct, Limits, PodOf, TurnedAway};
-pub use handover::{Duties, Duty, Handover, Predecessor};
+pub use accept::{Accepted, Acceptor, BypassPolicy, IncomingConn, Limits, PodOf, Rejected};
+pub use hot_restart::{HotRestart, Predecessor, Role, Roles};
 pub use monitor::RuleChanges;
 pub use netlink::{InterfaceRoute, bridge_ports, interface_routes};
-pub use probe::{Probe, connect_marked, has_route};
 pub use rule::{Backend, HostAddresses};
-pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, Service};
-pub use source::{MAX_DELAY, Share};
+pub use self_test::{SelfTest, connect_marked, has_route};
+pub use service::{CONTAINER_V4, CONTAINER_V6, METADATA_PORT, METADATA_V4, METADATA_V6, MetadataService};
+pub use source::{MAX_DELAY, SourceQuota};
 
-/// Requests have less than 1 KiB and responses some 2 KiB. A head may have 16 KiB, and arrives in several windows then.
+/// Sizes for requests below 1 KiB and responses of about 2 KiB. A request head of up to 16 KiB takes several windows.
 const BUFFERS: Buffers = Buffers { receive: 4 << 10, send: 4 << 10 };
-/// File descriptors for all but the connections that are served: 256 for STS, the API server, CNI records and `nft`,
-/// and those of connections that are closing or refused, or to the admin port.
+/// File descriptors for everything except served connections: 256 for STS, the API server, CNI records and `nft`, and
+/// the rest for connections that are closing or rejected, and for the admin port.
 const OTHER_DESCRIPTORS: usize = 256 + 64 + 64 + 16 + 3 * 32;
 
-/// A connection as the kernel sees it, where from and where to: the only evidence of who is calling. Nothing that a
-/// client sends is in here.
+/// Source and destination of a connection, from the kernel. This is the only evidence of the caller's identity; it
+/// contains nothing that the client sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer {
+pub struct ClientConn {
     source: SocketAddr,
-    service: Service,
+    service: MetadataService,
 }
 
-impl Peer {
-    /// The caller's address.
+impl ClientConn {
+    /// Returns the client's address.
     pub fn source(&self) -> SocketAddr {
         self.source
     }
 
-    /// Which service it connected to, before the redirect.
-    pub fn service(&self) -> Service {
+    /// Returns the service that the client connected to, before the redirect.
+    pub fn service(&self) -> MetadataService {
         self.service
     }
 
-    /// For tests of later stages.
+    /// Returns a connection for tests of later stages.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn from_pod(source: std::net::IpAddr) -> Self {
-        Self::from_pod_to(source, Service::Metadata)
+        Self::from_pod_to(source, MetadataService::Metadata)
     }
 
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn from_pod_to(source: std::net::IpAddr, service: Service) -> Self {
+    pub(crate) fn from_pod_to(source: std::net::IpAddr, service: MetadataService) -> Self {
         Self { source: (source, 40_000).into(), service }
     }
 }
 
-/// Allows as many file descriptors as there may be connections: a container runtime may leave an agent with
-/// 1,024, and what is without one then can neither accept, nor ask STS, nor read a CNI record.
-pub fn allow_descriptors(connections: usize) {
+/// Raises the soft limit on file descriptors to the hard limit. A container runtime may set it to 1,024; an agent that
+/// runs out of descriptors can neither accept connections, nor call STS, nor read CNI records.
+pub fn raise_descriptor_limit(connections: usize) {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
     match raised {
-        Ok(most) if most >= (connections + OTHER_DESCRIPTORS) as u64 => {}
-        Ok(most) => warn!(
-            descriptors = most,
+        Ok(limit) if limit >= (connections + OTHER_DESCRIPTORS) as u64 => {}
+        Ok(limit) => warn!(
+            descriptors = limit,
             max_connections = connections,
-            "fewer file descriptors are allowed than connections: raise the limit of the container runtime \
+            "file descriptor limit is too low for --max-connections: raise the limit of the container runtime \
              (LimitNOFILE), or lower --max-connections"
         ),
-        Err(error) => warn!(%error, "cannot raise the number of file descriptors"),
+        Err(error) => warn!(%error, "cannot raise the file descriptor limit"),
     }
 }
 
-/// Listens on the node's addresses, with the sockets of the agent that ran before where it has them.
+/// Listens on the node's addresses. Uses the predecessor's listening sockets where it has them (hot restart).
 ///
 /// # Errors
-/// Names the address and what to change.
+/// Fails if the address does not exist, is in use, or takes a missing capability. The error names the address and the
+/// fix.
 pub fn listen(
     host: HostAddresses,
     port: u16,
     mut predecessor: Option<&mut Predecessor>,
 ) -> anyhow::Result<Vec<std::net::TcpListener>> {
     let mut listener = |address: SocketAddr| {
-        let passed = predecessor.as_mut().and_then(|predecessor| predecessor.pods(address));
-        let listener = passed.map_or_else(|| bind(address), Ok)?;
-        // Also of a socket that an agent of another version has bound.
+        let inherited = predecessor.as_mut().and_then(|predecessor| predecessor.pod_listener(address));
+        let listener = inherited.map_or_else(|| bind(address), Ok)?;
+        // An inherited socket may have the buffer sizes of another version.
         BUFFERS.apply(&listener).with_context(|| format!("cannot limit the socket buffers of {address}"))?;
         anyhow::Ok(listener)
     };
-    if let Some(risk) = port::unprivileged(port, port::first_unprivileged()) {
+    if let Some(risk) = port::takeover_risk(port, port::first_unprivileged()) {
         warn!("--port {port}: {risk}");
     }
     let listeners = host.iter().map(|address| listener((address, port).into())).collect::<anyhow::Result<_>>()?;
     if let Some(predecessor) = predecessor {
-        predecessor.part();
+        predecessor.release();
     }
     Ok(listeners)
 }
@@ -127,24 +128,24 @@ fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
             setsockopt(&listener, sockopt::Ipv6V6Only, &true)?;
         }
         nix::sys::socket::bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
-        // The kernel's limit (net.core.somaxconn): musl's constant is older than kernels, and nix holds to it.
+        // Use the kernel's limit (net.core.somaxconn): nix otherwise enforces musl's outdated SOMAXCONN.
         nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
         Ok(std::net::TcpListener::from(listener))
     };
     listening().map_err(|error: Errno| match error {
         Errno::EADDRNOTAVAIL => anyhow::anyhow!(
-            "--host-ip {}: is no address of this node ({error}); give one, and run the agent in the node's network \
-             namespace (hostNetwork)",
+            "--host-ip {}: not an address of this node ({error}); set one of its addresses, and run the agent in the \
+             node's network namespace (hostNetwork)",
             address.ip()
         ),
         Errno::EADDRINUSE => {
             let occupant = match port::Occupant::find(address) {
                 Some(occupant) => occupant.to_string(),
-                None => format!("another process has {address}"),
+                None => format!("another process listens on {address}"),
             };
             anyhow::anyhow!(
-                "--port {}: in use: {occupant}. Pods whose connections are redirected reach that process: end it if it \
-                 is not an agent of kirsa; end the agent that does not hand over; or choose a free port",
+                "--port {}: in use: {occupant}. Redirected pods reach that process: stop it if it is not kirsa; stop \
+                 the old agent if hot restart failed; or choose a free port",
                 address.port()
             )
         }
@@ -161,10 +162,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_many_file_descriptors_as_are_allowed_are_used() {
+    fn descriptor_limit_is_raised_to_the_hard_limit() {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, hard / 2, hard).unwrap();
-        allow_descriptors(2_048);
+        raise_descriptor_limit(2_048);
         assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
     }
 }

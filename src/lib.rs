@@ -1,15 +1,15 @@
 //! IRSA for programs that only know the instance metadata service.
 //!
 //! ```text
-//! TCP connection ─intercept→ Peer ─attribute→ Workload ─authorize→ Grant ─cache→ Credential ─serve→ HTTP response
-//!                                                                    └─exchange (token → STS)
+//! TCP connection ─intercept→ ClientConn ─attribute→ Workload ─authorize→ Grant ─cache→ Credential ─serve→ HTTP response
+//!                                                                          └─exchange (token → STS)
 //! ```
 //!
-//! Each arrow is a stage, and only that stage can construct the type it leads to: only [`intercept`] makes a `Peer`,
-//! only [`attribute`] a `Workload`, only [`authorize`] a `Grant`; what [`cache`] gives away, a `Credential`, only
-//! [`exchange`] makes. Code that would serve a credential without having passed every stage does not compile. A stage
-//! names the types of the stages before it and of [`refusal`], [`observe`], [`connections`] and [`clock`], never those after it;
-//! `tests/stages.rs` holds that.
+//! Each arrow is a stage, and only that stage can construct the type it leads to: only [`intercept`] makes a
+//! `ClientConn`, only [`attribute`] a `Workload`, only [`authorize`] a `Grant`, and only [`exchange`] the `Credential`
+//! that [`cache`] returns. Code that would serve a credential without having passed every stage does not compile. A
+//! stage names the types of the stages before it and of [`refusal`], [`observe`], [`connections`] and [`clock`], never
+//! those after it; `tests/stages.rs` enforces that.
 
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub)]

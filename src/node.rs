@@ -34,7 +34,7 @@ use crate::{
     doctor,
     exchange::{Exchange, sts::Sts},
     intercept::{
-        self, Acceptor, Direct, Duties, Duty, Handover, Peer, Predecessor, Probe, RuleChanges,
+        self, Acceptor, BypassPolicy, ClientConn, HotRestart, Predecessor, Role, Roles, RuleChanges, SelfTest,
         rule::{self, Installed},
     },
     observe::{self, Admin, Metrics, Readiness},
@@ -82,7 +82,7 @@ pub fn main(command: Command) -> ExitCode {
 fn start(config: Config) -> anyhow::Result<()> {
     observe::start_logging(config.log_format, &config.log_level)?;
     info!(version = VERSION, "kirsa starts");
-    intercept::allow_descriptors(config.limits.total);
+    intercept::raise_descriptor_limit(config.limits.total);
     let mut predecessor = Predecessor::find(&config.state_dir);
     let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
     let installed = rule::install(config.rules(), config.intercept)?;
@@ -157,9 +157,9 @@ pub async fn run(
     if let Some(path) = &config.admin_socket {
         tasks.spawn(admin::serve_local(admin.clone(), path)?);
     }
-    let duties = Duties::new(listeners.predecessor.as_ref());
-    let handover = Handover::new(&config.state_dir, listeners.sockets(), duties.clone())?;
-    tasks.spawn(admin::serve(admin, config.admin_address, listeners.admin, duties.clone()));
+    let roles = Roles::new(listeners.predecessor.as_ref());
+    let hot_restart = HotRestart::new(&config.state_dir, listeners.sockets(), roles.clone())?;
+    tasks.spawn(admin::serve(admin, config.admin_address, listeners.admin, roles.clone()));
     let ahead = ahead::FetchAhead {
         attributor: attributor.clone(),
         authorizer: authorizer.clone(),
@@ -187,46 +187,50 @@ pub async fn run(
     });
 
     let graceful = Arc::new(GracefulShutdown::new());
-    let probe = Arc::new(Probe::default());
-    let direct = if installed.is_some() { Direct::Refuse } else { Direct::Accept };
-    let pod_of = move |peer: &Peer| attributor.lookup(peer).ok().map(|workload| workload.uid().0.clone());
-    let acceptor = Acceptor::new(config.limits, direct, Box::new(pod_of), probe.clone(), metrics.clone());
+    let self_test = Arc::new(SelfTest::default());
+    let bypass_policy = if installed.is_some() { BypassPolicy::Reject } else { BypassPolicy::Accept };
+    let pod_of = move |peer: &ClientConn| attributor.lookup(peer).ok().map(|workload| workload.uid().0.clone());
+    let acceptor = Acceptor::new(config.limits, bypass_policy, Box::new(pod_of), self_test.clone(), metrics.clone());
     let mut listening = JoinSet::new();
     for listener in listeners.pods {
-        let (server, graceful, acceptor, duties) = (server.clone(), graceful.clone(), acceptor.clone(), duties.clone());
+        let (server, graceful, acceptor, roles) = (server.clone(), graceful.clone(), acceptor.clone(), roles.clone());
         let listener = TcpListener::from_std(listener)?;
         listening.spawn(async move {
-            let serve = |arrival| server.clone().handle_connection(arrival, graceful.watcher());
-            duties.during(Duty::Pods, || acceptor.accept(&listener, &serve)).await;
+            let serve = |conn| server.clone().handle_connection(conn, graceful.watcher());
+            roles.run_while(Role::Pods, || acceptor.accept(&listener, &serve)).await;
         });
     }
     match installed {
         Some(installed) => {
             let others = listeners.predecessor.is_some();
-            let redirect = Redirect::new(installed, others, changes, probe, redirected, metrics.clone());
-            let duties = duties.clone();
-            tasks.spawn(always(async move { duties.during(Duty::Redirect, || redirect.keep()).await }));
+            let redirect = Redirect::new(installed, others, changes, self_test, redirected, metrics.clone());
+            let roles = roles.clone();
+            tasks.spawn(always(async move { roles.run_while(Role::Redirect, || redirect.keep()).await }));
         }
         None => {
             redirected.set(true);
             metrics.redirect_verified(true);
         }
     }
-    let of_redirect = duties.clone();
-    tasks.spawn(always(async move { of_redirect.during(Duty::Redirect, || bridge.keep()).await }));
+    let bridge_roles = roles.clone();
+    tasks.spawn(always(async move { bridge_roles.run_while(Role::Redirect, || bridge.keep()).await }));
     // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.
     listening.spawn(async move {
         let _taken = match listeners.predecessor {
             Some(predecessor) => {
-                let learnt = async {
+                let synced = async {
                     conditions.0.met().await;
                     conditions.1.met().await;
                 };
-                predecessor.take(&duties, learnt).await.inspect_err(|error| warn!(%error, "hand-over")).ok()
+                predecessor
+                    .take_over(&roles, synced)
+                    .await
+                    .inspect_err(|error| warn!(%error, "hot restart: cannot follow the old agent"))
+                    .ok()
             }
             None => None,
         };
-        handover.offer().await;
+        hot_restart.serve().await;
         // There is no more to do, and the agent before must not think that this one has ended.
         std::future::pending().await
     });

@@ -1,4 +1,4 @@
-//! Last stage: [`Peer`] and HTTP request → response. A request passes the rate limit, the router (`route`), the guards
+//! Last stage: [`ClientConn`] and HTTP request → response. A request passes the rate limit, the router (`route`), the guards
 //! (`guards`) and the handler of its route (`imds`, `container`). `response` has the bytes of responses,
 //! [`crate::refusal`] the status of each refusal.
 //!
@@ -35,8 +35,8 @@ use crate::{
     attribute::Attributor,
     authorize::Authorizer,
     cache::Cache,
-    connections::{Permit, Socket, Tracked},
-    intercept::{Accepted, Arrival, MAX_DELAY, Peer, Service, Share, TurnedAway},
+    connections::{ConnectionPermit, Socket, Tracked},
+    intercept::{Accepted, ClientConn, IncomingConn, MAX_DELAY, MetadataService, Rejected, SourceQuota},
     observe::{Metrics, Outcome, RefusalLog, log_refusal},
     refusal::{Reason, Refusal},
 };
@@ -76,9 +76,9 @@ pub struct Server {
 
 impl Server {
     /// Serves one connection until it ends.
-    pub async fn handle_connection(self: Arc<Self>, incoming: Arrival, drain: Watcher) {
-        match incoming.settle().await {
-            Ok(Accepted { stream, peer: client, share: quota, permit }) => {
+    pub async fn handle_connection(self: Arc<Self>, incoming: IncomingConn, drain: Watcher) {
+        match incoming.wait_for_permit().await {
+            Ok(Accepted { stream, client, quota, permit }) => {
                 // Responses are small and written at once: Nagle's algorithm would only delay them.
                 let _ = stream.set_nodelay(true);
                 self.serve_connection(stream, client, quota, permit, drain).await;
@@ -91,9 +91,9 @@ impl Server {
     pub(crate) async fn serve_connection(
         &self,
         stream: impl Socket + Send + 'static,
-        client: Peer,
-        quota: Share,
-        permit: Arc<Permit>,
+        client: ClientConn,
+        quota: SourceQuota,
+        permit: Arc<ConnectionPermit>,
         drain: Watcher,
     ) {
         let state = ConnectionState::new(client, quota, permit.clone());
@@ -115,8 +115,8 @@ impl Server {
     }
 
     /// Answers the first request with the refusal, whatever its path, and closes the connection.
-    async fn reject(&self, rejected: TurnedAway) {
-        let TurnedAway { stream, peer: client, refusal, permit } = rejected;
+    async fn reject(&self, rejected: Rejected) {
+        let Rejected { stream, client, refusal, permit } = rejected;
         let service = client.service();
         let refuse = |request: Request<Incoming>| {
             permit.busy();
@@ -160,7 +160,7 @@ impl Server {
         body: Incoming,
         arrived: Instant,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
-        let started = match state.quota.request(arrived) {
+        let started = match state.quota.throttle(arrived) {
             Some(Duration::ZERO) => arrived,
             Some(delay) => {
                 tokio::time::sleep(delay).await;
@@ -175,13 +175,15 @@ impl Server {
         };
         let context = RequestContext { connection: state, headers: &head.headers, started };
         match (state.client.service(), &head.method, route) {
-            (Service::Metadata, &Method::PUT, Route::Token) => {
+            (MetadataService::Metadata, &Method::PUT, Route::Token) => {
                 read_body(body).await?;
                 self.issue_token(&context)
             }
             (_, _, Route::Token) => Err(Reason::MethodNotAllowed.into()),
-            (Service::Metadata, &Method::GET | &Method::HEAD, _) => self.read_metadata(&context, route).await,
-            (Service::Container, &Method::GET | &Method::HEAD, _) => self.container_credentials(&context, route).await,
+            (MetadataService::Metadata, &Method::GET | &Method::HEAD, _) => self.read_metadata(&context, route).await,
+            (MetadataService::Container, &Method::GET | &Method::HEAD, _) => {
+                self.container_credentials(&context, route).await
+            }
             _ => Err(Reason::MethodNotAllowed.into()),
         }
     }
@@ -203,7 +205,7 @@ impl Server {
         }
     }
 
-    fn log(&self, client: &Peer, refusal: &Refusal) {
+    fn log(&self, client: &ClientConn, refusal: &Refusal) {
         if self.refusals.should_log(refusal.reason, client.source().ip()) {
             match self.attributor.lookup(client) {
                 Ok(pod) => log_refusal(refusal, pod.namespace(), pod.pod(), &pod.service_account().name),
@@ -215,7 +217,7 @@ impl Server {
 
 /// Routes by the request target without its query. The absolute and the authority form, which are for proxies, are not
 /// found.
-fn route(service: Service, uri: &Uri) -> Route<'_> {
+fn route(service: MetadataService, uri: &Uri) -> Route<'_> {
     let is_proxy_form = uri.scheme().is_some() || uri.authority().is_some();
     if is_proxy_form { Route::NotFound } else { Route::of(service, uri.path()) }
 }

@@ -340,7 +340,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{attribute::pod::Pod, intercept::Peer};
+    use crate::{attribute::pod::Pod, intercept::ClientConn};
 
     /// A record of containerd 2.4, shortened.
     const BRIDGE: &str = r#"{"kind":"cniCacheV1","containerId":"1198af","config":"eyJ9","ifName":"eth0",
@@ -416,7 +416,7 @@ mod tests {
         attributor.apply(Event::Pod(Pod::sample("a", "uid-a", "sa", &[])));
         attributor.apply(Event::ListDone);
         write("kit-2-eth0", "uid-a", 3_600);
-        let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
+        let peer = ClientConn::from_pod("10.244.0.2".parse().unwrap());
         assert_eq!(attributor.lookup(&peer).unwrap().pod(), "a");
         std::fs::remove_dir_all(&directory).unwrap();
     }
@@ -439,7 +439,7 @@ mod tests {
         let mut records = RecordWatcher::new(directory.clone(), attributor.clone(), Metrics::new("test").unwrap());
         records.inotify = || Err(Errno::EMFILE.into());
         records.scan();
-        let peer = Peer::from_pod("10.244.0.2".parse().unwrap());
+        let peer = ClientConn::from_pod("10.244.0.2".parse().unwrap());
         std::fs::write(directory.join("a"), &BRIDGE[..100]).unwrap();
         records.scan();
         assert!(attributor.lookup(&peer).is_ok(), "an unreadable record is not deleted");

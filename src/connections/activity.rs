@@ -1,4 +1,4 @@
-//! What one connection is doing, in one atomic: its own task writes it, the limiter reads it.
+//! Activity of one connection in one atomic, written by the connection's task and read by the limiter.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -7,38 +7,41 @@ use std::{
 
 use tokio::sync::Notify;
 
-/// Maximum time until a connection has sent its first request, and a request its head.
+/// Maximum time until a client has sent a complete request head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// Maximum time that a client reads nothing of a response.
+/// Maximum time that a client reads nothing while a response waits to be sent.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
-/// SDKs keep a connection for a minute between requests.
+/// Maximum idle time between requests. SDKs keep connections for up to a minute.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
-/// Interval of the checks: a deadline can become an earlier one meanwhile.
-const CHECK: Duration = Duration::from_secs(5);
+/// Maximum interval between checks, because a change of phase can make the deadline earlier.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 const PHASE: u64 = 0b11;
-/// The client has not sent a request yet.
+/// The client has sent nothing yet.
 const SILENT: u64 = 0;
 /// Part of a request's head has arrived.
 const RECEIVING: u64 = 1;
+/// A request is being answered.
 const BUSY: u64 = 2;
+/// The last response is complete.
 const IDLE: u64 = 3;
-/// The client does not read: the send buffer is full.
+/// Flag: the client does not read, and the send buffer is full.
 const STALLED: u64 = 0b100;
 const MILLIS_SHIFT: u32 = 3;
 
-/// Why a connection is closed without anybody needing its place.
+/// The timeout that closes a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Timeout {
-    /// No complete request head.
+    /// The client sent no complete request head.
     Silent,
     /// The client does not read its response.
     Stalled,
-    /// No further request.
+    /// The client sent no further request.
     Idle,
 }
 
 impl Timeout {
+    /// Returns the value of the metric label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Silent => "silent",
@@ -48,10 +51,10 @@ impl Timeout {
     }
 }
 
-/// Only the connection's task changes the state, so that loads and stores suffice.
+/// Phase of a connection. Only its task changes the phase, so relaxed loads and stores suffice.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// The phase, and since when.
+    /// Phase and flags in the low bits, and the time of the last change in milliseconds above.
     state: AtomicU64,
     is_evicted: AtomicBool,
     eviction: Notify,
@@ -70,14 +73,14 @@ impl Connection {
         self.enter(IDLE, now);
     }
 
-    /// Bytes of a request have arrived. Its time runs from the first of them.
+    /// Records that bytes of a request have arrived. The deadline counts from the first one.
     pub(super) fn received(&self, now: Duration) {
         if matches!(self.state() & PHASE, SILENT | IDLE) {
             self.enter(RECEIVING, now);
         }
     }
 
-    /// A write had to wait. What the phase is otherwise stays known.
+    /// Records that a write has to wait. Keeps the phase.
     pub(super) fn stalled(&self, now: Duration) {
         let state = self.state();
         if state & STALLED == 0 {
@@ -85,7 +88,7 @@ impl Connection {
         }
     }
 
-    /// A write that was stalled got on.
+    /// Records that a stalled write made progress.
     pub(super) fn wrote(&self, now: Duration) {
         self.store(at(now, self.state() & PHASE));
     }
@@ -98,12 +101,12 @@ impl Connection {
         self.state() & STALLED != 0
     }
 
-    /// Whether the client, and not the agent, keeps the connection waiting.
+    /// Returns whether the connection waits for the client and not for the agent.
     pub(super) fn waits_for_client(&self) -> bool {
         self.is_stalled() || !self.is_busy()
     }
 
-    /// Time since the phase began.
+    /// Returns the time since the last change of phase.
     pub(super) fn age(&self, now: Duration) -> Duration {
         now.saturating_sub(since(self.state()))
     }
@@ -121,23 +124,26 @@ impl Connection {
         self.eviction.notified().await;
     }
 
-    /// When to ask again, or what is over.
+    /// Returns when to check again.
+    ///
+    /// # Errors
+    /// Returns the [`Timeout`] that has expired.
     pub(super) fn timeout(&self, now: Duration) -> Result<Duration, Timeout> {
         let state = self.state();
-        let (most, timeout) = match state & PHASE {
+        let (limit, timeout) = match state & PHASE {
             _ if state & STALLED != 0 => (WRITE_TIMEOUT, Timeout::Stalled),
             SILENT | RECEIVING => (HEAD_TIMEOUT, Timeout::Silent),
             IDLE => (IDLE_TIMEOUT, Timeout::Idle),
-            // Answers have deadlines of their own.
-            _ => return Ok(CHECK),
+            // Responses have their own deadlines.
+            _ => return Ok(CHECK_INTERVAL),
         };
-        let left = (since(state) + most).saturating_sub(now);
-        if left.is_zero() { Err(timeout) } else { Ok(left.min(CHECK)) }
+        let left = (since(state) + limit).saturating_sub(now);
+        if left.is_zero() { Err(timeout) } else { Ok(left.min(CHECK_INTERVAL)) }
     }
 
     fn enter(&self, phase: u64, now: Duration) {
         let state = self.state();
-        // A client that does not read gets no more time by sending.
+        // A client that does not read cannot extend its deadline by sending.
         self.store(if state & STALLED != 0 { state & !PHASE | phase } else { at(now, phase) });
     }
 

@@ -1,11 +1,12 @@
-//! What the kernel may queue for a connection. It charges that to the agent's container like the agent's own memory.
+//! Kernel socket buffers. The kernel charges them to the agent's container (memory cgroup), like the agent's own
+//! memory.
 
 use std::os::fd::AsFd;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
-/// Sizes of a socket's buffers in bytes. The kernel allows twice as much, for its own bookkeeping (socket(7)), and what
-/// one write or packet adds to a buffer that still had room.
+/// Sizes of a socket's buffers in bytes. The kernel doubles them for its bookkeeping
+/// (<https://man7.org/linux/man-pages/man7/socket.7.html>), and one write or packet may exceed a buffer that has room.
 #[derive(Debug, Clone, Copy)]
 pub struct Buffers {
     pub receive: usize,
@@ -13,10 +14,10 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// Limits the buffers of all connections that this listener is going to accept.
+    /// Limits the buffers of all connections that the listener accepts from now on.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the error of `setsockopt`.
     pub fn apply(self, listener: &impl AsFd) -> nix::Result<()> {
         setsockopt(listener, sockopt::RcvBuf, &self.receive)?;
         setsockopt(listener, sockopt::SndBuf, &self.send)
@@ -34,7 +35,7 @@ mod tests {
     #[test]
     fn accepted_sockets_inherit_the_limits() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        // As an agent of another version may have left it.
+        // A socket inherited from another version may have other sizes.
         Buffers { receive: 1 << 20, send: 1 << 20 }.apply(&listener).unwrap();
         Buffers { receive: 4 << 10, send: 16 << 10 }.apply(&listener).unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -1,13 +1,12 @@
-//! The open connections by owner, and which of them has to go.
+//! Open connections by owner, and the choice of the one to evict.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{Bounds, Limit, Owner, activity::Connection};
 
-/// Maximum number of evicted connections that have not ended yet, which come on top of the limits. An idle one ends at
-/// once.
+/// Maximum number of evicted connections that have not closed yet, in addition to the limits. Idle ones close at once.
 pub(super) const MAX_CLOSING: usize = 64;
-/// The same for evicting one that is being answered: it ends after its response, and must not block idle ones.
+/// Maximum for evicting a busy connection, which closes only after its response. Lower, to leave room for idle ones.
 pub(super) const MAX_CLOSING_BUSY: usize = MAX_CLOSING / 2;
 
 #[derive(Debug, Default)]
@@ -31,11 +30,11 @@ impl Table {
         self.open += 1;
     }
 
-    /// Returns whether the connection was there: not if it has been evicted.
+    /// Removes a connection. Returns false if it was evicted before.
     pub(super) fn remove(&mut self, owner: &Owner, connection: &Arc<Connection>) -> bool {
         let Some(open) = self.owners.get_mut(owner) else { return false };
-        let Some(place) = open.iter().position(|other| Arc::ptr_eq(other, connection)) else { return false };
-        open.swap_remove(place);
+        let Some(index) = open.iter().position(|other| Arc::ptr_eq(other, connection)) else { return false };
+        open.swap_remove(index);
         if open.is_empty() {
             self.owners.remove(owner);
         }
@@ -43,14 +42,14 @@ impl Table {
         true
     }
 
-    /// Forgets a connection that has ended.
+    /// Removes a connection that has closed.
     pub(super) fn release(&mut self, owner: &Owner, connection: &Arc<Connection>) {
         if !self.remove(owner, connection) {
             self.closing -= 1;
         }
     }
 
-    /// Makes room for a connection of `owner`. `None` if nothing may be evicted for it.
+    /// Evicts a connection to make room for one of `owner`. Returns `None` if none may be evicted.
     pub(super) fn evict(&mut self, limit: Limit, owner: &Owner, now: Duration, grace: Duration) -> Option<()> {
         if self.closing >= MAX_CLOSING {
             return None;
@@ -59,10 +58,10 @@ impl Table {
         let held = self.held(owner);
         let (from, connection) = match limit {
             Limit::PerOwner => self.choose(now, |other, _| other == owner, idle)?,
-            // Where all are busy, the place goes to whoever has fewer, and the other one gets its response first.
+            // If all are busy, evict from an owner with more connections. The evicted one gets its response first.
             Limit::Total => self.choose(now, |other, count| other == owner || count > held, idle).or_else(|| {
-                let may = self.closing < MAX_CLOSING_BUSY;
-                self.choose(now, |_, count| may && count > held + 1, |_| true)
+                let allowed = self.closing < MAX_CLOSING_BUSY;
+                self.choose(now, |_, count| allowed && count > held + 1, |_| true)
             })?,
         };
         self.remove(&from, &connection);
@@ -71,16 +70,16 @@ impl Table {
         Some(())
     }
 
-    /// Returns the connection that has been in its phase longest, of the owner that holds most.
+    /// Returns the connection longest in its phase, of the owner with the most connections.
     fn choose(
         &self,
         now: Duration,
-        may_lose: impl Fn(&Owner, usize) -> bool,
-        may_go: impl Fn(&Connection) -> bool,
+        is_eligible: impl Fn(&Owner, usize) -> bool,
+        is_evictable: impl Fn(&Connection) -> bool,
     ) -> Option<(Owner, Arc<Connection>)> {
-        let owners = self.owners.iter().filter(|(owner, open)| may_lose(owner, open.len()));
+        let owners = self.owners.iter().filter(|(owner, open)| is_eligible(owner, open.len()));
         let connections = owners.flat_map(|(owner, open)| open.iter().map(move |one| (open.len(), owner, one)));
-        let candidates = connections.filter(|(_, _, connection)| may_go(connection));
+        let candidates = connections.filter(|(_, _, connection)| is_evictable(connection));
         let (_, owner, connection) = candidates.max_by_key(|(count, _, one)| (*count, one.age(now)))?;
         Some((owner.clone(), connection.clone()))
     }

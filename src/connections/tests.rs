@@ -24,7 +24,7 @@ fn pod(name: &str) -> Owner {
     Owner::Pod(name.into())
 }
 
-fn admit(limiter: &Arc<ConnectionLimiter>, name: &str) -> Result<Arc<Permit>, Limit> {
+fn admit(limiter: &Arc<ConnectionLimiter>, name: &str) -> Result<Arc<ConnectionPermit>, Limit> {
     limiter.try_admit(pod(name)).map(|(permit, _)| permit)
 }
 
@@ -33,7 +33,7 @@ async fn pass(time: Duration) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn longest_idle_of_the_same_owner_goes() {
+async fn longest_idle_of_same_owner_is_evicted() {
     let limiter = limiter(10, 2);
     let (first, second) = (admit(&limiter, "a").unwrap(), admit(&limiter, "a").unwrap());
     first.busy();
@@ -47,19 +47,19 @@ async fn longest_idle_of_the_same_owner_goes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn largest_owner_pays_when_all_places_are_taken() {
+async fn largest_owner_loses_at_the_total_limit() {
     let limiter = limiter(3, 3);
     let small = admit(&limiter, "small").unwrap();
     pass(SECOND).await;
     let large = [admit(&limiter, "large").unwrap(), admit(&limiter, "large").unwrap()];
     pass(SECOND).await;
     let _new = admit(&limiter, "new").unwrap();
-    assert!(!small.is_evicted(), "idle for longest, but its owner has one only");
+    assert!(!small.is_evicted(), "idle longest, but its owner has only one");
     assert_eq!(large.iter().filter(|permit| permit.is_evicted()).count(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_owner_takes_nothing_from_smaller_ones() {
+async fn smaller_owner_loses_nothing() {
     let limiter = limiter(3, 3);
     let small = admit(&limiter, "small").unwrap();
     let large = [admit(&limiter, "large").unwrap(), admit(&limiter, "large").unwrap()];
@@ -70,10 +70,10 @@ async fn an_owner_takes_nothing_from_smaller_ones() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn busy_and_fresh_connections_stay() {
+async fn busy_and_recent_connections_stay() {
     let limiter = limiter(10, 1);
     let permit = admit(&limiter, "a").unwrap();
-    assert_eq!(admit(&limiter, "a").unwrap_err(), Limit::PerOwner, "its client had no time to ask");
+    assert_eq!(admit(&limiter, "a").unwrap_err(), Limit::PerOwner, "the client had no time to send a request");
     permit.busy();
     pass(SECOND).await;
     assert_eq!(admit(&limiter, "a").unwrap_err(), Limit::PerOwner);
@@ -83,41 +83,41 @@ async fn busy_and_fresh_connections_stay() {
     assert!(admit(&limiter, "a").is_ok());
 }
 
-/// Whoever keeps all places busy gives some of them up, after the responses.
+/// An owner whose busy connections fill the limiter loses some of them after their responses.
 #[tokio::test(start_paused = true)]
-async fn busy_hoarder_leaves_room_for_others() {
+async fn busy_owner_makes_room_for_others() {
     let limiter = limiter(4, 4);
-    let hoard: Vec<_> = (0..4).map(|_| admit(&limiter, "hoarder").unwrap()).collect();
-    hoard.iter().for_each(|permit| permit.busy());
+    let large: Vec<_> = (0..4).map(|_| admit(&limiter, "large").unwrap()).collect();
+    large.iter().for_each(|permit| permit.busy());
     let others = ["b", "c"].map(|name| admit(&limiter, name).unwrap());
-    assert_eq!(hoard.iter().filter(|permit| permit.is_evicted()).count(), 2);
-    assert_eq!(limiter.table().counts(), (4, 2));
-    drop(hoard);
-    assert_eq!(limiter.table().counts(), (2, 0));
+    assert_eq!(large.iter().filter(|permit| permit.is_evicted()).count(), 2);
+    assert_eq!(limiter.table.lock().counts(), (4, 2));
+    drop(large);
+    assert_eq!(limiter.table.lock().counts(), (2, 0));
     drop(others);
-    assert_eq!(limiter.table().counts(), (0, 0));
+    assert_eq!(limiter.table.lock().counts(), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn evicted_connections_are_bounded_too() {
+async fn number_of_evicted_connections_is_bounded() {
     let limiter = limiter(4 * MAX_CLOSING, 4 * MAX_CLOSING);
-    let hoard: Vec<_> = (0..4 * MAX_CLOSING).map(|_| admit(&limiter, "hoarder").unwrap()).collect();
+    let large: Vec<_> = (0..4 * MAX_CLOSING).map(|_| admit(&limiter, "large").unwrap()).collect();
     pass(SECOND).await;
     let others: Vec<_> = (0..2 * MAX_CLOSING).map_while(|_| admit(&limiter, "other").ok()).collect();
     assert_eq!(others.len(), MAX_CLOSING);
-    drop(hoard);
+    drop(large);
     assert!(admit(&limiter, "other").is_ok());
 }
 
-/// Requests that take long to answer do not keep idle connections from making room.
+/// Slow requests do not prevent the eviction of idle connections.
 #[tokio::test(start_paused = true)]
 async fn busy_evictions_leave_room_for_idle_ones() {
     let limiter = limiter(2 * MAX_CLOSING, 2 * MAX_CLOSING);
-    let hoard: Vec<_> = (0..2 * MAX_CLOSING).map(|_| admit(&limiter, "hoarder").unwrap()).collect();
-    hoard.iter().for_each(|permit| permit.busy());
+    let large: Vec<_> = (0..2 * MAX_CLOSING).map(|_| admit(&limiter, "large").unwrap()).collect();
+    large.iter().for_each(|permit| permit.busy());
     let others: Vec<_> = (0..MAX_CLOSING).map_while(|_| admit(&limiter, "other").ok()).collect();
     assert_eq!(others.len(), MAX_CLOSING_BUSY);
-    hoard.iter().for_each(|permit| permit.idle());
+    large.iter().for_each(|permit| permit.idle());
     pass(GRACE).await;
     assert!(admit(&limiter, "other").is_ok());
 }
@@ -126,9 +126,9 @@ async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Poll<F::Output> {
     poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
 }
 
-/// What the kernel has and this process was not told of yet counts as sent.
+/// Bytes in the receive buffer count, even if this process was not notified yet.
 #[tokio::test]
-async fn request_on_its_way_is_not_cut_off() {
+async fn unread_request_is_not_interrupted() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (accepted, _) = listener.accept().unwrap();
@@ -152,27 +152,27 @@ async fn request_on_its_way_is_not_cut_off() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn addresses_of_one_pod_are_one_owner() {
+async fn addresses_of_one_pod_share_a_limit() {
     let limiter = limiter(10, 2);
     let address = |last| Owner::Address([10, 0, 0, last].into());
-    let known = [1, 2].map(|last| limiter.try_admit(address(last)).unwrap().0);
-    known.iter().for_each(|permit| {
+    let permits = [1, 2].map(|last| limiter.try_admit(address(last)).unwrap().0);
+    permits.iter().for_each(|permit| {
         permit.busy();
-        permit.identify(pod("a"));
+        permit.set_owner(pod("a"));
     });
     assert_eq!(admit(&limiter, "a").unwrap_err(), Limit::PerOwner);
-    assert!(limiter.try_admit(address(1)).is_ok(), "counted for the pod alone");
-    drop(known);
-    assert_eq!(limiter.table().counts(), (0, 0));
+    assert!(limiter.try_admit(address(1)).is_ok(), "the address itself has no connection any more");
+    drop(permits);
+    assert_eq!(limiter.table.lock().counts(), (0, 0));
 }
 
-async fn ended_after(permit: &Permit) -> (Timeout, Duration) {
+async fn ended_after(permit: &ConnectionPermit) -> (Timeout, Duration) {
     let began = Instant::now();
     let timeout = permit.drive(std::future::pending::<()>()).await.unwrap_err();
     (timeout, began.elapsed())
 }
 
-/// IMDS-13: SDKs keep a connection for a minute.
+/// IMDS-13: SDKs keep connections for a minute.
 #[tokio::test(start_paused = true)]
 async fn each_phase_has_its_timeout() {
     let permit = admit(&limiter(1, 1), "a").unwrap();
@@ -184,7 +184,7 @@ async fn each_phase_has_its_timeout() {
     permit.connection.received(permit.limiter.now());
     pass(seconds(3)).await;
     permit.connection.received(permit.limiter.now());
-    assert_eq!(ended_after(&permit).await, (Timeout::Silent, seconds(2)), "a byte now and then gains no time");
+    assert_eq!(ended_after(&permit).await, (Timeout::Silent, seconds(2)), "later bytes do not extend the deadline");
     permit.busy();
     let busy = permit.drive(tokio::time::sleep(seconds(1_000))).await;
     assert!(busy.is_ok());
@@ -193,7 +193,7 @@ async fn each_phase_has_its_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn evicted_stream_delivers_what_was_sent() {
+async fn evicted_stream_delivers_unread_bytes() {
     let limiter = limiter(1, 1);
     let permit = admit(&limiter, "a").unwrap();
     let (mut client, stream) = tokio::io::duplex(64);
@@ -207,7 +207,7 @@ async fn evicted_stream_delivers_what_was_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn client_that_does_not_read_is_evicted() {
+async fn stalled_client_is_evicted() {
     let limiter = limiter(1, 1);
     let permit = admit(&limiter, "a").unwrap();
     let (_client, stream) = tokio::io::duplex(1);

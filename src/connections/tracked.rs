@@ -1,5 +1,4 @@
-//! A stream that records what its connection is doing, and ends once the connection is evicted and no request is on
-//! its way.
+//! A stream that records its connection's activity, and fails once the connection is evicted and no request is unread.
 
 use std::{
     io,
@@ -17,18 +16,18 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::Permit;
+use super::ConnectionPermit;
 
-/// Maximum size of a single write in bytes. The kernel takes a write whole once the send buffer has any room, so this
-/// bounds by how much it exceeds the buffer. Responses are smaller, except metrics.
+/// Maximum size of one write in bytes. The kernel accepts a whole write if the send buffer has any room, so this bounds
+/// the excess. Responses are smaller, except metrics.
 const MAX_WRITE: usize = 4 << 10;
 
-/// A stream that knows what its kernel buffers hold.
+/// A stream with access to its kernel buffers.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin {
-    /// Returns whether bytes have arrived that were not read.
+    /// Returns whether the receive buffer has unread bytes.
     fn has_unread(&self) -> bool;
 
-    /// Writes no more than the send buffer holds.
+    /// Writes no more than fits into the send buffer.
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(self).poll_write(cx, bytes)
     }
@@ -39,8 +38,8 @@ impl Socket for TcpStream {
         ioctl_fionread(self).is_ok_and(|unread| unread > 0)
     }
 
-    /// Ends each write with the flag MSG_EOR. Without it, the kernel appends writes to the last packet in its queue and
-    /// ignores the limit of the send buffer until that packet is as large as segmentation offload allows (64 KiB).
+    /// Sets MSG_EOR on each write. Otherwise the kernel appends writes to the last packet in the queue, and ignores the
+    /// limit of the send buffer until that packet reaches the maximum for segmentation offload (64 KiB).
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let write = || Ok(send(&*self, bytes, SendFlags::EOR | SendFlags::NOSIGNAL)?);
         loop {
@@ -61,20 +60,21 @@ impl Socket for UnixStream {
 
 #[cfg(any(test, fuzzing))]
 impl Socket for tokio::io::DuplexStream {
-    /// What was sent can be read at once.
+    /// A duplex stream has no kernel buffer.
     fn has_unread(&self) -> bool {
         false
     }
 }
 
+/// Records activity in the connection's permit.
 #[derive(Debug)]
 pub struct Tracked<S> {
     stream: S,
-    permit: Arc<Permit>,
+    permit: Arc<ConnectionPermit>,
 }
 
 impl<S: Socket> Tracked<S> {
-    pub fn new(stream: S, permit: Arc<Permit>) -> Self {
+    pub fn new(stream: S, permit: Arc<ConnectionPermit>) -> Self {
         Self { stream, permit }
     }
 
@@ -127,5 +127,5 @@ impl<S: Socket> AsyncWrite for Tracked<S> {
 }
 
 fn evicted() -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionAborted, "another connection needs the place")
+    io::Error::new(io::ErrorKind::ConnectionAborted, "connection evicted in favor of another one")
 }

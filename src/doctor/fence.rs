@@ -3,13 +3,13 @@
 use super::finding::Finding;
 use crate::{
     config::Config,
-    intercept::{Backend, rule::fence_listing},
+    intercept::{Backend, rule::policy_routing_listing},
 };
 
 const CHECK: &str = "policy-routing";
 
 pub(super) fn check(config: &Config) -> Option<Finding> {
-    Some(match fence_listing() {
+    Some(match policy_routing_listing() {
         Ok(listing) => return judge(config.intercept, &listing),
         Err(_) if config.intercept == Backend::None => return None,
         Err(error) => Finding::skipped(CHECK, format!("policy routing rules cannot be listed: {error}")),

@@ -4,17 +4,17 @@
 use std::net::SocketAddr;
 
 use super::{finding::Finding, others::CHECK};
-use crate::intercept::{METADATA_PORT, Service, port};
+use crate::intercept::{METADATA_PORT, MetadataService, port};
 
 /// Where an EKS Pod Identity agent listens, if one does.
 pub fn pod_identity_agent() -> Option<SocketAddr> {
-    on(Service::Container)
+    on(MetadataService::Container)
 }
 
 /// Says nothing where there are none.
 pub(super) fn check(container: bool) -> Vec<Finding> {
     let mut findings = Vec::new();
-    match on(Service::Container) {
+    match on(MetadataService::Container) {
         Some(at) if container => findings.push(Finding::warning(
             CHECK,
             format!("the EKS Pod Identity agent listens on {at}, and --container-credentials takes its requests"),
@@ -28,7 +28,7 @@ pub(super) fn check(container: bool) -> Vec<Finding> {
         )),
         None => {}
     }
-    if let Some(at) = on(Service::Metadata) {
+    if let Some(at) = on(MetadataService::Metadata) {
         findings.push(Finding::warning(
             CHECK,
             format!("a process of this node listens on {at}: another metadata service"),
@@ -38,8 +38,8 @@ pub(super) fn check(container: bool) -> Vec<Finding> {
     findings
 }
 
-fn on(service: Service) -> Option<SocketAddr> {
+fn on(service: MetadataService) -> Option<SocketAddr> {
     let of = [service.v4(), service.v6()];
-    let listening = port::listening().into_iter().map(|socket| socket.address);
+    let listening = port::listening_sockets().into_iter().map(|socket| socket.address);
     listening.into_iter().find(|at| at.port() == METADATA_PORT && of.contains(&at.ip()))
 }

@@ -25,7 +25,7 @@ pub(super) fn check_port(port: u16) -> Finding {
 
 fn judge_port(port: u16, first: u16) -> Finding {
     let default = port::DEFAULT_PORT;
-    match port::unprivileged(port, first) {
+    match port::takeover_risk(port, first) {
         None => Finding::ok("port", format!("port {port} takes CAP_NET_BIND_SERVICE to listen on")),
         Some(risk) if port < 1_024 => Finding::warning("port", risk, format!("set {SYSCTL} to 1024 on the node")),
         Some(risk) => Finding::warning("port", risk, format!("give --port below {first}, such as {default}")),

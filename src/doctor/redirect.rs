@@ -7,7 +7,7 @@ use http::header::SERVER;
 use super::{finding::Finding, http::get};
 use crate::{
     config::Config,
-    intercept::{Backend, METADATA_PORT, Service, connect_marked, has_route},
+    intercept::{Backend, METADATA_PORT, MetadataService, connect_marked, has_route},
 };
 
 const AGAIN: &str = "the agent applies the redirect when it starts, and again within 2 s of its removal: if it runs, \
@@ -22,20 +22,20 @@ pub(super) async fn check(config: &Config) -> Vec<Finding> {
         return vec![Finding::skipped("redirect", detail).with_fix(fix)];
     }
     let mut findings = Vec::new();
-    for (host, service) in config.rules().ways() {
+    for (host, service) in config.rules().dnat_targets() {
         findings.push(try_from(host, service, config.port).await);
     }
     findings
 }
 
-async fn try_from(host: IpAddr, service: Service, port: u16) -> Finding {
+async fn try_from(host: IpAddr, service: MetadataService, port: u16) -> Finding {
     let check = match (service, host) {
-        (Service::Metadata, IpAddr::V4(_)) => "redirect-ipv4",
-        (Service::Metadata, IpAddr::V6(_)) => "redirect-ipv6",
-        (Service::Container, IpAddr::V4(_)) => "container-redirect-ipv4",
-        (Service::Container, IpAddr::V6(_)) => "container-redirect-ipv6",
+        (MetadataService::Metadata, IpAddr::V4(_)) => "redirect-ipv4",
+        (MetadataService::Metadata, IpAddr::V6(_)) => "redirect-ipv6",
+        (MetadataService::Container, IpAddr::V4(_)) => "container-redirect-ipv4",
+        (MetadataService::Container, IpAddr::V6(_)) => "container-redirect-ipv6",
     };
-    let way = format!("{host} to {} port {METADATA_PORT}", service.of_family(host));
+    let way = format!("{host} to {} port {METADATA_PORT}", service.address_for(host));
     if !has_route(host, service) {
         return Finding::skipped(check, format!("{way}: the node has no route there, so it cannot be tried from it"));
     }

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     authorize::Grant,
     exchange::{Credential, Issuer},
-    intercept::{Peer, Service},
+    intercept::{ClientConn, MetadataService},
     refusal::{Reason, Refusal},
     serve::{
         container::{Review, TokenReviews},
@@ -76,7 +76,7 @@ impl Site {
         Self { runtime, server }
     }
 
-    fn exchange(&self, sent: &[u8], peer: Peer) -> String {
+    fn exchange(&self, sent: &[u8], peer: ClientConn) -> String {
         self.runtime.block_on(async {
             let received = self.server.exchange_and_half_close(sent, peer).await;
             // Let rejected container tokens expire: otherwise the limit per pod would hide all later ones.
@@ -93,13 +93,13 @@ pub fn check(data: &[u8]) {
             let own = site.server.imds_token(sender.address());
             let sent = replace(&replace(data, OWN, &own), OTHERS, &site.server.imds_token([10, 0, 0, 2]));
             let requests = framing::requests(&sent);
-            let received = site.exchange(&sent, Peer::from_pod(sender.address().into()));
+            let received = site.exchange(&sent, ClientConn::from_pod(sender.address().into()));
             for (number, response) in framing::responses(&received, &requests).iter().enumerate() {
                 check_metadata(sender, &own, requests.get(number), response);
             }
         }
         let requests = framing::requests(data);
-        let received = site.exchange(data, Peer::from_pod_to([10, 0, 0, 1].into(), Service::Container));
+        let received = site.exchange(data, ClientConn::from_pod_to([10, 0, 0, 1].into(), MetadataService::Container));
         for (number, response) in framing::responses(&received, &requests).iter().enumerate() {
             check_container(requests.get(number), response);
         }

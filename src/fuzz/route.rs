@@ -1,7 +1,7 @@
 //! The router, compared with an independent second implementation.
 
 use crate::{
-    intercept::Service,
+    intercept::MetadataService,
     serve::{
         node_metadata::{ALLOWABLE, NodeMetadata, groups::Allowed},
         route::Route,
@@ -18,7 +18,7 @@ const GROUP_PATHS: [&str; 4] = [
 
 pub fn check(data: &[u8]) {
     let Ok(target) = std::str::from_utf8(data) else { return };
-    let route = Route::of(Service::Metadata, target);
+    let route = Route::of(MetadataService::Metadata, target);
     let segments = segments(target);
     assert_eq!(route, expected(segments.as_deref()), "{target}");
     if let Route::Metadata(path) = &route {
@@ -29,7 +29,7 @@ pub fn check(data: &[u8]) {
         let known = all.value(path).is_some() || !all.entries(path).is_empty();
         assert!(!known || !forbidden.iter().any(|word| path.contains(word)), "{target}");
     }
-    let container = Route::of(Service::Container, target);
+    let container = Route::of(MetadataService::Container, target);
     let is_credentials = segments.is_some_and(|segments| segments == ["v1", "credentials"]);
     assert_eq!(container, if is_credentials { Route::ContainerCredentials } else { Route::NotFound }, "{target}");
 }

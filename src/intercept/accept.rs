@@ -1,4 +1,4 @@
-//! Accepts connections within limits, and tells those that came through the redirect from those that came around it.
+//! Accepts connections within limits, and separates redirected connections from those that bypassed the redirect.
 
 use std::{
     fmt,
@@ -15,111 +15,114 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{MAX_DELAY, Peer, Probe, Service, Share, around::Around, source::Sources};
+use super::{
+    ClientConn, MAX_DELAY, MetadataService, SelfTest, SourceQuota, bypass::BypassDetail, source::SourceLimits,
+};
 use crate::{
-    connections::{Bounds, ConnectionLimiter, Limit, Owner, Permit},
+    connections::{Bounds, ConnectionLimiter, ConnectionPermit, Limit, Owner},
     observe::Metrics,
     refusal::{Reason, Refusal},
 };
 
-/// A client between two requests keeps its connection.
-const GRACE: Duration = Duration::from_millis(100);
-/// Connections that wait for a place or are told that there is none. One source with too many cannot use up more than
-/// half of these.
-const REJECTED: Bounds = Bounds { total: 64, per_owner: 32, grace: Duration::ZERO };
-/// The same of connections that came around the redirect. These take no place of the others: the port may be reached
-/// from other nodes.
-const BYPASSING: Bounds = Bounds { total: 16, per_owner: 4, grace: Duration::ZERO };
-/// How often a connection that waits tries again to get a place.
-const RETRY: Duration = Duration::from_millis(25);
+/// Minimum idle time before an eviction, so that a client between two requests keeps its connection.
+const EVICTION_GRACE: Duration = Duration::from_millis(100);
+/// Bounds on redirected connections that wait for a permit or get a rejection. One owner can use at most half.
+const REJECTING_BOUNDS: Bounds = Bounds { total: 64, per_owner: 32, grace: Duration::ZERO };
+/// Bounds on connections that bypassed the redirect and get a rejection. They are separate, because other nodes may
+/// be able to reach the port.
+const BYPASS_BOUNDS: Bounds = Bounds { total: 16, per_owner: 4, grace: Duration::ZERO };
+/// Interval at which a waiting connection tries to get a permit.
+const PERMIT_RETRY: Duration = Duration::from_millis(25);
 
-/// What pods may take.
+/// Limits on pods' connections and requests.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Connections at once, of all sources and of one.
+    /// Maximum number of open connections, in total.
     pub total: usize,
+    /// Maximum number of open connections of one source.
     pub per_source: usize,
-    /// Requests per second, and as many at once.
+    /// Rate limit in requests per second, and the burst size.
     pub requests_per_source: u32,
 }
 
 /// Returns the UID of the pod that a connection comes from, if it is known already.
-pub type PodOf = Box<dyn Fn(&Peer) -> Option<Arc<str>> + Send + Sync>;
+pub type PodOf = Box<dyn Fn(&ClientConn) -> Option<Arc<str>> + Send + Sync>;
 
-/// What to do with a connection that did not come from the metadata address.
+/// Decides about connections without a known original destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direct {
-    /// Turned away: it came around the redirect.
-    Refuse,
-    /// Somebody else's redirect (`--intercept none`) need not leave the original destination behind.
+pub enum BypassPolicy {
+    /// Rejects them: they bypassed the redirect.
+    Reject,
+    /// Accepts them: another component's redirect (`--intercept none`) need not preserve the original destination.
     Accept,
 }
 
-/// A connection, and what becomes of it.
+/// An accepted TCP connection, and the decision about it.
 #[derive(Debug)]
-pub enum Arrival {
+pub enum IncomingConn {
     Accepted(Accepted),
     Waiting(Waiting),
-    TurnedAway(TurnedAway),
+    Rejected(Rejected),
 }
 
-impl Arrival {
-    /// Waits a moment for a place if the connection has none.
+impl IncomingConn {
+    /// Waits briefly for a permit if the connection has none.
     ///
     /// # Errors
-    /// The connection and its refusal.
-    pub async fn settle(self) -> Result<Accepted, TurnedAway> {
+    /// [`Rejected`] with [`Reason::TooManyConnections`] if no permit becomes free in time, or with
+    /// [`Reason::NotRedirected`] if the connection bypassed the redirect.
+    pub async fn wait_for_permit(self) -> Result<Accepted, Rejected> {
         match self {
             Self::Accepted(accepted) => Ok(accepted),
-            Self::Waiting(waiting) => waiting.settle().await,
-            Self::TurnedAway(turned_away) => Err(turned_away),
+            Self::Waiting(waiting) => waiting.wait_for_permit().await,
+            Self::Rejected(rejected) => Err(rejected),
         }
     }
 }
 
-/// A connection that is served, and its share of the limits.
+/// A connection to serve.
 #[derive(Debug)]
 pub struct Accepted {
     pub stream: TcpStream,
-    pub peer: Peer,
-    pub share: Share,
+    pub client: ClientConn,
+    pub quota: SourceQuota,
     /// Must be kept for as long as the connection is open.
-    pub permit: Arc<Permit>,
+    pub permit: Arc<ConnectionPermit>,
 }
 
-/// A connection that is told why it is not served, and closed: SDKs retry after a 503, and give up after a reset.
+/// A connection that gets an error response and is closed: SDKs retry after a 503, and give up after a reset.
 #[derive(Debug)]
-pub struct TurnedAway {
+pub struct Rejected {
     pub stream: TcpStream,
-    pub peer: Peer,
+    pub client: ClientConn,
     pub refusal: Refusal,
     /// Must be kept for as long as the connection is open.
-    pub permit: Arc<Permit>,
+    pub permit: Arc<ConnectionPermit>,
 }
 
-/// A connection above a limit, which gets a place if one becomes free soon.
+/// A connection above a limit, which is accepted if a permit becomes free soon.
 #[derive(Debug)]
 pub struct Waiting {
     stream: TcpStream,
-    peer: Peer,
+    client: ClientConn,
     acceptor: Arc<Acceptor>,
-    permit: Arc<Permit>,
+    permit: Arc<ConnectionPermit>,
 }
 
 impl Waiting {
-    async fn settle(self) -> Result<Accepted, TurnedAway> {
-        let Self { stream, peer, acceptor, permit } = self;
-        let until = Instant::now() + MAX_DELAY;
+    async fn wait_for_permit(self) -> Result<Accepted, Rejected> {
+        let Self { stream, client, acceptor, permit } = self;
+        let deadline = Instant::now() + MAX_DELAY;
         loop {
             let is_evicted = tokio::select! {
                 () = permit.evicted() => true,
-                () = sleep(RETRY) => false,
+                () = sleep(PERMIT_RETRY) => false,
             };
-            match acceptor.place(&peer) {
-                Ok((share, permit)) => return Ok(Accepted { stream, peer, share, permit }),
-                Err(limit) if is_evicted || Instant::now() >= until => {
-                    let refusal = acceptor.too_many(&peer, limit);
-                    return Err(TurnedAway { stream, peer, refusal, permit });
+            match acceptor.try_admit(&client) {
+                Ok((quota, permit)) => return Ok(Accepted { stream, client, quota, permit }),
+                Err(limit) if is_evicted || Instant::now() >= deadline => {
+                    let refusal = acceptor.refuse_over_limit(&client, limit);
+                    return Err(Rejected { stream, client, refusal, permit });
                 }
                 Err(_) => {}
             }
@@ -127,43 +130,49 @@ impl Waiting {
     }
 }
 
-/// The limits on connections, shared by all listeners.
+/// Admission control, shared by all listeners.
 pub struct Acceptor {
-    places: Arc<ConnectionLimiter>,
-    rejected: Arc<ConnectionLimiter>,
-    bypassing: Arc<ConnectionLimiter>,
-    sources: Arc<Sources>,
-    direct: Direct,
+    serving: Arc<ConnectionLimiter>,
+    rejecting: Arc<ConnectionLimiter>,
+    rejecting_bypass: Arc<ConnectionLimiter>,
+    sources: Arc<SourceLimits>,
+    bypass_policy: BypassPolicy,
+    bypass_detail: BypassDetail,
     pod_of: PodOf,
-    probe: Arc<Probe>,
-    around: Around,
+    self_test: Arc<SelfTest>,
     metrics: Metrics,
 }
 
 impl fmt::Debug for Acceptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Acceptor").field("direct", &self.direct).finish_non_exhaustive()
+        f.debug_struct("Acceptor").field("bypass_policy", &self.bypass_policy).finish_non_exhaustive()
     }
 }
 
 impl Acceptor {
-    pub fn new(limits: Limits, direct: Direct, pod_of: PodOf, probe: Arc<Probe>, metrics: Metrics) -> Arc<Self> {
-        let bounds = Bounds { total: limits.total, per_owner: limits.per_source, grace: GRACE };
+    pub fn new(
+        limits: Limits,
+        bypass_policy: BypassPolicy,
+        pod_of: PodOf,
+        self_test: Arc<SelfTest>,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        let bounds = Bounds { total: limits.total, per_owner: limits.per_source, grace: EVICTION_GRACE };
         Arc::new(Self {
-            places: ConnectionLimiter::new(bounds),
-            rejected: ConnectionLimiter::new(REJECTED),
-            bypassing: ConnectionLimiter::new(BYPASSING),
-            sources: Sources::new(limits, metrics.clone()),
-            direct,
+            serving: ConnectionLimiter::new(bounds),
+            rejecting: ConnectionLimiter::new(REJECTING_BOUNDS),
+            rejecting_bypass: ConnectionLimiter::new(BYPASS_BOUNDS),
+            sources: SourceLimits::new(limits, metrics.clone()),
+            bypass_policy,
+            bypass_detail: BypassDetail::default(),
             pod_of,
-            probe,
-            around: Around::default(),
+            self_test,
             metrics,
         })
     }
 
-    /// Accepts connections and hands each to `serve` as a task of its own, until it is dropped.
-    pub async fn accept<F>(self: &Arc<Self>, listener: &TcpListener, serve: &(impl Fn(Arrival) -> F + Sync))
+    /// Accepts connections and spawns `serve` for each. Never returns.
+    pub async fn accept<F>(self: &Arc<Self>, listener: &TcpListener, serve: &(impl Fn(IncomingConn) -> F + Sync))
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -172,13 +181,13 @@ impl Acceptor {
             match listener.accept().await {
                 Ok((stream, source)) => {
                     pause = Duration::ZERO;
-                    if let Some(arrival) = self.admit(stream, source) {
-                        tokio::spawn(serve(arrival));
+                    if let Some(conn) = self.classify(stream, source) {
+                        tokio::spawn(serve(conn));
                     }
-                    self.places.let_evicted_end().await;
+                    self.serving.yield_to_evicted().await;
                 }
                 Err(error) => {
-                    // Out of file descriptors, most likely: without a pause this loop would spin until some come back.
+                    // The process is most likely out of file descriptors. Without a pause this loop would spin.
                     self.metrics.connection_refused("accept_error");
                     pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
                     warn!(%error, ?pause, "cannot accept a connection");
@@ -188,62 +197,62 @@ impl Acceptor {
         }
     }
 
-    fn admit(self: &Arc<Self>, stream: TcpStream, source: SocketAddr) -> Option<Arrival> {
+    /// Returns `None` for connections to close without a response: those of the self-test, and those above all bounds.
+    fn classify(self: &Arc<Self>, stream: TcpStream, source: SocketAddr) -> Option<IncomingConn> {
         let source = SocketAddr::new(source.ip().to_canonical(), source.port());
         let destination = original_destination(&stream);
-        if self.probe.arrived(source, destination) {
+        if self.self_test.claim(source, destination) {
             return None;
         }
-        let around = (self.direct == Direct::Accept).then_some(Service::Metadata);
-        let Some(service) = destination.and_then(Service::at).or(around) else {
-            return self.turn_away_bypassing(stream, Peer { source, service: Service::Metadata });
+        let default = (self.bypass_policy == BypassPolicy::Accept).then_some(MetadataService::Metadata);
+        let Some(service) = destination.and_then(MetadataService::at).or(default) else {
+            return self.reject_bypass(stream, ClientConn { source, service: MetadataService::Metadata });
         };
-        let peer = Peer { source, service };
-        let limit = match self.place(&peer) {
-            Ok((share, permit)) => return Some(Arrival::Accepted(Accepted { stream, peer, share, permit })),
+        let client = ClientConn { source, service };
+        let limit = match self.try_admit(&client) {
+            Ok((quota, permit)) => return Some(IncomingConn::Accepted(Accepted { stream, client, quota, permit })),
             Err(limit) => limit,
         };
-        match self.rejected.try_admit(self.owner(&peer)) {
-            Ok((permit, _)) => Some(Arrival::Waiting(Waiting { stream, peer, acceptor: self.clone(), permit })),
+        match self.rejecting.try_admit(self.owner(&client)) {
+            Ok((permit, _)) => Some(IncomingConn::Waiting(Waiting { stream, client, acceptor: self.clone(), permit })),
             Err(_) => {
-                // What is over this too is closed without a word.
-                self.too_many(&peer, limit);
+                self.refuse_over_limit(&client, limit);
                 None
             }
         }
     }
 
-    /// Takes a place, in that of another connection if it must.
-    fn place(&self, peer: &Peer) -> Result<(Share, Arc<Permit>), Limit> {
-        let owner = self.owner(peer);
-        let (permit, evicted) = self.places.try_admit(owner.clone())?;
+    /// Issues a permit, evicting another connection if necessary and possible.
+    fn try_admit(&self, client: &ClientConn) -> Result<(SourceQuota, Arc<ConnectionPermit>), Limit> {
+        let owner = self.owner(client);
+        let (permit, evicted) = self.serving.try_admit(owner.clone())?;
         if let Some(limit) = evicted {
             self.metrics.connection_closed(label(limit));
         }
-        Ok((self.sources.share(owner), permit))
+        Ok((self.sources.quota(owner), permit))
     }
 
-    fn owner(&self, peer: &Peer) -> Owner {
-        (self.pod_of)(peer).map_or(Owner::Address(peer.source.ip()), Owner::Pod)
+    fn owner(&self, client: &ClientConn) -> Owner {
+        (self.pod_of)(client).map_or(Owner::Address(client.source.ip()), Owner::Pod)
     }
 
-    fn too_many(&self, peer: &Peer, limit: Limit) -> Refusal {
+    fn refuse_over_limit(&self, client: &ClientConn, limit: Limit) -> Refusal {
         let detail = match limit {
-            Limit::Total => "is one too many: all places are taken",
-            Limit::PerOwner => "has as many connections open as it may",
+            Limit::Total => "exceeds the limit on all connections (--max-connections)",
+            Limit::PerOwner => "exceeds the limit on connections of one source (--max-connections-per-source)",
         };
-        self.refuse(peer, label(limit), Reason::TooManyConnections, detail)
+        self.refuse(client, label(limit), Reason::TooManyConnections, detail)
     }
 
-    fn turn_away_bypassing(&self, stream: TcpStream, peer: Peer) -> Option<Arrival> {
-        let detail = self.around.detail();
-        let refusal = self.refuse(&peer, "not_redirected", Reason::NotRedirected, &detail);
-        let (permit, _) = self.bypassing.try_admit(Owner::Address(peer.source.ip())).ok()?;
-        Some(Arrival::TurnedAway(TurnedAway { stream, peer, refusal, permit }))
+    fn reject_bypass(&self, stream: TcpStream, client: ClientConn) -> Option<IncomingConn> {
+        let detail = self.bypass_detail.get();
+        let refusal = self.refuse(&client, "not_redirected", Reason::NotRedirected, &detail);
+        let (permit, _) = self.rejecting_bypass.try_admit(Owner::Address(client.source.ip())).ok()?;
+        Some(IncomingConn::Rejected(Rejected { stream, client, refusal, permit }))
     }
 
-    fn refuse(&self, peer: &Peer, limit: &'static str, reason: Reason, detail: &str) -> Refusal {
-        let source = peer.source.ip();
+    fn refuse(&self, client: &ClientConn, limit: &'static str, reason: Reason, detail: &str) -> Refusal {
+        let source = client.source.ip();
         self.metrics.connection_refused(limit);
         debug!(%source, limit, "connection refused");
         Refusal::new(reason, format!("{source} {detail}"))
@@ -257,7 +266,7 @@ fn label(limit: Limit) -> &'static str {
     }
 }
 
-/// What conntrack remembers of the connection before DNAT. `None` when there was no DNAT.
+/// Returns the destination before DNAT, from conntrack. `None` when there was no DNAT.
 fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
     if let Ok(v4) = getsockopt(stream, sockopt::OriginalDst) {
         let address = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));

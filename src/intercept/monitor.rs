@@ -1,7 +1,7 @@
-//! Kernel announcements of changed nftables rules, so that a redirect that was flushed is back in milliseconds.
+//! Notifications of changed nftables rules from the kernel, so that a flushed redirect is restored within milliseconds.
 //!
-//! A transaction that removes or changes rules of ours without rebuilding them is another process's: the rules are then
-//! applied first and tested afterwards. Every other transaction, our own included, is a reason to test.
+//! A transaction that removes or changes our rules without rebuilding them comes from another process: the agent then
+//! applies the rules first and tests afterwards. Every other transaction, including its own, triggers only a test.
 
 use std::{
     io,
@@ -24,7 +24,7 @@ use tracing::info;
 
 use super::rule::{CHAINS, TABLE};
 
-/// NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a bit.
+/// NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a group mask.
 const NFTABLES: u32 = 1 << (7 - 1);
 /// NFNL_SUBSYS_NFTABLES, the high byte of message types.
 const SUBSYSTEM: u16 = 10;
@@ -39,9 +39,9 @@ const DELETE_CHAIN: u16 = 5;
 const NEW_RULE: u16 = 6;
 const DELETE_RULE: u16 = 8;
 const NEW_GENERATION: u16 = 15;
-/// Changes come in bursts, a message for each rule; kube-proxy writes thousands at once.
-const BURST: Duration = Duration::from_millis(10);
-/// Room for those, in the kernel.
+/// Debounce time. Changes come in bursts with a message for each rule; kube-proxy writes thousands at once.
+const DEBOUNCE: Duration = Duration::from_millis(10);
+/// Size of the kernel's receive buffer in bytes, for such bursts.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
 /// Changes of nftables rules in this network namespace.
@@ -57,27 +57,27 @@ struct Signals {
 }
 
 impl RuleChanges {
-    /// Where the kernel announces no changes, [`RuleChanges::next`] never returns.
+    /// Subscribes to notifications. If the kernel sends none, [`RuleChanges::next`] never returns.
     pub fn subscribe() -> Self {
         let signals = Arc::<Signals>::default();
-        // A thread of its own, which sleeps in the kernel: netlink sockets are none of tokio's kinds.
-        let listening = announcements().and_then(|socket| {
+        // A separate thread blocks on the socket: tokio has no netlink sockets.
+        let listening = open().and_then(|socket| {
             let signals = signals.clone();
             std::thread::Builder::new().name("rule-changes".into()).spawn(move || listen(&socket, &signals))
         });
         if let Err(error) = listening {
-            info!(%error, "changes of rules are not announced here: the redirect is tried from time to time only");
+            info!(%error, "cannot subscribe to rule changes: only the periodic self-test checks the redirect");
         }
         Self(signals)
     }
 
-    /// Returns after a change, once for a burst of them.
+    /// Returns after a change, once for each burst of changes.
     pub async fn next(&self) {
         self.0.changed.notified().await;
-        tokio::time::sleep(BURST).await;
+        tokio::time::sleep(DEBOUNCE).await;
     }
 
-    /// Returns at once after another process removed or changed rules of ours.
+    /// Returns at once after another process removed or changed our rules.
     pub async fn removed(&self) {
         self.0.removed.notified().await;
     }
@@ -87,15 +87,15 @@ impl RuleChanges {
         self.0.bridge_removed.notified().await;
     }
 
-    /// Whether announcements were lost since the last call, and with them, possibly, a removal.
+    /// Returns whether notifications were lost since the last call. A removal may be among them.
     pub fn overran(&self) -> bool {
         self.0.overran.swap(false, Ordering::Relaxed)
     }
 }
 
-fn announcements() -> io::Result<OwnedFd> {
+fn open() -> io::Result<OwnedFd> {
     let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
-    // Takes CAP_NET_ADMIN; with the default size, large transactions overrun.
+    // Takes CAP_NET_ADMIN. With the default size, large transactions overflow the buffer.
     let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER);
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, NFTABLES))?;
     Ok(socket)
@@ -113,15 +113,21 @@ fn listen(socket: &OwnedFd, signals: &Signals) {
                 Change::Other.signal(signals);
             }
             Err(Errno::EINTR) => {}
-            Err(error) => return info!(%error, "changes of rules are not announced any more"),
+            Err(error) => {
+                return info!(%error, "rule-change notifications ended: only the self-test checks the redirect");
+            }
         }
     }
 }
 
+/// Effect of one transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
+    /// Removed or changed rules of the redirect.
     Removed,
+    /// Removed or changed rules of the bridge guard.
     BridgeRemoved,
+    /// Left our rules intact.
     Other,
 }
 
@@ -135,7 +141,7 @@ impl Change {
     }
 }
 
-/// The effects of the current transaction on our rules, so far.
+/// Effects of the current transaction on our rules so far.
 #[derive(Debug, Default)]
 struct Transaction {
     redirect: Effect,
@@ -156,7 +162,7 @@ impl Transaction {
                 continue;
             }
             if kind & 0xff != NEW_GENERATION {
-                self.take(kind & 0xff, body);
+                self.record(kind & 0xff, body);
                 continue;
             }
             let Self { redirect, bridge } = std::mem::take(self);
@@ -167,17 +173,16 @@ impl Transaction {
         }
     }
 
-    fn take(&mut self, kind: u16, body: &[u8]) {
-        // The header nfgenmsg: family, version and resource. Attribute 1 of tables, chains and rules is the table's name.
+    fn record(&mut self, kind: u16, body: &[u8]) {
+        // The header nfgenmsg has family, version and resource. Attribute 1 of each object is the name of its table.
         let (family, attributes) = (body.first(), body.get(4..).unwrap_or_default());
         let is_ours = name(attributes, 1) == Some(TABLE.as_bytes());
         if is_ours && family == Some(&INET) {
-            self.redirect.take(kind);
+            self.redirect.record(kind);
         } else if is_ours && family == Some(&BRIDGE) {
-            self.bridge.take(kind);
+            self.bridge.record(kind);
         } else if CHAINS.iter().any(|(.., own)| contains(body, own.as_bytes())) {
-            // A rule of a chain of ours, or a jump to it. iptables-restore deletes them and adds them again in one
-            // transaction.
+            // A rule in one of our chains, or a jump to one. iptables-restore deletes and adds them in one transaction.
             match kind {
                 DELETE_RULE | DELETE_CHAIN => self.redirect.removed = true,
                 NEW_RULE => self.redirect.removed = false,
@@ -188,7 +193,7 @@ impl Transaction {
 }
 
 impl Effect {
-    fn take(&mut self, kind: u16) {
+    fn record(&mut self, kind: u16) {
         match kind {
             NEW_TABLE => *self = Self { rebuilt: true, removed: false },
             DELETE_TABLE | DELETE_CHAIN | DELETE_RULE => self.removed = true,
@@ -198,7 +203,7 @@ impl Effect {
     }
 }
 
-/// The first message's type and body, and the messages after it.
+/// Splits off the first message; returns its type, its body, and the remaining messages.
 fn message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
@@ -226,10 +231,10 @@ fn name(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
 mod tests {
     use super::*;
 
-    /// A message with the attributes of a table and, after a slash, of a chain.
-    fn announce(kind: u16, place: &str) -> Vec<u8> {
+    /// Returns a message with attributes for a table and, after a slash, a chain.
+    fn notification(kind: u16, path: &str) -> Vec<u8> {
         let mut attributes = Vec::new();
-        for (number, part) in (1u16..).zip(place.split('/')) {
+        for (number, part) in (1u16..).zip(path.split('/')) {
             let name = [part.as_bytes(), &[0]].concat();
             attributes.extend(((name.len() + 4) as u16).to_ne_bytes());
             attributes.extend(number.to_ne_bytes());
@@ -246,33 +251,33 @@ mod tests {
 
     fn changes(messages: &[(u16, &str)]) -> Vec<Change> {
         let (mut transaction, mut seen) = (Transaction::default(), Vec::new());
-        let bytes: Vec<u8> = messages.iter().flat_map(|(kind, table)| announce(*kind, table)).collect();
+        let bytes: Vec<u8> = messages.iter().flat_map(|(kind, table)| notification(*kind, table)).collect();
         transaction.read(&bytes, |change| seen.push(change));
         seen
     }
 
     #[test]
-    fn own_transactions_are_no_removals() {
+    fn own_transaction_is_not_a_removal() {
         let ours = [(DELETE_RULE, TABLE), (DELETE_TABLE, TABLE), (NEW_TABLE, TABLE), (NEW_RULE, TABLE)];
         assert_eq!(changes(&[&ours[..], &[(NEW_GENERATION, "")]].concat()), [Change::Other]);
     }
 
     #[test]
-    fn foreign_changes_of_our_table_are_removals() {
+    fn foreign_change_of_our_table_is_a_removal() {
         for kind in [DELETE_TABLE, DELETE_CHAIN, DELETE_RULE, NEW_RULE] {
             assert_eq!(changes(&[(kind, TABLE), (NEW_GENERATION, "")]), [Change::Removed]);
         }
         assert_eq!(changes(&[(NEW_RULE, "kube-proxy"), (NEW_GENERATION, "")]), [Change::Other]);
-        let mut bridge = announce(DELETE_RULE, TABLE);
+        let mut bridge = notification(DELETE_RULE, TABLE);
         bridge[16] = BRIDGE;
-        bridge.extend(announce(NEW_GENERATION, ""));
+        bridge.extend(notification(NEW_GENERATION, ""));
         let mut seen = Vec::new();
         Transaction::default().read(&bridge, |change| seen.push(change));
-        assert_eq!(seen, [Change::BridgeRemoved, Change::Other], "of another family");
+        assert_eq!(seen, [Change::BridgeRemoved, Change::Other], "the bridge guard");
     }
 
     #[test]
-    fn only_our_iptables_chains_are_ours() {
+    fn other_iptables_chains_are_ignored() {
         let (ours, theirs) = ("nat/KIRSA-PREROUTING", "nat/PREROUTING");
         let end = (NEW_GENERATION, "");
         assert_eq!(changes(&[(DELETE_RULE, ours), end]), [Change::Removed]);
@@ -282,8 +287,8 @@ mod tests {
     }
 
     #[test]
-    fn malformed_announcements_are_ignored() {
-        let message = announce(DELETE_RULE, TABLE);
+    fn malformed_notifications_are_ignored() {
+        let message = notification(DELETE_RULE, TABLE);
         for length in 0..message.len() {
             Transaction::default().read(&message[..length], |_| panic!("no transaction ended"));
         }

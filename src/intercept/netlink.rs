@@ -1,5 +1,5 @@
-//! What the kernel's routing tables say of this node: which links are ports of bridges, and which pods are routed by
-//! the interface that they come in by. Reading takes no capability.
+//! Reads links and policy routing rules from the kernel by rtnetlink: bridge ports, and pods with interface routes.
+//! Takes no capability.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -24,21 +24,22 @@ use nix::{
     },
 };
 
-/// Set by the kernel on answers that a change came in between.
+/// Flag of the kernel: the dump is inconsistent because of a concurrent change.
 const NLM_F_DUMP_INTR: u16 = 0x10;
-const TRIES: usize = 4;
-/// The AWS VPC CNI routes by interface from this table on: 100 and the number of the VLAN.
+/// Maximum number of attempts to get a consistent dump.
+const MAX_ATTEMPTS: usize = 4;
+/// First routing table of the AWS VPC CNI for branch interfaces: 100 plus the VLAN ID.
 const FIRST_BRANCH_TABLE: u32 = 101;
-/// Its names of such interfaces: `vlan.eth.<number>`, and `vlan<hash>` for the host end of a pod's veth.
+/// Prefix of its interface names: `vlan.eth.<id>`, and `vlan<hash>` for the host end of a pod's veth.
 const BRANCH_PREFIX: &str = "vlan";
 
-/// Names of all bridge ports of this node, each with the name of its bridge.
+/// Returns the names of all bridge ports of this node, each with the name of its bridge.
 ///
 /// # Errors
-/// The kernel's.
+/// Returns the kernel's error, or `Other` if links change too often for a consistent dump.
 pub fn bridge_ports() -> io::Result<BTreeMap<String, String>> {
     let mut request = LinkMessage::default();
-    // Only ports and bridges, and of each only a few attributes.
+    // This family limits the dump to bridges and their ports, with few attributes.
     request.header.interface_family = AddressFamily::Bridge;
     let mut ports = Vec::new();
     for message in dump(&RouteNetlinkMessage::GetLink(request))? {
@@ -63,8 +64,8 @@ pub fn bridge_ports() -> io::Result<BTreeMap<String, String>> {
     Ok(ports.into_iter().filter_map(|(port, bridge)| Some((port, names.get(&bridge)?.clone()))).collect())
 }
 
-/// A policy routing rule of security groups for pods in strict mode (AWS VPC CNI): what comes in by this interface
-/// leaves the node before the redirect can lead it to the agent.
+/// A policy routing rule of the AWS VPC CNI (security groups for pods in strict mode). Packets from this interface
+/// leave the node, so the redirect does not lead them to the agent.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct InterfaceRoute {
     pub interface: String,
@@ -77,10 +78,10 @@ impl fmt::Display for InterfaceRoute {
     }
 }
 
-/// Interfaces of pods that are routed by interface, around the redirect.
+/// Returns the rules that route pods by interface and so bypass the redirect.
 ///
 /// # Errors
-/// The kernel's.
+/// Returns the kernel's error, or `Other` if rules change too often for a consistent dump.
 pub fn interface_routes() -> io::Result<BTreeSet<InterfaceRoute>> {
     let mut routes = BTreeSet::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -105,20 +106,20 @@ fn interface_route(rule: &RuleMessage) -> Option<InterfaceRoute> {
         }
     }
     let interface = interface.filter(|name| name.starts_with(BRANCH_PREFIX))?;
-    let leads_away = rule.header.action == RuleAction::ToTable && table >= FIRST_BRANCH_TABLE;
-    // The kernel's own tables are 253 to 255.
-    (leads_away && !(253..=255).contains(&table)).then_some(InterfaceRoute { interface, table })
+    let is_branch = rule.header.action == RuleAction::ToTable && table >= FIRST_BRANCH_TABLE;
+    // Tables 253 to 255 are the kernel's own.
+    (is_branch && !(253..=255).contains(&table)).then_some(InterfaceRoute { interface, table })
 }
 
-/// Repeated where a change came in between, since a link may be missing then.
+/// Repeats the dump after a concurrent change, because objects may be missing from it.
 fn dump(request: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
-    for _ in 0..TRIES {
+    for _ in 0..MAX_ATTEMPTS {
         match dump_once(request.clone()) {
             Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
             done => return done,
         }
     }
-    Err(io::Error::other("links change too fast to be listed"))
+    Err(io::Error::other("links or rules change too often to be listed"))
 }
 
 fn dump_once(request: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
@@ -131,7 +132,7 @@ fn dump_once(request: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
     send(socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
-    let (mut answers, mut buffer) = (Vec::new(), vec![0; 64 << 10]);
+    let (mut messages, mut buffer) = (Vec::new(), vec![0; 64 << 10]);
     loop {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         let mut rest = &buffer[..length];
@@ -139,16 +140,16 @@ fn dump_once(request: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage
             let size = size as usize;
             let Some(bytes) = rest.get(..size).filter(|bytes| !bytes.is_empty()) else { break };
             rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
-            // An attribute that the library cannot read costs that one message.
+            // Skip a message that the library cannot parse.
             let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) else { continue };
             if message.header.flags & NLM_F_DUMP_INTR != 0 {
                 return Err(Errno::EINTR.into());
             }
             match message.payload {
-                NetlinkPayload::InnerMessage(answer) => answers.push(answer),
-                NetlinkPayload::Done(_) => return Ok(answers),
-                // A kernel without IPv6 has no rules of it.
-                NetlinkPayload::Error(error) if error.raw_code() == -(Errno::EOPNOTSUPP as i32) => return Ok(answers),
+                NetlinkPayload::InnerMessage(message) => messages.push(message),
+                NetlinkPayload::Done(_) => return Ok(messages),
+                // A kernel without IPv6 has no IPv6 rules.
+                NetlinkPayload::Error(error) if error.raw_code() == -(Errno::EOPNOTSUPP as i32) => return Ok(messages),
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
                 _ => {}
             }
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn only_branch_interfaces_are_named() {
+    fn only_branch_interfaces_are_reported() {
         let text = |interface, table| interface_route(&rule(interface, table)).map(|route| route.to_string());
         assert_eq!(text("vlan.eth.1", 101).as_deref(), Some("iif vlan.eth.1 lookup 101"));
         assert_eq!(text("vlan0a1b2c3d4e5", 4_196).as_deref(), Some("iif vlan0a1b2c3d4e5 lookup 4196"));
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn links_and_rules_of_this_host_are_listed() {
+    fn links_and_rules_can_be_listed() {
         bridge_ports().unwrap();
         interface_routes().unwrap();
     }

@@ -1,17 +1,17 @@
-//! The redirect as data, and its two renderings.
+//! The redirect as data, rendered for nftables or iptables.
 //!
-//! What must hold, whichever rendering: a pod's connection to the metadata address reaches this agent or nobody. So it
-//! is DNATed to the node's address (the host end of a pod's veth may have no address that `REDIRECT` could use, and
-//! DNAT to loopback would need `route_localnet`, CVE-2020-8558), and what is forwarded to the metadata address all the
-//! same is refused. The rules stay when the agent ends: then a connection is refused, and never reaches the node's own
-//! role.
+//! Both fail closed: a pod's connection to the metadata address reaches this agent or is refused. Connections are
+//! DNATed to the node's address: the host end of a pod's veth may have no address that `REDIRECT` could use, and DNAT
+//! to loopback would need `route_localnet` (<https://nvd.nist.gov/vuln/detail/CVE-2020-8558>). Packets that are
+//! forwarded to the metadata address nevertheless are rejected. The rules stay when the agent exits: connections are
+//! then refused, and never reach the node's own role.
 //!
-//! There is no interface to configure: `fib saddr type != local` in prerouting is pod traffic on every veth CNI, and
-//! the node's own packets never pass prerouting.
+//! There is no interface to configure: `fib saddr type != local` in prerouting matches pod traffic on every veth CNI,
+//! and the node's own packets never pass prerouting.
 
 mod apply;
 mod bridge;
-mod fence;
+mod policy_routing;
 
 use std::{
     fmt::Write,
@@ -20,26 +20,26 @@ use std::{
 
 use clap::ValueEnum;
 
-use super::{METADATA_PORT, Service, probe::MARK};
+use super::{METADATA_PORT, MetadataService, self_test::MARK};
 
 pub use apply::{Installed, drop_privileges, install, uninstall};
 pub use bridge::{BridgeGuard, PodPort};
-pub use fence::listing as fence_listing;
+pub use policy_routing::listing as policy_routing_listing;
 
-/// How connections are brought here.
+/// Tool that redirects connections to the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
-    /// nft where it works, iptables otherwise.
+    /// nft if it works, iptables otherwise.
     Auto,
-    /// One nftables table of our own.
+    /// Our own nftables table.
     Nft,
-    /// Chains of our own in the iptables nat and filter tables.
+    /// Our own chains in the iptables nat, filter and mangle tables.
     Iptables,
-    /// A redirect that somebody else maintains.
+    /// No rules: another component maintains the redirect.
     None,
 }
 
-/// This node's addresses: where the agent listens and the redirect leads.
+/// This node's addresses: the agent listens on them, and the redirect leads to them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostAddresses {
     pub v4: Option<Ipv4Addr>,
@@ -52,105 +52,107 @@ impl HostAddresses {
     }
 }
 
-/// What the rules say.
+/// Parameters of the redirect's rules.
 #[derive(Debug, Clone, Copy)]
-pub struct RuleSet {
+pub struct RedirectRules {
     pub host: HostAddresses,
     pub port: u16,
-    /// Whether connections for container credentials are brought here too.
+    /// Redirects connections for container credentials too.
     pub container: bool,
 }
 
-/// The name of our nftables table, family inet.
+/// Name of our nftables table of family inet.
 pub const TABLE: &str = "kirsa";
-/// Our iptables chains: table, built-in chain that jumps, own chain.
+/// Our iptables chains: table, built-in chain with the jump, own chain.
 pub const CHAINS: [(&str, &str, &str); 5] = [
     ("nat", "PREROUTING", "KIRSA-PREROUTING"),
     ("nat", "OUTPUT", "KIRSA-OUTPUT"),
     ("filter", "FORWARD", "KIRSA-FORWARD"),
-    // After `filter`, so an ACCEPT that another agent inserts there does not bypass it.
+    // Runs after `filter`, so an ACCEPT that another program inserts there does not bypass it.
     ("mangle", "POSTROUTING", "KIRSA-POSTROUTING"),
     ("mangle", "PREROUTING", "KIRSA-MARK"),
 ];
 
-impl RuleSet {
-    /// Each of this node's addresses that connections are led to, with the service that they were meant for.
-    pub fn ways(&self) -> impl Iterator<Item = (IpAddr, Service)> {
+impl RedirectRules {
+    /// Returns each DNAT target address, with the service whose connections it receives.
+    pub fn dnat_targets(&self) -> impl Iterator<Item = (IpAddr, MetadataService)> {
         self.services().flat_map(|service| self.host.iter().map(move |host| (host, service)))
     }
 
-    fn services(&self) -> impl Iterator<Item = Service> {
-        [Service::Metadata, Service::Container].into_iter().filter(|of| self.container || *of != Service::Container)
+    fn services(&self) -> impl Iterator<Item = MetadataService> {
+        [MetadataService::Metadata, MetadataService::Container]
+            .into_iter()
+            .filter(|service| self.container || *service != MetadataService::Container)
     }
 
-    /// A script for `nft -f -`, which applies it as one transaction: there is no moment without the rules.
+    /// Renders a script for `nft -f -`, which applies it as one transaction, so the rules are never missing.
     ///
-    /// `reject_early` resets connections that no rule redirected before routing, where policy routing would answer with
-    /// an ICMP error. A client on this node ignores that until it repeats the SYN after a second, because it still holds
-    /// its socket. Kernels before 5.9 cannot reject there: the SYN gets a mark that takes it to the forward chain.
+    /// `reject_early` resets unredirected connections in prerouting. Otherwise policy routing would answer with an ICMP
+    /// error, which a client on this node ignores until it repeats the SYN after a second, because it still holds its
+    /// socket. Kernels before 5.9 cannot reject in prerouting: the SYN gets a mark that routes it to the forward chain.
     fn nft(&self, reject_early: bool) -> String {
         let mut redirect = String::new();
-        let mut probe = String::new();
-        let (mut refused, mut forward, mut leaving) = (String::new(), String::new(), String::new());
-        for (host, service) in self.ways() {
+        let mut self_test = String::new();
+        let (mut refuse, mut forward, mut postrouting) = (String::new(), String::new(), String::new());
+        for (host, service) in self.dnat_targets() {
             let family = if host.is_ipv4() { "ip" } else { "ip6" };
-            let (to, target) = (service.of_family(host), SocketAddr::new(host, self.port));
-            // The address first: looking up where a packet comes from costs every new connection of the node.
+            let (to, target) = (service.address_for(host), SocketAddr::new(host, self.port));
+            // Match the address first: the fib lookup would otherwise slow down every new connection of the node.
             let (at, dnat) =
                 (format!("{family} daddr {to} tcp dport {METADATA_PORT}"), format!("dnat {family} to {target}"));
             let _ = writeln!(redirect, "    {at} fib saddr type != local {dnat}");
-            let _ = writeln!(probe, "    {at} meta mark {MARK:#x} {dnat}");
+            let _ = writeln!(self_test, "    {at} meta mark {MARK:#x} {dnat}");
         }
-        let refuse = match reject_early {
+        let verdict = match reject_early {
             true => "reject with tcp reset".to_owned(),
             false => format!("tcp flags & (fin | syn | rst | ack) == syn meta mark set {MARK:#x}"),
         };
         for service in self.services() {
-            // Only the port that carries credentials: clouds other than AWS serve DNS at the same address.
+            // Match only the port with credentials: other clouds serve DNS at the same address.
             for (family, to) in [("ip", service.v4()), ("ip6", service.v6())] {
                 let at = format!("{family} daddr {to} tcp dport {METADATA_PORT}");
-                let _ = writeln!(refused, "    {at} fib saddr type != local {refuse}");
+                let _ = writeln!(refuse, "    {at} fib saddr type != local {verdict}");
                 let _ = writeln!(forward, "    {at} reject with tcp reset");
-                let _ = writeln!(leaving, "    {at} fib saddr type != local drop");
+                let _ = writeln!(postrouting, "    {at} fib saddr type != local drop");
             }
         }
-        // prerouting and output: 10 before kube-proxy and iptables' nat table, so that no redirect of theirs comes first.
-        // refuse: after -100, where the kernel translates addresses whatever the priority of a nat chain is.
-        // postrouting: IPVS sends a Service's connections without forwarding them, and no packet can be rejected there.
+        // prerouting and output: 10 before kube-proxy and iptables' nat table, so that no other redirect comes first.
+        // refuse: after -100, where the kernel does DNAT regardless of the priority of a nat chain.
+        // postrouting: IPVS sends a Service's connections without forwarding them. Packets cannot be rejected here.
         format!(
             "table inet {TABLE}
 delete table inet {TABLE}
 table inet {TABLE} {{
-  comment \"kirsa: pods' way to the instance metadata service\"
+  comment \"kirsa: redirect of pods' connections to the metadata service\"
   chain prerouting {{
     type nat hook prerouting priority -110; policy accept;
 {redirect}  }}
   chain refuse {{
     type filter hook prerouting priority -90; policy accept;
-{refused}  }}
+{refuse}  }}
   chain output {{
     type nat hook output priority -110; policy accept;
-{probe}  }}
+{self_test}  }}
   chain forward {{
     type filter hook forward priority -10; policy accept;
 {forward}  }}
   chain postrouting {{
     type filter hook postrouting priority -150; policy accept;
-{leaving}  }}
+{postrouting}  }}
 }}
 "
         )
     }
 
-    /// Input for `iptables-restore --noflush` (or `ip6tables-restore`). `jumps` tells which of [`CHAINS`] are jumped
-    /// to already: those jumps move to the top in the same transaction.
+    /// Renders input for `iptables-restore --noflush` or `ip6tables-restore`. `jumps` holds which of [`CHAINS`] have a
+    /// jump already: those jumps move to the top in the same transaction.
     fn iptables(&self, v6: bool, jumps: [bool; CHAINS.len()]) -> String {
         let target = match v6 {
             true => self.host.v6.map(|v6| format!("[{v6}]:{}", self.port)),
             false => self.host.v4.map(|v4| format!("{v4}:{}", self.port)),
         };
         let addresses =
-            || self.services().map(|of| if v6 { format!("{}/128", of.v6()) } else { format!("{}/32", of.v4()) });
+            || self.services().map(|to| if v6 { format!("{}/128", to.v6()) } else { format!("{}/32", to.v4()) });
         let mut script = String::new();
         for table in ["nat", "filter", "mangle"] {
             let ours = || CHAINS.iter().zip(jumps).filter(|((of, ..), _)| *of == table);
@@ -176,7 +178,7 @@ table inet {TABLE} {{
                     }
                     ("nat", None) => Ok(()),
                     (_, target) => {
-                        // REJECT does not exist before routing, so the SYN gets a mark that takes it to the forward
+                        // iptables has no REJECT in prerouting, so the SYN gets a mark that routes it to the forward
                         // chain (see `nft`). Only the SYN is marked, so the mark lets no connection through.
                         let mark = format!("-A KIRSA-MARK {to} --syn {pods} -j MARK --set-xmark {MARK:#x}\n");
                         script.push_str(if target.is_none() { &mark } else { "" });
@@ -194,11 +196,14 @@ table inet {TABLE} {{
 mod tests {
     use super::*;
 
-    const RULES: RuleSet =
-        RuleSet { host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None }, port: 338, container: false };
+    const RULES: RedirectRules = RedirectRules {
+        host: HostAddresses { v4: Some(Ipv4Addr::new(10, 0, 0, 1)), v6: None },
+        port: 338,
+        container: false,
+    };
 
     #[test]
-    fn nft_replaces_the_whole_table_at_once() {
+    fn nft_replaces_the_table_in_one_transaction() {
         let script = RULES.nft(true);
         assert!(script.starts_with("table inet kirsa\ndelete table inet kirsa\ntable inet kirsa {"), "{script}");
         assert!(
@@ -207,7 +212,7 @@ mod tests {
         assert!(script.contains("ip daddr 169.254.169.254 tcp dport 80 meta mark 0x6b dnat ip to 10.0.0.1:338"));
     }
 
-    /// A node without an IPv6 address of its own must not leave the IPv6 metadata address open.
+    /// On a node without an IPv6 address, the IPv6 metadata address must not stay reachable.
     #[test]
     fn family_without_host_address_is_refused() {
         let at = "ip6 daddr fd00:ec2::254 tcp dport 80";
@@ -225,18 +230,18 @@ mod tests {
     }
 
     #[test]
-    fn iptables_jumps_move_to_the_top_and_never_double() {
+    fn iptables_jumps_move_to_the_top() {
         let first = RULES.iptables(false, [false; CHAINS.len()]);
         assert!(first.contains("-I PREROUTING 1 -j KIRSA-PREROUTING") && !first.contains("-D "), "{first}");
         let again = RULES.iptables(false, [true; CHAINS.len()]);
         assert!(again.contains("-D PREROUTING -j KIRSA-PREROUTING\n-I PREROUTING 1 -j KIRSA-PREROUTING"), "{again}");
     }
 
-    /// Another agent's address stays that agent's, unless it was asked for.
+    /// The EKS Pod Identity agent keeps its address unless container credentials are enabled.
     #[test]
-    fn container_rules_exist_only_when_asked_for() {
-        let with = RuleSet { container: true, ..RULES };
-        let iptables = |rules: RuleSet, v6| rules.iptables(v6, [false; CHAINS.len()]);
+    fn container_rules_are_opt_in() {
+        let with = RedirectRules { container: true, ..RULES };
+        let iptables = |rules: RedirectRules, v6| rules.iptables(v6, [false; CHAINS.len()]);
         for (with, without, count) in [
             (with.nft(false), RULES.nft(false), 5),
             (iptables(with, false) + &iptables(with, true), iptables(RULES, false) + &iptables(RULES, true), 4),
@@ -244,7 +249,7 @@ mod tests {
             assert!(!without.contains("169.254.170.23") && !without.contains("fd00:ec2::23"), "{without}");
             assert!(with.contains("169.254.169.254") && with.contains("fd00:ec2::23"), "{with}");
             let lines = with.lines().filter(|line| line.contains("169.254.170.23")).count();
-            assert_eq!(lines, count, "redirect, its twin for the self-test, and one in each other chain: {with}");
+            assert_eq!(lines, count, "redirect, its copy for the self-test, and one in each other chain: {with}");
         }
     }
 }

@@ -1,33 +1,36 @@
-//! The two services that pods' connections may be meant for, told apart by the address that they were sent to.
+//! The two metadata services whose addresses the agent intercepts.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// Where SDKs send their requests (EC2 User Guide, "Instance metadata and user data").
+/// Addresses of the EC2 instance metadata service
+/// (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html>).
 pub const METADATA_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
-/// Where those send theirs that were told of container credentials (Amazon EKS User Guide, "How EKS Pod Identity
-/// works").
+/// Addresses of the EKS Pod Identity agent, for SDKs with container credentials
+/// (<https://docs.aws.amazon.com/eks/latest/userguide/pod-id-how-it-works.html>).
 pub const CONTAINER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 170, 23);
 pub const CONTAINER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23);
-/// Of both.
+/// Port of both services.
 pub const METADATA_PORT: u16 = 80;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Service {
+pub enum MetadataService {
+    /// The instance metadata service (IMDS).
     Metadata,
+    /// The container credentials endpoint.
     Container,
 }
 
-impl Service {
-    /// `None`: no service of ours has that address.
+impl MetadataService {
+    /// Returns the service at this destination, if there is one.
     pub(super) fn at(destination: SocketAddr) -> Option<Self> {
         let at = |service: &Self| service.v4() == destination.ip() || service.v6() == destination.ip();
         [Self::Metadata, Self::Container].into_iter().find(at).filter(|_| destination.port() == METADATA_PORT)
     }
 
-    /// Its address of the family that this one is of.
-    pub fn of_family(self, of: IpAddr) -> IpAddr {
-        if of.is_ipv4() { self.v4() } else { self.v6() }
+    /// Returns the service's address in the address family of `host`.
+    pub fn address_for(self, host: IpAddr) -> IpAddr {
+        if host.is_ipv4() { self.v4() } else { self.v6() }
     }
 
     pub fn v4(self) -> IpAddr {
@@ -50,12 +53,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_service_is_an_address_and_port_80() {
-        let at = |text: &str| Service::at(text.parse().unwrap());
-        assert_eq!(at("169.254.169.254:80"), Some(Service::Metadata));
-        assert_eq!(at("[fd00:ec2::254]:80"), Some(Service::Metadata));
-        assert_eq!(at("169.254.170.23:80"), Some(Service::Container));
-        assert_eq!(at("[fd00:ec2::23]:80"), Some(Service::Container));
+    fn destination_selects_the_service() {
+        let at = |text: &str| MetadataService::at(text.parse().unwrap());
+        assert_eq!(at("169.254.169.254:80"), Some(MetadataService::Metadata));
+        assert_eq!(at("[fd00:ec2::254]:80"), Some(MetadataService::Metadata));
+        assert_eq!(at("169.254.170.23:80"), Some(MetadataService::Container));
+        assert_eq!(at("[fd00:ec2::23]:80"), Some(MetadataService::Container));
         for other in ["169.254.169.254:8080", "169.254.170.23:443", "169.254.170.2:80", "[fd00:ec2::2]:80"] {
             assert_eq!(at(other), None, "{other}");
         }

@@ -1,152 +1,137 @@
-//! Limits the requests per second of one source: of a pod with all its addresses, or of an address whose pod is not
-//! known. A client in a tight loop slows itself down, not the others.
+//! Rate limit per source: a token bucket for each pod (with all its addresses), or for each address whose pod is
+//! unknown. A client in a tight loop slows down itself, not others.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::Limits;
 use crate::{connections::Owner, observe::Metrics};
 
-/// A request that is over the rate is held this long at most: SDKs bear a delay better than a refusal, but not long.
+/// Maximum time that a request over the rate is held. SDKs tolerate a short delay better than a refusal.
 pub const MAX_DELAY: Duration = Duration::from_millis(300);
-/// Sources that are remembered before those that have been quiet are forgotten.
-const REMEMBERED: usize = 1_024;
+/// Number of buckets from which on full ones without connections are removed.
+const CLEANUP_THRESHOLD: usize = 1_024;
 
 #[derive(Debug)]
-pub(super) struct Sources {
+pub(super) struct SourceLimits {
     limits: Limits,
-    seen: Mutex<HashMap<Owner, Arc<Mutex<Source>>>>,
+    buckets: Mutex<HashMap<Owner, Arc<Mutex<TokenBucket>>>>,
     metrics: Metrics,
 }
 
 #[derive(Debug)]
-struct Source {
-    /// Requests that may come at once; below zero, those that are held.
+struct TokenBucket {
+    /// Requests that may come at once. Negative while requests are held.
     tokens: f64,
-    counted: Instant,
+    refilled: Instant,
 }
 
-/// One connection's share of what its source may ask, counted as open while it is kept.
+/// One connection's access to the token bucket of its source. Counts as an open connection until dropped.
 #[derive(Debug)]
-pub struct Share {
-    source: Arc<Mutex<Source>>,
-    sources: Arc<Sources>,
+pub struct SourceQuota {
+    bucket: Arc<Mutex<TokenBucket>>,
+    limits: Arc<SourceLimits>,
 }
 
-impl Sources {
+impl SourceLimits {
     pub(super) fn new(limits: Limits, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self { limits, seen: Mutex::default(), metrics })
+        Arc::new(Self { limits, buckets: Mutex::default(), metrics })
     }
 
-    pub(super) fn share(self: &Arc<Self>, owner: Owner) -> Share {
-        let mut seen = self.seen();
-        if seen.len() >= REMEMBERED {
+    pub(super) fn quota(self: &Arc<Self>, owner: Owner) -> SourceQuota {
+        let mut buckets = self.buckets.lock();
+        if buckets.len() >= CLEANUP_THRESHOLD {
             let rate = f64::from(self.limits.requests_per_source);
-            seen.retain(|_, source| {
-                let is_open = Arc::strong_count(source) > 1;
-                let source = lock(source);
-                is_open || source.tokens + rate * seconds(source.counted) < rate
+            buckets.retain(|_, bucket| {
+                let is_open = Arc::strong_count(bucket) > 1;
+                let bucket = bucket.lock();
+                is_open || bucket.tokens + rate * bucket.refilled.elapsed().as_secs_f64() < rate
             });
         }
-        let fresh = || Source { tokens: self.limits.requests_per_source.into(), counted: Instant::now() };
-        let source = seen.entry(owner).or_insert_with(|| Arc::new(Mutex::new(fresh()))).clone();
+        let full = || TokenBucket { tokens: self.limits.requests_per_source.into(), refilled: Instant::now() };
+        let bucket = buckets.entry(owner).or_insert_with(|| Arc::new(Mutex::new(full()))).clone();
         self.metrics.connections.inc();
-        Share { source, sources: self.clone() }
-    }
-
-    fn seen(&self) -> MutexGuard<'_, HashMap<Owner, Arc<Mutex<Source>>>> {
-        lock(&self.seen)
+        SourceQuota { bucket, limits: self.clone() }
     }
 }
 
-impl Share {
-    /// For tests of later stages: of a source that nothing limits.
+impl SourceQuota {
+    /// Returns an unlimited quota, for tests of later stages.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn sample(metrics: Metrics) -> Self {
         let limits = Limits { total: 1, per_source: 1, requests_per_source: u32::MAX };
-        let source = Source { tokens: u32::MAX.into(), counted: Instant::now() };
+        let bucket = TokenBucket { tokens: u32::MAX.into(), refilled: Instant::now() };
         metrics.connections.inc();
-        Self { source: Arc::new(Mutex::new(source)), sources: Sources::new(limits, metrics) }
+        Self { bucket: Arc::new(Mutex::new(bucket)), limits: SourceLimits::new(limits, metrics) }
     }
 
-    /// Counts a request that has just come; returns how long it must be held, `None` when that would be too long.
-    pub fn request(&self, now: Instant) -> Option<Duration> {
-        let rate = f64::from(self.sources.limits.requests_per_source);
-        let mut source = lock(&self.source);
-        // Another connection's may have come later and be counted already.
-        let now = now.max(source.counted);
-        source.tokens = rate.min(source.tokens + rate * now.duration_since(source.counted).as_secs_f64());
-        source.counted = now;
-        let delay = Duration::from_secs_f64((1.0 - source.tokens).max(0.0) / rate);
+    /// Counts a request that arrived at `now`. Returns how long to hold it, or `None` if it must be refused.
+    pub fn throttle(&self, now: Instant) -> Option<Duration> {
+        let rate = f64::from(self.limits.limits.requests_per_source);
+        let mut bucket = self.bucket.lock();
+        // A later request of another connection may have been counted already.
+        let now = now.max(bucket.refilled);
+        bucket.tokens = rate.min(bucket.tokens + rate * now.duration_since(bucket.refilled).as_secs_f64());
+        bucket.refilled = now;
+        let delay = Duration::from_secs_f64((1.0 - bucket.tokens).max(0.0) / rate);
         (delay <= MAX_DELAY).then(|| {
-            source.tokens -= 1.0;
+            bucket.tokens -= 1.0;
             delay
         })
     }
 }
 
-impl Drop for Share {
+impl Drop for SourceQuota {
     fn drop(&mut self) {
-        self.sources.metrics.connections.dec();
+        self.limits.metrics.connections.dec();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn seconds(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sources(requests_per_source: u32) -> Arc<Sources> {
-        let limits = Limits { total: 10, per_source: 2, requests_per_source };
-        Sources::new(limits, Metrics::new("test").unwrap())
+    fn limits(requests_per_source: u32) -> Arc<SourceLimits> {
+        let config = Limits { total: 10, per_source: 2, requests_per_source };
+        SourceLimits::new(config, Metrics::new("test").unwrap())
     }
 
     fn address(third: u8, last: u8) -> Owner {
         Owner::Address([10, 0, third, last].into())
     }
 
-    /// IMDS-29: held for 300 ms at most, then refused; also when every request comes by a connection of its own.
+    /// IMDS-29: requests are held for at most 300 ms, then refused, even if each opens its own connection.
     #[tokio::test(start_paused = true)]
-    async fn a_tight_loop_is_slowed_down_and_then_refused() {
-        let sources = sources(100);
-        let ask = || sources.share(address(0, 1)).request(Instant::now());
-        let answers: Vec<_> = (0..200).map(|_| ask()).collect();
-        assert_eq!(answers.iter().filter(|answer| **answer == Some(Duration::ZERO)).count(), 100);
-        assert_eq!(answers.iter().filter(|answer| answer.is_none()).count(), 70);
-        assert!(answers.iter().flatten().all(|delay| *delay <= MAX_DELAY));
+    async fn tight_loop_is_delayed_and_then_refused() {
+        let limits = limits(100);
+        let request = || limits.quota(address(0, 1)).throttle(Instant::now());
+        let delays: Vec<_> = (0..200).map(|_| request()).collect();
+        assert_eq!(delays.iter().filter(|delay| **delay == Some(Duration::ZERO)).count(), 100);
+        assert_eq!(delays.iter().filter(|delay| delay.is_none()).count(), 70);
+        assert!(delays.iter().flatten().all(|delay| *delay <= MAX_DELAY));
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!(ask(), Some(Duration::ZERO));
+        assert_eq!(request(), Some(Duration::ZERO));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn requests_that_are_counted_out_of_order_are_given_no_time_twice() {
-        let sources = sources(10);
-        let share = sources.share(address(0, 1));
-        let (former, later) = (Instant::now(), Instant::now() + Duration::from_secs(1));
-        let at_once = |at| (0..100).take_while(|_| share.request(at) == Some(Duration::ZERO)).count();
-        assert_eq!((at_once(later), at_once(former), at_once(later)), (10, 0, 0));
+    async fn out_of_order_requests_refill_only_once() {
+        let limits = limits(10);
+        let quota = limits.quota(address(0, 1));
+        let (earlier, later) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+        let at_once = |at| (0..100).take_while(|_| quota.throttle(at) == Some(Duration::ZERO)).count();
+        assert_eq!((at_once(later), at_once(earlier), at_once(later)), (10, 0, 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn quiet_sources_are_forgotten() {
-        let sources = sources(10);
-        (0..=255).for_each(|last| assert!(sources.share(address(1, last)).request(Instant::now()).is_some()));
+    async fn idle_buckets_are_removed() {
+        let limits = limits(10);
+        (0..=255).for_each(|last| assert!(limits.quota(address(1, last)).throttle(Instant::now()).is_some()));
         tokio::time::advance(Duration::from_secs(2)).await;
         for third in 2..=10 {
-            (0..=255).for_each(|last| drop(sources.share(address(third, last))));
+            (0..=255).for_each(|last| drop(limits.quota(address(third, last))));
         }
-        assert!(sources.seen().len() <= REMEMBERED, "{}", sources.seen().len());
+        assert!(limits.buckets.lock().len() <= CLEANUP_THRESHOLD, "{}", limits.buckets.lock().len());
     }
 }

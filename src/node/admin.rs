@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use crate::{
     connections::Buffers,
-    intercept::{Duties, Duty, Predecessor},
+    intercept::{Predecessor, Role, Roles},
     observe::Admin,
 };
 
@@ -52,7 +52,7 @@ pub(super) async fn serve(
     admin: Admin,
     address: SocketAddr,
     listener: Option<std::net::TcpListener>,
-    duties: Arc<Duties>,
+    roles: Arc<Roles>,
 ) -> anyhow::Result<()> {
     let listener = match listener {
         Some(listener) => {
@@ -62,7 +62,7 @@ pub(super) async fn serve(
         None => freed(address).await,
     };
     BUFFERS.apply(&listener).context("cannot limit the socket buffers of the admin port")?;
-    duties.during(Duty::Admin, || admin.serve(&listener)).await;
+    roles.run_while(Role::Admin, || admin.serve(&listener)).await;
     Ok(())
 }
 
@@ -79,7 +79,7 @@ async fn freed(address: SocketAddr) -> TcpListener {
     }
 }
 
-/// Whatever the duties are: what is asked there is asked of this process.
+/// Serves in every role, since the requests there are meant for this process.
 ///
 /// # Errors
 /// There can be no such socket.

@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, error, warn};
 
 use crate::{
-    intercept::{Probe, RuleChanges, has_route, rule::Installed},
+    intercept::{RuleChanges, SelfTest, has_route, rule::Installed},
     observe::{Condition, Metrics},
 };
 use pace::Pace;
@@ -26,7 +26,7 @@ const VERIFY: Duration = Duration::from_secs(2);
 pub(super) struct Redirect {
     installed: Installed,
     changes: RuleChanges,
-    probe: Arc<Probe>,
+    self_test: Arc<SelfTest>,
     verified: Condition,
     metrics: Metrics,
     /// Whether another agent may have kept it since these rules were applied, with rules of its own.
@@ -40,14 +40,14 @@ impl Redirect {
         installed: Installed,
         others: bool,
         changes: RuleChanges,
-        probe: Arc<Probe>,
+        self_test: Arc<SelfTest>,
         verified: Condition,
         metrics: Metrics,
     ) -> Self {
         metrics.rule_applied.inc();
         let others = AtomicBool::new(others);
         let applying = Arc::default();
-        Self { installed, changes, probe, verified, metrics, others, applying }
+        Self { installed, changes, self_test, verified, metrics, others, applying }
     }
 
     /// Keeps the redirect: applies it at once when another process changed our rules, and when the self-test fails.
@@ -94,9 +94,11 @@ impl Redirect {
 
     /// Returns the first way that leads elsewhere. A family without a route is no way: no packet leaves by it.
     async fn broken(&self) -> Option<String> {
-        for (host, service) in self.installed.rules().ways().filter(|(host, service)| has_route(*host, *service)) {
-            if let Err(error) = self.probe.run(host, service).await {
-                return Some(format!("{} to {host}: {error}", service.of_family(host)));
+        for (host, service) in
+            self.installed.rules().dnat_targets().filter(|(host, service)| has_route(*host, *service))
+        {
+            if let Err(error) = self.self_test.run(host, service).await {
+                return Some(format!("{} to {host}: {error}", service.address_for(host)));
             }
         }
         None
@@ -109,7 +111,7 @@ impl Redirect {
         }
         pace.fenced = Some(Instant::now());
         let installed = self.installed.clone();
-        match tokio::task::spawn_blocking(move || installed.raise_fence()).await {
+        match tokio::task::spawn_blocking(move || installed.restore_policy_routing()).await {
             Ok(Ok(0)) => pace.fence_failed = false,
             Ok(Ok(rules)) => {
                 warn!(rules, "policy routing rules of the redirect were missing: added again");
@@ -172,7 +174,7 @@ impl Redirect {
         // The tools are processes: waiting for them must not hold up requests.
         let apply = move || {
             let _one = applying.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = installed.raise_fence() {
+            if let Err(error) = installed.restore_policy_routing() {
                 debug!(%error, "policy routing rules of the redirect cannot be added");
             }
             installed.apply_again()

@@ -59,7 +59,7 @@ impl Admin {
             let from = from.ip().to_canonical();
             let limiter = if from.is_loopback() { &here } else { &elsewhere };
             self.converse(stream, limiter, from);
-            limiter.let_evicted_end().await;
+            limiter.yield_to_evicted().await;
         }
     }
 
@@ -69,7 +69,7 @@ impl Admin {
         loop {
             let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
             self.converse(stream, &here, LOOPBACK);
-            here.let_evicted_end().await;
+            here.yield_to_evicted().await;
         }
     }
 

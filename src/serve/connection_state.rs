@@ -8,15 +8,15 @@ use crate::{
     attribute::{PodUid, Workload},
     authorize::Grant,
     cache::SessionHandle,
-    connections::{Owner, Permit},
-    intercept::{Peer, Share},
+    connections::{ConnectionPermit, Owner},
+    intercept::{ClientConn, SourceQuota},
 };
 
 #[derive(Debug)]
 pub(super) struct ConnectionState {
-    pub(super) client: Peer,
-    pub(super) quota: Share,
-    pub(super) permit: Arc<Permit>,
+    pub(super) client: ClientConn,
+    pub(super) quota: SourceQuota,
+    pub(super) permit: Arc<ConnectionPermit>,
     /// Fixed by the first request, whatever the pod index says later.
     pod: OnceLock<PodUid>,
     cached_grant: Mutex<Option<Arc<CachedGrant>>>,
@@ -36,14 +36,14 @@ pub(super) struct CachedGrant {
 }
 
 impl ConnectionState {
-    pub(super) fn new(client: Peer, quota: Share, permit: Arc<Permit>) -> Self {
+    pub(super) fn new(client: ClientConn, quota: SourceQuota, permit: Arc<ConnectionPermit>) -> Self {
         Self { client, quota, permit, pod: OnceLock::new(), cached_grant: Mutex::default() }
     }
 
     /// Returns whether this pod sent the connection's first request. The first call binds the connection to the pod.
     pub(super) fn is_bound_to(&self, workload: &Workload) -> bool {
         let pod = self.pod.get_or_init(|| {
-            self.permit.identify(Owner::Pod(workload.uid().0.clone()));
+            self.permit.set_owner(Owner::Pod(workload.uid().0.clone()));
             workload.uid().clone()
         });
         pod == workload.uid()

@@ -16,7 +16,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::connections::Permit;
+use crate::connections::ConnectionPermit;
 
 /// Enough for a cached response or a quick exchange. No SDK half-closes and waits, but SDKs that time out retry: with a
 /// longer grace period their abandoned requests would use up the connections of the pod.
@@ -24,13 +24,13 @@ const GRACE_PERIOD: Duration = Duration::from_millis(500);
 
 pub(super) struct HalfCloseGrace<S> {
     stream: S,
-    permit: Arc<Permit>,
+    permit: Arc<ConnectionPermit>,
     /// Starts when the client half-closes.
     grace: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> HalfCloseGrace<S> {
-    pub(super) fn new(stream: S, permit: Arc<Permit>) -> Self {
+    pub(super) fn new(stream: S, permit: Arc<ConnectionPermit>) -> Self {
         Self { stream, permit, grace: None }
     }
 }

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::in_memory::InMemoryServer;
-use crate::{clock::tests::FIXED_JITTER, exchange::script::Script, intercept::Peer, refusal::Reason};
+use crate::{clock::tests::FIXED_JITTER, exchange::script::Script, intercept::ClientConn, refusal::Reason};
 
 const WORKLOADS: &str = "workloads:
 - {pod: reader, serviceAccount: reader, addresses: [10.0.0.1], role: 'arn:aws:iam::111122223333:role/reader-role',
@@ -27,7 +27,7 @@ async fn request(server: &InMemoryServer, address: [u8; 4], method: &str, path: 
     let ttl = "x-aws-ec2-metadata-token-ttl-seconds: 60";
     let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{ttl}\r\n\r\n");
     let began = Instant::now();
-    let response = server.exchange(request.as_bytes(), Peer::from_pod(address.into())).await;
+    let response = server.exchange(request.as_bytes(), ClientConn::from_pod(address.into())).await;
     let status = response.split(' ').nth(1).unwrap_or_else(|| panic!("{response:?}"));
     (status.parse().unwrap(), began.elapsed().as_millis())
 }

@@ -13,7 +13,7 @@ use crate::{
     cache::SessionStatus,
     clock::UnixTime,
     exchange::Credential,
-    intercept::Peer,
+    intercept::ClientConn,
     refusal::{Reason, Refusal},
 };
 
@@ -156,7 +156,7 @@ impl Server {
     /// The cache's refusal; `UnknownPod` if the pod has lost the address.
     pub(super) async fn credential(
         &self,
-        client: &Peer,
+        client: &ClientConn,
         granted: &CachedGrant,
         until: Instant,
     ) -> Result<Arc<Credential>, Refusal> {

@@ -18,9 +18,9 @@ use crate::{
     authorize::{Accounts, Authorizer, Defaults},
     cache::{Cache, ExchangeLimiter},
     clock::UnixTime,
-    connections::Permit,
+    connections::ConnectionPermit,
     exchange::Issuer,
-    intercept::{Peer, Share},
+    intercept::{ClientConn, SourceQuota},
     observe::{Metrics, RefusalLog},
 };
 
@@ -62,25 +62,25 @@ impl InMemoryServer {
 
     /// Issues a valid IMDS token to the address.
     pub(crate) fn imds_token(&self, address: [u8; 4]) -> String {
-        let workload = self.server.attributor.lookup(&Peer::from_pod(address.into())).ok();
+        let workload = self.server.attributor.lookup(&ClientConn::from_pod(address.into())).ok();
         self.server.imds_tokens.issue(workload.as_ref(), address.into(), 21_600, UnixTime::now())
     }
 
     /// Sends bytes on one connection and half-closes it. Returns all that the server sends.
-    pub(crate) async fn exchange_and_half_close(&self, request: &[u8], client: Peer) -> String {
+    pub(crate) async fn exchange_and_half_close(&self, request: &[u8], client: ClientConn) -> String {
         self.exchange_bytes(request, client, true).await
     }
 
     /// Sends a request with `Connection: close`. Returns all that the server sends.
     #[cfg(test)]
-    pub(crate) async fn exchange(&self, request: &[u8], client: Peer) -> String {
+    pub(crate) async fn exchange(&self, request: &[u8], client: ClientConn) -> String {
         self.exchange_bytes(request, client, false).await
     }
 
-    async fn exchange_bytes(&self, request: &[u8], client: Peer, half_close: bool) -> String {
+    async fn exchange_bytes(&self, request: &[u8], client: ClientConn, half_close: bool) -> String {
         let (mut socket, stream) = tokio::io::duplex(BUFFER);
         let graceful = GracefulShutdown::new();
-        let quota = Share::sample(self.metrics.clone());
+        let quota = SourceQuota::sample(self.metrics.clone());
         let mut responses = Vec::new();
         let exchange = async {
             // The server may close the connection before it has read everything.
@@ -91,7 +91,7 @@ impl InMemoryServer {
             socket.read_to_end(&mut responses).await.unwrap();
         };
         tokio::join!(
-            self.server.serve_connection(stream, client, quota, Permit::sample(), graceful.watcher()),
+            self.server.serve_connection(stream, client, quota, ConnectionPermit::sample(), graceful.watcher()),
             exchange
         );
         String::from_utf8(responses).unwrap()

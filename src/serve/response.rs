@@ -9,7 +9,7 @@ use http_body_util::Full;
 use serde::Serialize;
 
 use super::TOKEN_TTL;
-use crate::{authorize::RoleArn, clock::UnixTime, exchange::json, intercept::Service, refusal::Reason};
+use crate::{authorize::RoleArn, clock::UnixTime, exchange::json, intercept::MetadataService, refusal::Reason};
 
 /// Appends no newline: 15 of 56 SDKs would take it for a part of the role's name (IMDS-9).
 pub(super) fn text(text: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -53,12 +53,12 @@ pub(super) fn token(token: String, ttl: u32) -> Response<Full<Bytes>> {
 }
 
 /// Returns a short, fixed response that reveals no detail of the refusal.
-pub(super) fn refuse(service: Service, reason: Reason) -> Response<Full<Bytes>> {
+pub(super) fn refuse(service: MetadataService, reason: Reason) -> Response<Full<Bytes>> {
     let status = StatusCode::from_u16(reason.info().status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     match service {
-        Service::Metadata => response(status, "text/html", Bytes::from_static(html_page(status).as_bytes())),
+        MetadataService::Metadata => response(status, "text/html", Bytes::from_static(html_page(status).as_bytes())),
         // A line of text, as from the EKS Pod Identity agent: SDKs include it in their error.
-        Service::Container => {
+        MetadataService::Container => {
             response(status, "text/plain; charset=utf-8", Bytes::from_static(text_line(status).as_bytes()))
         }
     }
@@ -72,7 +72,7 @@ fn html_page(status: StatusCode) -> &'static str {
         StatusCode::FORBIDDEN => "<html>\n<title>403 - Forbidden</title>\n</html>\n",
         StatusCode::NOT_FOUND => "<html>\n<title>404 - Not Found</title>\n</html>\n",
         StatusCode::METHOD_NOT_ALLOWED => "<html>\n<title>405 - Method Not Allowed</title>\n</html>\n",
-        _ => "<html>\n<title>503 - Service Unavailable</title>\n</html>\n",
+        _ => "<html>\n<title>503 - MetadataService Unavailable</title>\n</html>\n",
     }
 }
 
@@ -82,7 +82,7 @@ fn text_line(status: StatusCode) -> &'static str {
         StatusCode::FORBIDDEN => "Access Denied\n",
         StatusCode::NOT_FOUND => "there is no such path, or no role for this pod\n",
         StatusCode::METHOD_NOT_ALLOWED => "Method Not Allowed\n",
-        _ => "Service Unavailable\n",
+        _ => "MetadataService Unavailable\n",
     }
 }
 

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use super::node_metadata::IDENTITY_DOCUMENT;
-use crate::intercept::Service;
+use crate::intercept::MetadataService;
 
 /// Maximum number of segments; no client requests more.
 const MAX_SEGMENTS: usize = 12;
@@ -47,10 +47,10 @@ impl<'a> Route<'a> {
     }
 
     /// Routes a request target, as sent but without its query.
-    pub fn of(service: Service, target: &'a str) -> Self {
+    pub fn of(service: MetadataService, target: &'a str) -> Self {
         match service {
-            Service::Metadata => Self::parse(target),
-            Service::Container => match decode(target).as_deref().and_then(segments) {
+            MetadataService::Metadata => Self::parse(target),
+            MetadataService::Container => match decode(target).as_deref().and_then(segments) {
                 Some((segments, 2)) if segments[..2] == ["v1", "credentials"] => Self::ContainerCredentials,
                 _ => Self::NotFound,
             },
@@ -204,8 +204,8 @@ mod tests {
     #[test]
     fn services_share_no_paths() {
         for target in ["/v1/credentials", "/v1/credentials/", "//v1//credentials", "/v1/credential%73"] {
-            assert_eq!(Route::of(Service::Container, target), Route::ContainerCredentials, "{target}");
-            assert_eq!(Route::of(Service::Metadata, target), Route::NotFound, "{target}");
+            assert_eq!(Route::of(MetadataService::Container, target), Route::ContainerCredentials, "{target}");
+            assert_eq!(Route::of(MetadataService::Metadata, target), Route::NotFound, "{target}");
         }
         for target in [
             "/",
@@ -218,7 +218,7 @@ mod tests {
             "/latest/api/token",
             "/latest/meta-data/iam/security-credentials/",
         ] {
-            assert_eq!(Route::of(Service::Container, target), Route::NotFound, "{target}");
+            assert_eq!(Route::of(MetadataService::Container, target), Route::NotFound, "{target}");
         }
     }
 

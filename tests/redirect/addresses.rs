@@ -1,4 +1,4 @@
-//! Pods with more than one address of a family, and with one of one family only, in every shape of pod network.
+//! Pods with several addresses of one family, and with one family only, in every shape of pod network.
 
 use anyhow::{Context, Result, ensure};
 use lab::http::{CREDENTIALS_PATH, TOKEN};
@@ -6,24 +6,24 @@ use lab::net::{Address, Pod, Shape};
 
 use super::site::{Site, account};
 
-/// As a second network of the pod's gives it one, and the way to it.
-fn add(site: &Site, pod: &Pod, more: Address) -> Result<()> {
-    pod.netns().ip([format!("addr add {}/32 dev eth0", more.v4)])?;
-    if let Some(v6) = more.v6 {
+/// Adds an address to a pod, as a second pod network does, and the route to it.
+fn add_address(site: &Site, pod: &Pod, address: Address) -> Result<()> {
+    pod.netns().ip([format!("addr add {}/32 dev eth0", address.v4)])?;
+    if let Some(v6) = address.v6 {
         pod.netns().ip([format!("addr add {v6}/128 dev eth0 nodad")])?;
     }
     if pod.shape() != Shape::Bridge {
         let device = pod.host_interface();
-        site.node.netns().ip([format!("route add {} dev {device}", more.v4)])?;
-        if let Some(v6) = more.v6 {
+        site.node.netns().ip([format!("route add {} dev {device}", address.v4)])?;
+        if let Some(v6) = address.v6 {
             site.node.netns().ip([format!("route add {v6} dev {device}")])?;
         }
     }
     Ok(())
 }
 
-/// From now on the pod's connections come from there.
-fn speak_from(pod: &Pod, address: Address) -> Result<()> {
+/// Makes the pod connect from this source address.
+fn use_source(pod: &Pod, address: Address) -> Result<()> {
     pod.netns().shell(&format!("ip route replace $(ip route show default) src {}", address.v4))?;
     if let Some(v6) = address.v6 {
         pod.netns().shell(&format!("ip -6 route replace $(ip -6 route show default | head -1) src {v6}"))?;
@@ -31,13 +31,13 @@ fn speak_from(pod: &Pod, address: Address) -> Result<()> {
     Ok(())
 }
 
-fn all_addresses_of_a_pod_are_the_pods(backend: &'static str) -> Result<()> {
+fn every_address_of_a_pod_is_attributed(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let mut more = Vec::new();
     for pod in &site.pods {
         let (second, stray) = (site.node.allocate(), site.node.allocate());
-        add(&site, pod, second)?;
-        add(&site, pod, stray)?;
+        add_address(&site, pod, second)?;
+        add_address(&site, pod, stray)?;
         let mut entry = site.with_role(pod)?;
         entry.addresses.extend(second.ips());
         site.put(entry)?;
@@ -48,29 +48,29 @@ fn all_addresses_of_a_pod_are_the_pods(backend: &'static str) -> Result<()> {
         let role = format!("{}-role", account(pod.shape()));
         let token = pod.imds().put_token(60)?;
         for from in [pod.address(), second] {
-            speak_from(pod, from)?;
+            use_source(pod, from)?;
             for mut imds in Site::clients(pod) {
                 let what = format!("{:?} from {from:?}: {imds:?}", pod.shape());
                 let list = imds.role_list().context(what.clone())?;
                 ensure!(list.status == 200 && list.body == role, "{what}: {list:?}");
                 ensure!(site.session(&imds.credentials(&role)?.body)?.role_arn == site.arn(pod.name()), "{what}");
-                // A session token is the pod's, not the address's.
+                // An IMDS token belongs to the pod, not to the address.
                 let answer = imds.get(CREDENTIALS_PATH).header(TOKEN, &token).send()?;
                 ensure!(answer.status == 200, "{what}: {answer:?}");
             }
         }
-        speak_from(pod, stray)?;
+        use_source(pod, stray)?;
         for mut imds in Site::clients(pod) {
             let list = imds.get(CREDENTIALS_PATH).send()?;
-            ensure!(list.status == 503, "{:?}: an address that is nobody's: {list:?}", pod.shape());
+            ensure!(list.status == 503, "{:?}: an unlisted address: {list:?}", pod.shape());
         }
     }
     site.no_pod_got_outside()?;
     agent.stop()
 }
 
-/// As single-stack pods are listed on a node that has both families.
-fn a_family_that_a_pod_is_not_listed_with_gets_nothing(backend: &'static str) -> Result<()> {
+/// On a dual-stack node, the API server lists single-stack pods with one family only.
+fn unlisted_address_family_is_refused(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     for v6 in [false, true] {
         for pod in site.pods.iter().filter(|pod| pod.ip6().is_some()) {
@@ -91,22 +91,7 @@ fn a_family_that_a_pod_is_not_listed_with_gets_nothing(backend: &'static str) ->
     site.no_pod_got_outside()
 }
 
-#[test]
-fn by_nft_all_addresses_of_a_pod_are_the_pods() -> Result<()> {
-    all_addresses_of_a_pod_are_the_pods("nft")
-}
-
-#[test]
-fn by_iptables_all_addresses_of_a_pod_are_the_pods() -> Result<()> {
-    all_addresses_of_a_pod_are_the_pods("iptables")
-}
-
-#[test]
-fn by_nft_a_family_that_a_pod_is_not_listed_with_gets_nothing() -> Result<()> {
-    a_family_that_a_pod_is_not_listed_with_gets_nothing("nft")
-}
-
-#[test]
-fn by_iptables_a_family_that_a_pod_is_not_listed_with_gets_nothing() -> Result<()> {
-    a_family_that_a_pod_is_not_listed_with_gets_nothing("iptables")
+with_nft_and_iptables! {
+    every_address_of_a_pod_is_attributed,
+    unlisted_address_family_is_refused,
 }

@@ -1,5 +1,5 @@
-//! Pods ask for the node's metadata without a pause while rules are flushed, agents killed and nodes booted: none may
-//! ever be answered by the node's own metadata service. `ROUNDS=100` repeats each as often.
+//! Pods request the node's metadata in a loop while rules are flushed, agents are killed and nodes boot. The real
+//! metadata service must never answer them. `ROUNDS` sets the number of repetitions.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -16,7 +16,7 @@ use lab::imds::Instance;
 use lab::poll::poll;
 
 use super::site::Site;
-use super::{NEVER, PATIENCE};
+use super::{CONNECT_TIMEOUT, TIMEOUT};
 
 const REQUEST: &[u8] = b"GET /latest/meta-data/instance-id HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
@@ -24,7 +24,7 @@ fn rounds() -> usize {
     std::env::var("ROUNDS").ok().and_then(|count| count.parse().ok()).unwrap_or(10)
 }
 
-/// Answers that pods got.
+/// Responses to pods by their source.
 #[derive(Debug, Default)]
 struct Answers {
     agent: AtomicUsize,
@@ -33,7 +33,7 @@ struct Answers {
 }
 
 impl Answers {
-    fn note(&self, answer: std::io::Result<String>) {
+    fn count(&self, answer: std::io::Result<String>) {
         match answer {
             Ok(answer) if answer.contains("server: kirsa") => &self.agent,
             Ok(answer) if !answer.is_empty() => &self.node,
@@ -50,7 +50,7 @@ impl Answers {
     }
 }
 
-fn ask(mut stream: TcpStream) -> std::io::Result<String> {
+fn request(mut stream: TcpStream) -> std::io::Result<String> {
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
     stream.write_all(REQUEST)?;
     let mut answer = String::new();
@@ -58,8 +58,8 @@ fn ask(mut stream: TcpStream) -> std::io::Result<String> {
     Ok(answer.to_lowercase())
 }
 
-/// Does the work while every pod asks over both families.
-fn while_pods_ask(site: &Site, answers: &Answers, work: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Runs `work` while every pod sends requests over both address families.
+fn while_pods_request(site: &Site, answers: &Answers, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let done = AtomicBool::new(false);
     let outcome = thread::scope(|scope| {
         for pod in &site.pods {
@@ -68,7 +68,7 @@ fn while_pods_ask(site: &Site, answers: &Answers, work: impl FnOnce() -> Result<
                 scope.spawn(move || {
                     pod.netns().run(|| {
                         while !done.load(Ordering::Relaxed) {
-                            answers.note(TcpStream::connect_timeout(&target, NEVER).and_then(ask));
+                            answers.count(TcpStream::connect_timeout(&target, CONNECT_TIMEOUT).and_then(request));
                         }
                     });
                 });
@@ -85,10 +85,10 @@ fn flushes_leak_nothing(backend: &'static str) -> Result<()> {
     let (site, answers) = (Site::new(backend)?, Answers::default());
     let agent = site.start()?;
     let rules = site.rules()?;
-    while_pods_ask(&site, &answers, || {
+    while_pods_request(&site, &answers, || {
         for _ in 0..rounds() {
             site.node.netns().shell("nft flush ruleset")?;
-            poll("the rules to come back", PATIENCE, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
+            poll("the rules to be restored", TIMEOUT, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
         }
         Ok(())
     })?;
@@ -99,10 +99,10 @@ fn flushes_leak_nothing(backend: &'static str) -> Result<()> {
 fn kills_leak_nothing(backend: &'static str) -> Result<()> {
     let (site, answers) = (Site::new(backend)?, Answers::default());
     site.start()?.kill()?;
-    while_pods_ask(&site, &answers, || {
+    while_pods_request(&site, &answers, || {
         (0..rounds()).try_for_each(|_| {
             let (agent, before) = (site.start()?, answers.agent.load(Ordering::Relaxed));
-            poll("an answer", PATIENCE, || (answers.agent.load(Ordering::Relaxed) > before).then_some(()))?;
+            poll("an answer", TIMEOUT, || (answers.agent.load(Ordering::Relaxed) > before).then_some(()))?;
             agent.kill()
         })
     })?;
@@ -128,7 +128,7 @@ impl BootUnit {
         Ok(Self(commands))
     }
 
-    /// As at a boot; starting it again is no error either.
+    /// Runs the commands as at boot. Repeating them is no error.
     fn start(&self, site: &Site) -> Result<()> {
         for (may_fail, command) in &self.0 {
             let outcome = site.node.netns().shell(command);
@@ -148,25 +148,28 @@ fn boots_leak_nothing() -> Result<()> {
     let (site, answers, boot) = (Site::new("nft")?, Answers::default(), BootUnit::read()?);
     for _ in 0..rounds() {
         boot.start(&site)?;
-        while_pods_ask(&site, &answers, || {
+        while_pods_request(&site, &answers, || {
             let agent = site.start()?;
-            boot.start(&site).context("the unit, started again")?;
+            boot.start(&site).context("starting the unit again")?;
             agent.kill()
         })?;
         Agent::uninstall(&site.node, &Options::new(env!("CARGO_BIN_EXE_kirsa")))?;
-        ensure!(policy_routing(&site)?.is_empty() && !site.rules()?.contains("kirsa"), "the next boot is a real one");
+        ensure!(
+            policy_routing(&site)?.is_empty() && !site.rules()?.contains("kirsa"),
+            "rules are left from the last boot"
+        );
     }
     answers.check("boots, nft")
 }
 
 #[test]
-fn boot_unit_refuses_pods_and_not_the_node() -> Result<()> {
+fn boot_unit_refuses_only_pods() -> Result<()> {
     let (site, boot) = (Site::new("nft")?, BootUnit::read()?);
     boot.start(&site)?;
     boot.start(&site)?;
     for target in site.targets(80) {
         for pod in &site.pods {
-            let kind = super::error_kind(pod.netns().connect(target, NEVER));
+            let kind = super::error_kind(pod.netns().connect(target, CONNECT_TIMEOUT));
             ensure!(kind == Some(std::io::ErrorKind::ConnectionRefused), "{:?} to {target}: {kind:?}", pod.shape());
         }
         let body = Client::new(site.node.netns(), target).get("/latest/meta-data/instance-id").send()?.ok()?;
@@ -175,21 +178,23 @@ fn boot_unit_refuses_pods_and_not_the_node() -> Result<()> {
     let by_unit = policy_routing(&site)?;
     ensure!(by_unit.len() == 4 * site.targets(80).len(), "{by_unit:?}");
     site.start()?.stop()?;
-    ensure!(policy_routing(&site)? == by_unit, "the agent's are the same: {:?}", policy_routing(&site)?);
+    ensure!(policy_routing(&site)? == by_unit, "the agent's rules differ: {:?}", policy_routing(&site)?);
     Ok(())
 }
 
 #[test]
-fn removed_policy_routing_comes_back() -> Result<()> {
+fn removed_policy_routing_is_restored() -> Result<()> {
     let site = Site::new("nft")?;
     let agent = site.start()?;
     let before = policy_routing(&site)?;
     site.node.netns().shell("for n in 4 5 6 7; do ip rule del pref $n; ip -6 rule del pref $n || true; done")?;
     ensure!(policy_routing(&site)?.is_empty());
-    poll("the rules to come back", Duration::from_secs(20), || {
+    poll("the rules to be restored", Duration::from_secs(20), || {
         policy_routing(&site).is_ok_and(|now| now == before).then_some(())
     })?;
-    agent.wait_for_log(|entry| entry["message"].as_str().is_some_and(|said| said.contains("policy routing rules")))?;
+    agent.wait_for_log(|entry| {
+        entry["message"].as_str().is_some_and(|message| message.contains("policy routing rules"))
+    })?;
     ensure!(agent.metric("kirsa_redirect_repaired_total", &[])? == 1.0);
     agent.stop()
 }

@@ -1,7 +1,6 @@
-//! Interception, through the real binary and real rules: a pod's connection to the metadata address reaches the agent
-//! or nobody, in every shape of pod network, with nft and with iptables, over IPv4 and IPv6.
+//! Interception with the real binary and real rules (fail closed): a pod's connection to the metadata address reaches
+//! the agent or is refused, in every shape of pod network, with nft and with iptables, over IPv4 and IPv6.
 
-mod addresses;
 mod policy;
 mod site;
 
@@ -20,7 +19,7 @@ use site::{Site, account};
 
 lab::enter!();
 
-/// Every test once with each way to redirect.
+/// Runs each test with both backends.
 macro_rules! with_nft_and_iptables {
     ($($test:ident,)*) => {
         mod nft { $(#[test] fn $test() -> anyhow::Result<()> { super::$test("nft") })* }
@@ -28,31 +27,32 @@ macro_rules! with_nft_and_iptables {
     };
 }
 
+mod addresses;
 mod leaks;
 
 with_nft_and_iptables! {
-    pods_of_every_shape_are_redirected_attributed_and_answered,
-    the_nodes_own_traffic_is_left_alone,
-    forwarded_packets_get_nowhere,
-    a_direct_connection_is_not_attributed,
-    the_rules_are_the_same_after_a_restart_and_gone_after_uninstall,
-    a_killed_agent_leaves_its_rules_and_pods_are_refused_at_once,
-    rules_that_somebody_removed_come_back,
+    pods_of_every_shape_are_served,
+    node_traffic_is_not_redirected,
+    forwarded_packets_are_rejected,
+    direct_connection_is_rejected,
+    rules_survive_restart_until_uninstall,
+    killed_agent_leaves_rules_that_refuse_pods,
+    removed_rules_are_restored,
     policy_routing_alone_leaks_nothing,
     postrouting_alone_leaks_nothing,
     family_without_host_address_is_refused,
 }
 
-/// Longer than any answer within this machine takes.
-const NEVER: Duration = Duration::from_millis(400);
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Time after which a connection counts as unanswered. Packets within this machine take far less.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(400);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn error_kind(outcome: std::io::Result<TcpStream>) -> Option<ErrorKind> {
     outcome.err().map(|error| error.kind())
 }
 
 /// IMDS-1, IMDS-9, IMDS-11, IMDS-24, IMDS-25
-fn pods_of_every_shape_are_redirected_attributed_and_answered(backend: &'static str) -> Result<()> {
+fn pods_of_every_shape_are_served(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let idle = site.pod("idle")?;
     let agent = site.start()?;
@@ -79,7 +79,7 @@ fn pods_of_every_shape_are_redirected_attributed_and_answered(backend: &'static 
     agent.stop()
 }
 
-fn the_nodes_own_traffic_is_left_alone(backend: &'static str) -> Result<()> {
+fn node_traffic_is_not_redirected(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let agent = site.start()?;
     for (host, target) in site.node.host_ips().into_iter().zip(site.targets(80)) {
@@ -91,43 +91,47 @@ fn the_nodes_own_traffic_is_left_alone(backend: &'static str) -> Result<()> {
     agent.stop()
 }
 
-fn forwarded_packets_get_nowhere(backend: &'static str) -> Result<()> {
+fn forwarded_packets_are_rejected(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let agent = site.start()?;
-    // Nobody is left to put it back.
+    // A running agent would restore the redirect.
     agent.kill()?;
     site.remove_redirect()?;
     for pod in &site.pods {
         for target in site.targets(80) {
-            let kind = error_kind(pod.netns().connect(target, NEVER));
-            // iptables cannot reject before routing, so policy routing answers there with ICMP errors: ignored at the
-            // first SYN, since the connecting process still holds its socket.
+            let kind = error_kind(pod.netns().connect(target, CONNECT_TIMEOUT));
+            // iptables cannot reject in prerouting, so policy routing answers with ICMP errors. The client ignores them
+            // for the first SYN, because it still holds its socket.
             let refused = kind == Some(ErrorKind::ConnectionRefused);
             ensure!(refused || backend == "iptables" && kind.is_some(), "{:?} to {target}: {kind:?}", pod.shape());
         }
     }
     site.no_pod_got_outside()?;
     for pod in &site.pods {
-        // DNS of other clouds, say: only port 80 carries credentials.
-        pod.netns().connect((METADATA, 8080).into(), PATIENCE).context("another port of the metadata address")?;
+        // Only port 80 has credentials. Other ports must work, for example for DNS in other clouds.
+        pod.netns().connect((METADATA, 8080).into(), TIMEOUT).context("another port of the metadata address")?;
     }
     Ok(())
 }
 
-/// Only policy routing is left, as in the moment after a flush.
+/// Right after a flush, only policy routing is left.
 fn policy_routing_alone_leaks_nothing(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     site.start()?.kill()?;
     site.node.netns().shell("nft flush ruleset")?;
     for target in site.targets(80) {
         for pod in &site.pods {
-            ensure!(error_kind(pod.netns().connect(target, NEVER)).is_some(), "{:?} to {target}", pod.shape());
+            ensure!(
+                error_kind(pod.netns().connect(target, CONNECT_TIMEOUT)).is_some(),
+                "{:?} to {target}",
+                pod.shape()
+            );
         }
     }
     site.no_pod_got_outside()?;
     for target in site.targets(80) {
         let body = Client::new(site.node.netns(), target).get("/latest/meta-data/instance-id").send()?.ok()?;
-        ensure!(body == Instance::default().instance_id, "the node's own way to {target} is closed: {body}");
+        ensure!(body == Instance::default().instance_id, "the node itself cannot reach {target}: {body}");
     }
     Agent::uninstall(&site.node, &Options::new(env!("CARGO_BIN_EXE_kirsa")))?;
     let left = site.node.netns().shell("ip rule; ip -6 rule")?;
@@ -135,7 +139,7 @@ fn policy_routing_alone_leaks_nothing(backend: &'static str) -> Result<()> {
     Ok(())
 }
 
-/// IPVS sends a Service's connections from its own hook, past forwarding and policy routing.
+/// IPVS sends a Service's connections from its own hook, which bypasses forwarding and policy routing.
 fn postrouting_alone_leaks_nothing(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     site.start()?.kill()?;
@@ -146,14 +150,14 @@ fn postrouting_alone_leaks_nothing(backend: &'static str) -> Result<()> {
     site.node.netns().shell(&format!("{rules}; ip rule del pref 6; ip -6 rule del pref 6 || true"))?;
     for pod in &site.pods {
         for target in site.targets(80) {
-            let kind = error_kind(pod.netns().connect(target, NEVER));
+            let kind = error_kind(pod.netns().connect(target, CONNECT_TIMEOUT));
             ensure!(kind == Some(ErrorKind::TimedOut), "{:?} to {target}: {kind:?}", pod.shape());
         }
     }
     site.no_pod_got_outside()
 }
 
-/// The other family has no address to lead its connections to.
+/// The other address family has no DNAT target.
 fn family_without_host_address_is_refused(backend: &'static str) -> Result<()> {
     for host in [true, false] {
         let mut site = Site::new(backend)?;
@@ -165,7 +169,7 @@ fn family_without_host_address_is_refused(backend: &'static str) -> Result<()> {
         let check = |site: &Site| {
             for target in site.targets(80).into_iter().filter(|target| target.is_ipv4() != host) {
                 for pod in &site.pods {
-                    let kind = error_kind(pod.netns().connect(target, NEVER));
+                    let kind = error_kind(pod.netns().connect(target, CONNECT_TIMEOUT));
                     ensure!(kind == Some(ErrorKind::ConnectionRefused), "{:?} to {target}: {kind:?}", pod.shape());
                 }
             }
@@ -176,31 +180,31 @@ fn family_without_host_address_is_refused(backend: &'static str) -> Result<()> {
         let mut served = if host { pod.imds() } else { pod.imds6() };
         ensure!(served.role_list()?.status == 200);
         agent.kill()?;
-        check(&site).context("after the agent")?;
+        check(&site).context("after the agent was killed")?;
     }
     Ok(())
 }
 
-fn a_direct_connection_is_not_attributed(backend: &'static str) -> Result<()> {
+fn direct_connection_is_rejected(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let agent = site.start()?;
-    let mut asked = 0.0;
+    let mut sent = 0.0;
     for pod in &site.pods {
         for host in site.node.host_ips() {
             let mut direct = Client::new(pod.netns(), (host, 338));
             let list = direct.get(lab::http::CREDENTIALS_PATH).send()?;
             ensure!(list.status == 403 && !list.body.contains("role"), "{:?} to {host}: {list:?}", pod.shape());
-            asked += 1.0;
+            sent += 1.0;
         }
     }
-    ensure!(agent.metric("kirsa_refusals_total", &[("reason", "not_redirected")])? == asked);
-    // Nor from the node, where every address is local.
+    ensure!(agent.metric("kirsa_refusals_total", &[("reason", "not_redirected")])? == sent);
+    // The node itself is rejected too, although all its addresses are local.
     let mut local = Client::new(site.node.netns(), (site.node.host_ip(), 338));
     ensure!(local.get(lab::http::CREDENTIALS_PATH).send()?.status == 403);
     agent.stop()
 }
 
-fn the_rules_are_the_same_after_a_restart_and_gone_after_uninstall(backend: &'static str) -> Result<()> {
+fn rules_survive_restart_until_uninstall(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     ensure!(!site.rules()?.to_lowercase().contains("kirsa"));
     let agent = site.start()?;
@@ -209,15 +213,15 @@ fn the_rules_are_the_same_after_a_restart_and_gone_after_uninstall(backend: &'st
     let families = if backend == "nft" { 1 } else { 2 };
     ensure!(before.matches(jump).count() == families, "{before}");
     agent.stop()?;
-    ensure!(site.rules()? == before, "the rules do not stay");
+    ensure!(site.rules()? == before, "the rules changed when the agent stopped");
     let agent = site.start()?;
     ensure!(site.rules()? == before, "before:\n{before}\nafter:\n{}", site.rules()?);
     agent.stop()?;
 
     let output = Agent::uninstall(&site.node, &Options::new(env!("CARGO_BIN_EXE_kirsa")))?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success() && said.to_lowercase().contains("kirsa"), "{output:?}");
-    ensure!(said.contains(if backend == "nft" {
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success() && text.to_lowercase().contains("kirsa"), "{output:?}");
+    ensure!(text.contains(if backend == "nft" {
         "nftables table inet kirsa"
     } else {
         "ip6tables chain KIRSA-FORWARD"
@@ -229,7 +233,7 @@ fn the_rules_are_the_same_after_a_restart_and_gone_after_uninstall(backend: &'st
 }
 
 /// IMDS-30
-fn a_killed_agent_leaves_its_rules_and_pods_are_refused_at_once(backend: &'static str) -> Result<()> {
+fn killed_agent_leaves_rules_that_refuse_pods(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let agent = site.start()?;
     let rules = site.rules()?;
@@ -249,13 +253,13 @@ fn a_killed_agent_leaves_its_rules_and_pods_are_refused_at_once(backend: &'stati
     agent.stop()
 }
 
-fn rules_that_somebody_removed_come_back(backend: &'static str) -> Result<()> {
+fn removed_rules_are_restored(backend: &'static str) -> Result<()> {
     let site = Site::new(backend)?;
     let agent = site.start()?;
     let rules = site.rules()?;
     site.remove_redirect()?;
-    poll("the rules to come back", PATIENCE, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
-    poll("a count of the repair", PATIENCE, || {
+    poll("the rules to be restored", TIMEOUT, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
+    poll("the repair to be counted", TIMEOUT, || {
         agent.metric("kirsa_redirect_repaired_total", &[]).is_ok_and(|count| count >= 1.0).then_some(())
     })?;
     ensure!(site.pods[0].imds().role_list()?.status == 200);
@@ -263,19 +267,19 @@ fn rules_that_somebody_removed_come_back(backend: &'static str) -> Result<()> {
     agent.stop()
 }
 
-/// The self-test passes through neither chain.
+/// The self-test uses neither chain, so only reading the rules back detects this.
 #[test]
-fn emptied_prerouting_and_forward_come_back() -> Result<()> {
+fn flushed_prerouting_and_forward_are_restored() -> Result<()> {
     let site = Site::new("nft")?;
     let agent = site.start()?;
     let rules = site.rules()?;
     site.node.netns().shell("nft 'flush chain inet kirsa prerouting; flush chain inet kirsa forward'")?;
-    poll("the rules to come back", PATIENCE, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
+    poll("the rules to be restored", TIMEOUT, || site.rules().is_ok_and(|now| now == rules).then_some(()))?;
     agent.stop()
 }
 
 #[test]
-fn node_without_a_route_is_ready_and_quiet() -> Result<()> {
+fn node_without_route_is_ready() -> Result<()> {
     let site = Site::new("nft")?;
     site.node.netns().shell("ip route del default; ip -6 route del default || true")?;
     let agent = site.start()?;
@@ -284,7 +288,7 @@ fn node_without_a_route_is_ready_and_quiet() -> Result<()> {
     agent.stop()
 }
 
-/// Another agent accepts before our chain is asked.
+/// Another program accepts packets before our chain sees them.
 #[test]
 fn accept_before_the_iptables_jump_leaks_nothing() -> Result<()> {
     let site = Site::new("iptables")?;
@@ -296,14 +300,18 @@ fn accept_before_the_iptables_jump_leaks_nothing() -> Result<()> {
     )?;
     for pod in &site.pods {
         for target in site.targets(80) {
-            ensure!(error_kind(pod.netns().connect(target, NEVER)).is_some(), "{:?} to {target}", pod.shape());
+            ensure!(
+                error_kind(pod.netns().connect(target, CONNECT_TIMEOUT)).is_some(),
+                "{:?} to {target}",
+                pod.shape()
+            );
         }
     }
     site.no_pod_got_outside()
 }
 
 #[test]
-fn with_auto_nft_is_chosen_and_iptables_where_there_is_none() -> Result<()> {
+fn auto_prefers_nft_and_falls_back_to_iptables() -> Result<()> {
     let site = Site::new("auto")?;
     let agent = site.start()?;
     ensure!(site.node.netns().shell("nft list tables")?.contains("inet kirsa"));
@@ -322,35 +330,35 @@ fn with_auto_nft_is_chosen_and_iptables_where_there_is_none() -> Result<()> {
 }
 
 #[test]
-fn what_keeps_the_redirect_from_working_is_said_at_the_start() -> Result<()> {
+fn unusable_redirect_is_reported_at_startup() -> Result<()> {
     let site = Site::new("nft")?;
     for (options, wanted) in [
         (site.options.clone().env("PATH", "/nonexistent"), "nft: not found"),
         (site.options.clone().flag("--host-ip", "10.9.9.9"), "--host-ip 10.9.9.9"),
     ] {
         let output = Agent::run_to_end(&site.node, &options)?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() == Some(1) && said.contains(wanted), "{wanted}: {output:?}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(1) && text.contains(wanted), "{wanted}: {output:?}");
     }
     Ok(())
 }
 
-/// A redirect of somebody else's need not leave the original destination behind.
+/// Another component's redirect need not preserve the original destination.
 #[test]
-fn without_a_redirect_of_our_own_no_rule_is_made() -> Result<()> {
+fn intercept_none_installs_no_rules() -> Result<()> {
     let site = Site::new("none")?;
     let agent = site.start()?;
     ensure!(site.node.netns().shell("nft list ruleset")?.is_empty());
     let pod = &site.pods[0];
     let mut direct = Client::new(pod.netns(), (IpAddr::V4(site.node.host_ip()), 338));
     ensure!(direct.role_list()?.status == 200);
-    ensure!(agent.metric("kirsa_redirect_verified", &[])? == 1.0, "which alerts look at");
+    ensure!(agent.metric("kirsa_redirect_verified", &[])? == 1.0, "alerts depend on it");
     agent.stop()
 }
 
-/// What answers on the agent's port gets pods' requests, so an ordinary process of the node must not be able to take it.
+/// A process on the agent's port receives pods' requests, so an unprivileged process must not be able to bind it.
 #[test]
-fn the_port_takes_a_capability_while_the_agent_is_down() -> Result<()> {
+fn port_is_privileged_while_agent_is_down() -> Result<()> {
     let site = Site::new("nft")?;
     site.start()?.kill()?;
     let host = site.node.host_ip();
@@ -361,7 +369,7 @@ fn the_port_takes_a_capability_while_the_agent_is_down() -> Result<()> {
         })
     };
     ensure!(bind(338)? == Some(ErrorKind::PermissionDenied), "{:?}", bind(338)?);
-    ensure!(bind(8181)?.is_none(), "the test would pass with any port");
+    ensure!(bind(8181)?.is_none(), "the test could not fail");
     site.start()?.stop()
 }
 
@@ -380,32 +388,34 @@ fn bind_capability_is_dropped_before_serving() -> Result<()> {
             let held = u64::from_str_radix(field(set)?, 16)?;
             ensure!(held & NET_BIND_SERVICE == 0, "{backend}: {set} {held:#x}");
         }
-        ensure!(field("NoNewPrivs:")? == "1", "a tool that root starts could regain it");
+        ensure!(field("NoNewPrivs:")? == "1", "a program that root executes could regain it");
         agent.stop()?;
     }
     Ok(())
 }
 
 #[test]
-fn a_port_in_use_is_named_with_its_process() -> Result<()> {
+fn occupant_of_the_port_is_named() -> Result<()> {
     let site = Site::new("nft")?;
-    let _stranger = site.node.netns().listen((site.node.host_ip(), 338).into())?;
+    let _occupant = site.node.netns().listen((site.node.host_ip(), 338).into())?;
     let output = Agent::run_to_end(&site.node, &site.options)?;
-    let said = String::from_utf8_lossy(&output.stderr);
+    let text = String::from_utf8_lossy(&output.stderr);
     let process = format!("process {} (", std::process::id());
-    ensure!(output.status.code() == Some(1) && said.contains("--port 338: in use"), "{output:?}");
-    ensure!(said.contains(&process) && said.contains("uid 0"), "{said}");
-    ensure!(!site.rules()?.contains("kirsa"), "rules lead to the stranger: {}", site.rules()?);
+    ensure!(output.status.code() == Some(1) && text.contains("--port 338: in use"), "{output:?}");
+    ensure!(text.contains(&process) && text.contains("uid 0"), "{text}");
+    ensure!(!site.rules()?.contains("kirsa"), "rules lead to the other process: {}", site.rules()?);
     Ok(())
 }
 
 #[test]
-fn an_unprivileged_port_works_with_a_warning() -> Result<()> {
+fn unprivileged_port_works_with_a_warning() -> Result<()> {
     let mut site = Site::new("nft")?;
     site.set_flag("--port", "8181");
     let agent = site.start()?;
     agent.wait_for_log(|entry| {
-        entry["message"].as_str().is_some_and(|said| said.contains("any hostNetwork process can listen on port 8181"))
+        entry["message"]
+            .as_str()
+            .is_some_and(|message| message.contains("any hostNetwork process can listen on port 8181"))
     })?;
     ensure!(site.pods[0].imds().role_list()?.status == 200);
     agent.stop()

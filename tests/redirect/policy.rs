@@ -1,4 +1,5 @@
-//! Pods that the AWS VPC CNI routes by interface, or gives addresses that nobody else knows: refused with the cause.
+//! Pods that the AWS VPC CNI routes by interface, or gives egress addresses unknown to the API server, are refused with
+//! the cause.
 
 use anyhow::{Context, Result, ensure};
 use lab::agent::field;
@@ -11,8 +12,8 @@ fn pod(site: &Site) -> Result<&Pod> {
     site.pods.iter().find(|pod| pod.shape() == Shape::RoutedBare).context("a pod on a bare veth")
 }
 
-/// As security groups for pods in strict mode: what the pod sends and what is sent to it passes a VLAN of its own and
-/// the network outside, also between the pod and its node.
+/// Simulates security groups for pods in strict mode: the pod's packets pass its own VLAN and the network outside the
+/// node, even between the pod and its node.
 fn route_by_interface(site: &Site, pod: &Pod) -> Result<()> {
     let (node, vpc) = (site.node.netns(), site.node.vpc());
     node.ip([format!("link add vlan.eth.1 type veth peer name trunk netns {}", vpc.name())])?;
@@ -26,7 +27,7 @@ fn route_by_interface(site: &Site, pod: &Pod) -> Result<()> {
         "link set vlan.eth.1 up".into(),
         "route add default via 10.253.0.1 dev vlan.eth.1 table 101".into(),
         format!("route add {} dev {} table 101", pod.ip(), pod.host_interface()),
-        // Past the bridge that other pods are on here.
+        // Bypasses the bridge of the other pods.
         format!("route replace {} via 10.250.{}.1 dev eth0", pod.ip(), site.node.host_ip().octets()[2]),
         "rule add pref 10 iif vlan.eth.1 lookup 101".into(),
         format!("rule add pref 10 iif {} lookup 101", pod.host_interface()),
@@ -41,7 +42,7 @@ fn route_by_interface(site: &Site, pod: &Pod) -> Result<()> {
 }
 
 #[test]
-fn pods_routed_by_interface_are_told_so() -> Result<()> {
+fn refusal_names_the_interface_route() -> Result<()> {
     let site = Site::new("nft")?;
     let agent = site.start()?;
     let pod = pod(&site)?;
@@ -58,7 +59,7 @@ fn pods_routed_by_interface_are_told_so() -> Result<()> {
 }
 
 #[test]
-fn egress_addresses_are_refused_with_their_fix() -> Result<()> {
+fn refusal_of_egress_address_names_the_fix() -> Result<()> {
     let site = Site::new("nft")?;
     let agent = site.start()?;
     let pod = pod(&site)?;

@@ -1,4 +1,4 @@
-//! A node with a pod of each shape, each of a service account with a role of its own, and what lies outside it.
+//! A node with one pod of each network shape, each with its own service account and role, and the network outside.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::ops::Deref;
@@ -9,16 +9,16 @@ use anyhow::{Result, ensure};
 use lab::http::Client;
 use lab::net::{METADATA, METADATA6, Pod, Shape};
 
-/// What is on the metadata address beside the metadata service: notes who connects.
+/// Listener outside the node on another port of the metadata address. Records its clients.
 struct Outside(Arc<Mutex<Vec<IpAddr>>>);
 
 impl Outside {
-    fn on(listener: TcpListener) -> Self {
+    fn start(listener: TcpListener) -> Self {
         let callers = Arc::<Mutex<Vec<IpAddr>>>::default();
-        let noted = callers.clone();
+        let recorded = callers.clone();
         thread::spawn(move || {
             while let Ok((_, peer)) = listener.accept() {
-                noted.lock().unwrap().push(peer.ip());
+                recorded.lock().unwrap().push(peer.ip());
             }
         });
         Self(callers)
@@ -44,7 +44,7 @@ impl Site {
     pub(crate) fn new(backend: &'static str) -> Result<Self> {
         let mut base = lab::site::Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
         base.options = base.options.flag("--intercept", backend);
-        let outside = Outside::on(base.node.vpc().listen((METADATA, 8080).into())?);
+        let outside = Outside::start(base.node.vpc().listen((METADATA, 8080).into())?);
         let mut pods = Vec::new();
         for shape in Shape::ALL {
             let pod = base.node.pod(&account(shape), shape)?;
@@ -58,7 +58,7 @@ impl Site {
         self.base.options = self.base.options.clone().flag(name, value);
     }
 
-    /// Our rules as the tool lists them, without what changes by itself.
+    /// Lists our rules without counters.
     pub(crate) fn rules(&self) -> Result<String> {
         self.node.netns().shell(match self.backend {
             "nft" => "nft list tables; ! nft list tables | grep -q kirsa || nft list table inet kirsa",
@@ -66,7 +66,7 @@ impl Site {
         })
     }
 
-    /// Take away the redirect and leave the rest, as somebody who flushes rules does.
+    /// Removes the redirect and leaves the other rules, like a program that flushes nat rules.
     pub(crate) fn remove_redirect(&self) -> Result<()> {
         self.node.netns().shell(match self.backend {
             "nft" => "nft 'flush chain inet kirsa prerouting; flush chain inet kirsa output'",
@@ -77,17 +77,17 @@ impl Site {
 
     pub(crate) fn no_pod_got_outside(&self) -> Result<()> {
         let callers = self.outside.0.lock().unwrap();
-        ensure!(callers.is_empty(), "{callers:?} got around the redirect");
+        ensure!(callers.is_empty(), "{callers:?} bypassed the redirect");
         self.base.no_pod_got_outside()
     }
 
-    /// The metadata service as the pod sees it, once for each family.
+    /// Returns a client in the pod for each address family.
     pub(crate) fn clients(pod: &Pod) -> Vec<Client> {
         let v6 = pod.ip6().map(|_| pod.imds6());
         [pod.imds()].into_iter().chain(v6).collect()
     }
 
-    /// The metadata address, once for each family.
+    /// Returns the metadata address of each address family.
     pub(crate) fn targets(&self, port: u16) -> Vec<SocketAddr> {
         let v6 = self.node.host_ip6().map(|_| (METADATA6, port).into());
         [(METADATA, port).into()].into_iter().chain(v6).collect()

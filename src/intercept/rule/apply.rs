@@ -1,5 +1,5 @@
-//! Applying and removing the rules, through the node's own `nft` and `iptables`: they know the kernel's ABI, and what
-//! they say about a failure is what an operator will find on the web.
+//! Applies and removes the rules with the tools `nft` and `iptables`. They know the kernel's ABI, and operators can
+//! search for their error messages.
 
 use std::{
     io::{ErrorKind, Write},
@@ -11,37 +11,40 @@ use anyhow::{Context, bail, ensure};
 use caps::{CapSet, Capability, CapsHashSet};
 use tracing::{debug, info, warn};
 
-use super::{Backend, BridgeGuard, CHAINS, RuleSet, TABLE, bridge::INGRESS, fence};
+use super::{Backend, BridgeGuard, CHAINS, RedirectRules, TABLE, bridge::INGRESS, policy_routing};
 
-/// For the lock that all iptables tools share: one that hangs must not hang the agent, which says so and tries again.
+/// Timeout in seconds for the lock that all iptables tools share, so that a hanging tool cannot hang the agent.
 const WAIT: &str = "--wait=10";
 const IPTABLES: [(&str, &str); 2] = [("iptables", "iptables-restore"), ("ip6tables", "ip6tables-restore")];
 
-/// The rules as they were applied, to apply them again.
+/// The applied rules, kept to apply them again.
 #[derive(Debug, Clone)]
 pub struct Installed {
-    rules: RuleSet,
+    rules: RedirectRules,
     backend: Backend,
-    /// The tool's listing right after they were applied.
+    /// The tool's listing right after the rules were applied.
     listed: Option<Arc<str>>,
 }
 
 impl Installed {
-    pub fn rules(&self) -> &RuleSet {
+    pub fn rules(&self) -> &RedirectRules {
         &self.rules
     }
 
+    /// Returns the listing from right after the rules were applied.
     pub fn listed(&self) -> Option<Arc<str>> {
         self.listed.clone()
     }
 
-    /// The guard of bridge ports, which iptables cannot carry.
+    /// Returns the guard of bridge ports. It needs nftables.
     pub fn bridge_guard(&self) -> Option<BridgeGuard> {
         (self.backend == Backend::Nft).then(|| self.rules.bridge_guard())
     }
 
+    /// Applies the rules again.
+    ///
     /// # Errors
-    /// What the tool said.
+    /// Returns the tool's error message.
     pub fn apply_again(&self) -> anyhow::Result<()> {
         match self.backend {
             Backend::Nft => nft(&self.rules),
@@ -50,18 +53,18 @@ impl Installed {
         }
     }
 
-    /// Adds the policy routing that is missing, and returns how many rules that was.
+    /// Adds missing policy routing rules and returns their number.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn raise_fence(&self) -> std::io::Result<usize> {
-        fence::raise()
+    /// Returns the kernel's error: no support for policy routing, or no CAP_NET_ADMIN.
+    pub fn restore_policy_routing(&self) -> std::io::Result<usize> {
+        policy_routing::add_missing()
     }
 
-    /// Returns our rules as the tool lists them, without counters: the same for the same rules.
+    /// Lists our rules without counters. Equal rules give equal listings.
     ///
     /// # Errors
-    /// What the tool said, also where a chain is missing.
+    /// Returns the tool's error message, also if a chain is missing.
     pub fn listing(&self) -> anyhow::Result<String> {
         if self.backend == Backend::Nft {
             return run("nft", &["--stateless", "list", "table", "inet", TABLE], "");
@@ -73,7 +76,7 @@ impl Installed {
                     .and_then(|_| run(iptables, &[WAIT, "-t", table, "-S", chain], ""));
                 match listed {
                     Ok(rules) => listing.push_str(&rules),
-                    // A kernel without IPv6 has no such rules: see `iptables`.
+                    // A kernel without IPv6 has no ip6tables rules: see `iptables`.
                     Err(_) if v6 && self.rules.host.v6.is_none() => {}
                     Err(error) => return Err(error),
                 }
@@ -83,25 +86,25 @@ impl Installed {
     }
 }
 
-/// Applies the rules; `None` where somebody else maintains them.
+/// Applies the rules. Returns `None` for [`Backend::None`].
 ///
 /// # Errors
-/// What is missing, and what would help.
-pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Installed>> {
+/// Fails without CAP_NET_ADMIN, or if no tool can apply the rules. The error names the fix.
+pub fn install(rules: RedirectRules, backend: Backend) -> anyhow::Result<Option<Installed>> {
     if backend == Backend::None {
-        info!("no redirect of our own (--intercept none): one must lead from the metadata address to this agent");
+        info!("--intercept none: no redirect installed; another component must redirect the metadata address here");
         return Ok(None);
     }
     let capable = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false);
-    ensure!(capable, "--intercept {backend:?}: needs CAP_NET_ADMIN in the node's network namespace");
-    if let Err(error) = fence::raise() {
-        warn!(%error, "policy routing rules cannot be added: pods can reach the node's role while all rules are flushed");
+    ensure!(capable, "--intercept {backend:?}: requires CAP_NET_ADMIN in the node's network namespace");
+    if let Err(error) = policy_routing::add_missing() {
+        warn!(%error, "cannot add policy routing rules: a flush of firewall rules exposes the node's role to pods");
     }
     let backend = match backend {
         Backend::Auto => match nft(&rules) {
             Ok(()) => Backend::Nft,
             Err(error) => {
-                warn!(error = format!("{error:#}"), "nft does not work here: trying iptables");
+                warn!(error = format!("{error:#}"), "nft cannot apply the redirect: trying iptables");
                 iptables(&rules).context("neither nft nor iptables can apply the redirect")?;
                 Backend::Iptables
             }
@@ -113,15 +116,15 @@ pub fn install(rules: RuleSet, backend: Backend) -> anyhow::Result<Option<Instal
     let mut installed = Installed { rules, backend, listed: None };
     match installed.listing() {
         Ok(listing) => installed.listed = Some(listing.into()),
-        Err(error) => warn!(error = format!("{error:#}"), "the redirect's rules cannot be read back"),
+        Err(error) => warn!(error = format!("{error:#}"), "cannot list the redirect's rules"),
     }
     Ok(Some(installed))
 }
 
-/// Removes what [`install`] left, and says what that was.
+/// Removes everything that [`install`] created, and returns its names.
 ///
 /// # Errors
-/// What could not be removed, and what the tool said.
+/// Returns the error message of the tool or the kernel for what could not be removed.
 pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     if matches!(backend, Backend::Auto | Backend::Nft) && available("nft", backend)? {
@@ -141,9 +144,9 @@ pub fn uninstall(backend: Backend) -> anyhow::Result<Vec<String>> {
             }
         }
     }
-    let fence = fence::remove().context("cannot remove the policy routing rules")?;
-    if fence > 0 {
-        removed.push(format!("{fence} policy routing rules (ip rule) for the metadata addresses"));
+    let rules = policy_routing::remove().context("cannot remove the policy routing rules")?;
+    if rules > 0 {
+        removed.push(format!("{rules} policy routing rules (ip rule) for the metadata addresses"));
     }
     Ok(removed)
 }
@@ -152,7 +155,7 @@ fn remove_chains(iptables: &str) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     for (table, builtin, chain) in CHAINS {
         while run(iptables, &[WAIT, "-t", table, "-D", builtin, "-j", chain], "").is_ok() {}
-        // Emptying a chain fails only where there is none.
+        // Flushing a chain fails only if it does not exist.
         if run(iptables, &[WAIT, "-t", table, "-F", chain], "").is_ok() {
             run(iptables, &[WAIT, "-t", table, "-X", chain], "")?;
             removed.push(format!("{iptables} chain {chain} of table {table}"));
@@ -161,17 +164,17 @@ fn remove_chains(iptables: &str) -> anyhow::Result<Vec<String>> {
     Ok(removed)
 }
 
-fn nft(rules: &RuleSet) -> anyhow::Result<()> {
+fn nft(rules: &RedirectRules) -> anyhow::Result<()> {
     let apply = |reject_early| run("nft", &["-f", "-"], &rules.nft(reject_early)).map(drop);
     let Err(error) = apply(true) else { return Ok(()) };
     if apply(false).is_err() {
         return Err(error);
     }
-    debug!(error = format!("{error:#}"), "kernel cannot reject packets before routing: the forward chain does");
+    debug!(error = format!("{error:#}"), "kernel cannot reject packets in prerouting: the forward chain does");
     Ok(())
 }
 
-fn iptables(rules: &RuleSet) -> anyhow::Result<()> {
+fn iptables(rules: &RedirectRules) -> anyhow::Result<()> {
     for ((iptables, restore), v6) in IPTABLES.into_iter().zip([false, true]) {
         let jumps = CHAINS
             .map(|(table, builtin, chain)| run(iptables, &[WAIT, "-t", table, "-C", builtin, "-j", chain], "").is_ok());
@@ -179,7 +182,7 @@ fn iptables(rules: &RuleSet) -> anyhow::Result<()> {
             Ok(_) => {}
             // A kernel without IPv6 has no IPv6 path to the node's role either.
             Err(error) if v6 && rules.host.v6.is_none() => {
-                warn!(error = format!("{error:#}"), "no ip6tables rules: going on with IPv4");
+                warn!(error = format!("{error:#}"), "cannot apply ip6tables rules: continuing with IPv4 only");
             }
             Err(error) => return Err(error),
         }
@@ -187,15 +190,15 @@ fn iptables(rules: &RuleSet) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn available(tool: &str, asked: Backend) -> anyhow::Result<bool> {
+fn available(tool: &str, backend: Backend) -> anyhow::Result<bool> {
     match run(tool, &["--version"], "") {
         Ok(_) => Ok(true),
-        Err(_) if asked == Backend::Auto => Ok(false),
+        Err(_) if backend == Backend::Auto => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Runs a tool to its end.
+/// Runs a tool and returns its output.
 pub(super) fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
     let child =
         Command::new(tool).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -206,7 +209,7 @@ pub(super) fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<Stri
         child => child.with_context(|| format!("cannot run {tool}"))?,
     };
     if let Some(mut stdin) = child.stdin.take() {
-        // A tool that ends before it has read everything says why on stderr.
+        // A tool that exits before it has read its input explains that on stderr.
         let _ = stdin.write_all(input.as_bytes());
     }
     let output = child.wait_with_output().with_context(|| format!("cannot run {tool}"))?;
@@ -220,11 +223,11 @@ pub(super) fn run(tool: &str, args: &[&str], input: &str) -> anyhow::Result<Stri
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Keeps what applying the rules again and marking the probe need, and drops every other capability, for this thread
-/// and all that it starts. Called before there are other threads.
+/// Drops all capabilities except those for applying the rules and marking the self-test's packets (least privilege).
+/// Applies to this thread and its children: call it before there are other threads.
 ///
 /// # Errors
-/// The kernel's.
+/// Returns the error of `capset` or `prctl`.
 pub fn drop_privileges(installed: Option<&Installed>) -> anyhow::Result<()> {
     let mut keep = CapsHashSet::new();
     match installed.map(|installed| installed.backend) {
@@ -235,7 +238,7 @@ pub fn drop_privileges(installed: Option<&Installed>) -> anyhow::Result<()> {
     }
     let held = caps::read(None, CapSet::Permitted)?;
     let keep: CapsHashSet = held.intersection(&keep).copied().collect();
-    // A tool that root starts gets what the bounding set allows, so that goes first, while it still may.
+    // A program that root executes regains capabilities from the bounding set. Shrink it first: that takes CAP_SETPCAP.
     for capability in caps::read(None, CapSet::Bounding)?.difference(&keep) {
         if held.contains(&Capability::CAP_SETPCAP) {
             caps::drop(None, CapSet::Bounding, *capability)?;
@@ -244,7 +247,7 @@ pub fn drop_privileges(installed: Option<&Installed>) -> anyhow::Result<()> {
     caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;
     caps::set(None, CapSet::Effective, &keep)?;
     caps::set(None, CapSet::Permitted, &keep)?;
-    // The bounding set takes CAP_SETPCAP to shrink; with this, no tool that root starts regains what is dropped.
+    // Without CAP_SETPCAP the bounding set stays; no_new_privs then prevents that a tool regains capabilities.
     nix::sys::prctl::set_no_new_privs()?;
     Ok(())
 }

@@ -1,36 +1,37 @@
-//! Guard of bridge ports: a pod on a shared Linux bridge reaches the metadata addresses as itself alone.
+//! Guard of bridge ports: a pod on a shared Linux bridge can reach the metadata addresses only with its own address.
 //!
-//! On a routed veth the reply to a forged source address goes to the owner of the address. On a bridge the sender can
-//! answer ARP for it, or move the owner's MAC address to its own port, and so read credentials of its neighbors. A table
-//! of family `bridge` knows the (port, address) pairs of the node's CNI records and drops, where a frame enters a port
-//! of a pod:
+//! On a routed veth the reply to a spoofed source address goes to the owner of the address. On a bridge the sender can
+//! answer ARP for the address, or move the owner's MAC address to its own port, and so read a neighbor's credentials. A
+//! table of family `bridge` has the (port, address) pairs of the node's CNI records. Where a frame enters a pod's port,
+//! the table drops:
 //!
-//! - requests to the metadata addresses from an address that is not the port's, and answers that pretend to come from
-//!   there;
-//! - ARP, neighbor discovery and source MAC addresses that claim what is another port's, since the agent's answers
-//!   would follow them.
+//! - requests to the metadata addresses from a source address of another port, and responses with a metadata address as
+//!   source;
+//! - ARP, neighbor discovery and source MAC addresses that claim an address of another port, because the agent's
+//!   responses would follow them.
 //!
-//! A second table, of family `netdev`, does the last for LLDP, from which bridges learn before any hook of theirs.
+//! A second table, of family `netdev`, does the latter for LLDP: bridges learn MAC addresses from it before any hook of
+//! family `bridge`.
 //!
-//! Other traffic, addresses that no record names, and ports without a record pass.
+//! Other traffic, addresses without a record, and ports without a record pass.
 
 mod sets;
 
 use std::{collections::BTreeSet, fmt::Write, net::IpAddr, sync::Arc};
 
-use super::{RuleSet, TABLE, apply::run};
+use super::{RedirectRules, TABLE, apply::run};
 use crate::intercept::METADATA_PORT;
 use sets::Sets;
 
-/// Ahead of translations by other bridge tables (-300), and of br_netfilter (0), which calls our redirect.
+/// Before NAT in other bridge tables (-300), and before br_netfilter (0), which calls our redirect.
 const PRIORITY: i32 = -310;
-/// The name of the table of family netdev. Another one than [`TABLE`], whose changes are announced to the redirect: the
-/// kernel takes ports that vanish out of this one.
+/// Name of the table of family netdev. It differs from [`TABLE`], because the kernel removes deleted ports from this
+/// table, and that must not count as a change of the redirect.
 pub(super) const INGRESS: &str = "kirsa_ingress";
-/// The kernel allows 256 for a chain.
+/// Maximum number of ports in one chain; the kernel allows 256.
 const MAX_DEVICES: usize = 200;
 
-/// A port of a bridge that belongs to a pod, and what may speak there.
+/// A bridge port of a pod, with the addresses that may send there.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PodPort {
     pub interface: Arc<str>,
@@ -39,7 +40,7 @@ pub struct PodPort {
 }
 
 impl PodPort {
-    /// Whether nft takes the name as it is: quoted, and no `*` at its end.
+    /// Returns whether nft reads the quoted name literally: an interface name may contain quotes or end with `*`.
     fn is_plain(&self) -> bool {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-@".contains(&byte);
         !self.interface.is_empty() && self.interface.bytes().all(plain)
@@ -49,42 +50,42 @@ impl PodPort {
 /// Applies and lists the guard. Only nftables can carry it.
 #[derive(Debug, Clone, Copy)]
 pub struct BridgeGuard {
-    rules: RuleSet,
+    rules: RedirectRules,
 }
 
-impl RuleSet {
-    /// The guard for the same addresses.
+impl RedirectRules {
+    /// Returns the guard for the same metadata addresses.
     pub fn bridge_guard(self) -> BridgeGuard {
         BridgeGuard { rules: self }
     }
 }
 
 impl BridgeGuard {
-    /// Replaces the whole table in one transaction, so there is no moment without it.
+    /// Replaces the whole table in one transaction, so it is never missing.
     ///
     /// # Errors
-    /// What nft said.
+    /// Returns nft's error message.
     pub fn apply(self, ports: &BTreeSet<PodPort>) -> anyhow::Result<()> {
         run("nft", &["-f", "-"], &self.script(ports)).map(drop)
     }
 
-    /// Keeps bridges from learning another pod's MAC address from LLDP, which passes no hook of family `bridge`.
+    /// Prevents that a bridge learns another pod's MAC address from LLDP, which passes no hook of family `bridge`.
     ///
     /// # Errors
-    /// What nft said: kernels before 5.5 cannot have one chain for many ports, and a port may be gone meanwhile.
+    /// Returns nft's error message: kernels before 5.5 do not support a chain for many ports, and a port may be gone.
     pub fn apply_ingress(self, ports: &BTreeSet<PodPort>) -> anyhow::Result<()> {
         run("nft", &["-f", "-"], &ingress_script(ports)).map(drop)
     }
 
-    /// Returns the table as nft lists it: the same for the same ports.
+    /// Lists the table. Equal ports give equal listings.
     ///
     /// # Errors
-    /// What nft said, also where there is no such table.
+    /// Returns nft's error message, also if the table does not exist.
     pub fn listing(self) -> anyhow::Result<String> {
         run("nft", &["--stateless", "list", "table", "bridge", TABLE], "")
     }
 
-    /// Whether there is what [`Self::apply_ingress`] makes.
+    /// Returns whether the table from [`Self::apply_ingress`] exists.
     pub fn has_ingress(self) -> bool {
         run("nft", &["--stateless", "list", "table", "netdev", INGRESS], "").is_ok()
     }
@@ -92,17 +93,17 @@ impl BridgeGuard {
     fn script(self, ports: &BTreeSet<PodPort>) -> String {
         let sets = Sets::of(ports);
         let services = |v6: bool| {
-            let of_family = self.rules.services().map(|of| if v6 { of.v6() } else { of.v4() }.to_string());
-            format!("{{ {} }}", of_family.collect::<Vec<_>>().join(", "))
+            let addresses = self.rules.services().map(|to| if v6 { to.v6() } else { to.v4() }.to_string());
+            format!("{{ {} }}", addresses.collect::<Vec<_>>().join(", "))
         };
         let (v4, v6) = (services(false), services(true));
-        // Each rule names its protocol by `meta`: nft would read it from the Ethernet header otherwise, which says VLAN
-        // for a frame with a priority tag. Nested priority tags are stripped by the kernel one by one.
+        // Each rule matches its protocol with `meta`. nft would otherwise read the Ethernet header, which has VLAN as
+        // protocol for a frame with a priority tag. The kernel strips nested priority tags one by one.
         format!(
             "table bridge {TABLE}
 delete table bridge {TABLE}
 table bridge {TABLE} {{
-  comment \"kirsa: pods on a bridge reach the metadata addresses as themselves\"
+  comment \"kirsa: pods on a bridge reach the metadata addresses only with their own address\"
 {sets}  chain prerouting_ports {{
     type filter hook prerouting priority {PRIORITY}; policy accept;
     iifname @ports jump port
@@ -158,11 +159,11 @@ mod tests {
 
     fn script(ports: &[PodPort], container: bool) -> String {
         let host = HostAddresses { v4: None, v6: None };
-        RuleSet { host, port: 338, container }.bridge_guard().script(&ports.iter().cloned().collect())
+        RedirectRules { host, port: 338, container }.bridge_guard().script(&ports.iter().cloned().collect())
     }
 
     #[test]
-    fn sets_hold_addresses_alone_and_with_their_port() {
+    fn sets_hold_addresses_and_port_pairs() {
         let mac = PodPort { mac: Some([10, 0, 0, 0, 0, 0xff]), ..port("veth1", "10.0.0.1") };
         let script = script(&[mac, port("veth2", "fd00::2")], false);
         for wanted in [
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn container_addresses_are_guarded_when_served() {
+    fn container_addresses_are_guarded_if_enabled() {
         let without = script(&[port("veth1", "10.0.0.1")], false);
         assert!(!without.contains("169.254.170.23") && !without.contains("fd00:ec2::23"), "{without}");
         let with = script(&[port("veth1", "10.0.0.1")], true);
@@ -192,9 +193,9 @@ mod tests {
         assert_eq!(ingress_script(&ports).matches("hook ingress").count(), 3);
     }
 
-    /// A record is another program's text.
+    /// Interface names come from CNI records, which are untrusted text.
     #[test]
-    fn names_that_nft_would_read_otherwise_are_left_out() {
+    fn names_with_nft_syntax_are_skipped() {
         let odd = ["veth*", "a\" }; flush ruleset; {", "", "a b"].map(|name| port(name, "10.0.0.1"));
         assert_eq!(script(&odd, false), script(&[], false));
         assert!(script(&[], false).contains("set ports { type ifname; }"));

@@ -64,7 +64,7 @@ fn hot_restart_keeps_guard() -> Result<()> {
     let bridge = Bridge::new("nft")?;
     let agent = bridge.start("guarded")?;
     let next = Agent::spawn(&bridge.site.node, &bridge.site.options)?;
-    next.wait_for_log(|entry| entry["message"] == "taken over from the agent that ran before")?;
+    next.wait_for_log(|entry| entry["message"] == "hot restart: took over from the old agent")?;
     agent.stop()?;
     let port = format!("\"{}\" . {}", bridge.victim.host_interface(), bridge.victim.ip());
     ensure!(bridge.table().contains(&port), "{}", bridge.table());

@@ -1,4 +1,4 @@
-//! Sets of the guard: what each port may call itself, and what belongs to any port.
+//! nftables sets of the guard: the addresses of all ports, and the (port, address) pairs.
 
 use std::{
     collections::BTreeSet,
@@ -8,18 +8,18 @@ use std::{
 
 use super::PodPort;
 
-/// Elements of the sets, in nft's words.
+/// Elements of the sets, in nft's syntax.
 #[derive(Debug, Default)]
 pub(super) struct Sets {
     pub(super) ports: BTreeSet<String>,
     pub(super) macs: Pairs,
     addresses: Pairs,
     addresses6: Pairs,
-    /// The same as integers: nft knows targets of neighbor discovery as raw payload only.
+    /// IPv6 addresses as integers: nft can match targets of neighbor discovery only as raw payload.
     targets6: Pairs,
 }
 
-/// What belongs to some port, and each with its port.
+/// Addresses of one kind, alone and in pairs with their port.
 #[derive(Debug, Default)]
 pub(super) struct Pairs {
     values: BTreeSet<String>,
@@ -32,7 +32,7 @@ impl Pairs {
         self.with_port.insert(format!("{port} . {value}"));
     }
 
-    /// Writes both sets; `%` in `kind` is where the port's type goes.
+    /// Writes both sets. The pairs have the port's type in place of `%` in `kind`.
     pub(super) fn write(&self, f: &mut dyn Write, name: &str, kind: &str) -> fmt::Result {
         let port = if kind.starts_with("typeof") { "iifname . " } else { "ifname . " };
         set(f, name, &kind.replace('%', ""), &self.values)?;
@@ -40,10 +40,10 @@ impl Pairs {
     }
 }
 
-fn set(f: &mut dyn Write, name: &str, of: &str, elements: &BTreeSet<String>) -> fmt::Result {
-    write!(f, "  set {name} {{ {of}; ")?;
-    for (at, element) in elements.iter().enumerate() {
-        f.write_str(if at == 0 { "elements = { " } else { ", " })?;
+fn set(f: &mut dyn Write, name: &str, kind: &str, elements: &BTreeSet<String>) -> fmt::Result {
+    write!(f, "  set {name} {{ {kind}; ")?;
+    for (index, element) in elements.iter().enumerate() {
+        f.write_str(if index == 0 { "elements = { " } else { ", " })?;
         f.write_str(element)?;
     }
     f.write_str(if elements.is_empty() { "}\n" } else { " } }\n" })

@@ -1,9 +1,9 @@
-//! The second lock: policy routing prohibits forwarded TCP to port 80 of the metadata addresses.
+//! Second line of defense: policy routing prohibits forwarded TCP to port 80 of the metadata addresses.
 //!
-//! `nft flush ruleset` does not remove it. Redirected connections have another destination when they are routed, and
-//! the node's own packets (`iif lo`) skip the prohibition, so both are unaffected. Packets with our mark skip it too:
-//! iptables rules set it where there is no address to redirect to, so that the forward chain can reset the connection.
-//! `daemonset/boot/kirsa-boot.service` adds the same rules. They stay when the agent ends.
+//! `nft flush ruleset` does not remove these rules. They affect neither redirected connections, whose destination has
+//! changed before they are routed, nor the node's own packets (`iif lo`). Packets with our mark skip the prohibition:
+//! iptables rules set it if there is no address to redirect to, so that the forward chain can reset the connection.
+//! `daemonset/boot/kirsa-boot.service` adds the same rules. They stay when the agent exits.
 
 use std::{
     io,
@@ -24,21 +24,21 @@ use nix::{
     sys::socket::{AddressFamily as Family, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
 };
 
-use crate::intercept::{METADATA_PORT, METADATA_V4, METADATA_V6, probe::MARK};
+use crate::intercept::{METADATA_PORT, METADATA_V4, METADATA_V6, self_test::MARK};
 
-/// Priorities, before those of CNI plugins: Cilium 9, AWS VPC CNI from 10, Calico 99.
+/// Rule priorities, before those of CNI plugins: Cilium 9, AWS VPC CNI from 10, Calico 99.
 const MARKED: u32 = 4;
 const LOCAL: u32 = 5;
 const PROHIBIT: u32 = 6;
 const END: u32 = 7;
-/// In this order, the node's own packets always pass: the target before the jumps, those before the prohibition.
+/// Order of insertion: jump target, jumps, prohibition. The node's own packets pass at any time.
 const ORDER: [u32; 4] = [END, MARKED, LOCAL, PROHIBIT];
 
 /// Adds the missing rules and returns their number.
 ///
 /// # Errors
-/// The kernel's: no policy routing, or no CAP_NET_ADMIN.
-pub(super) fn raise() -> io::Result<usize> {
+/// Returns the kernel's error: no support for policy routing, or no CAP_NET_ADMIN.
+pub(super) fn add_missing() -> io::Result<usize> {
     let socket = open()?;
     let mut added = 0;
     for address in addresses() {
@@ -55,10 +55,10 @@ pub(super) fn raise() -> io::Result<usize> {
     Ok(added)
 }
 
-/// Each rule in the words of `ip rule`, and whether the kernel has it.
+/// Returns each rule as an `ip rule` command, and whether the kernel has it.
 ///
 /// # Errors
-/// The kernel's.
+/// Returns the kernel's error.
 pub fn listing() -> io::Result<Vec<(String, bool)>> {
     let socket = open()?;
     let mut listing = Vec::new();
@@ -82,7 +82,7 @@ pub fn listing() -> io::Result<Vec<(String, bool)>> {
 /// Removes the rules and returns their number.
 ///
 /// # Errors
-/// The kernel's.
+/// Returns the kernel's error: no support for policy routing, or no CAP_NET_ADMIN.
 pub(super) fn remove() -> io::Result<usize> {
     let socket = open()?;
     let mut removed = 0;
@@ -102,8 +102,8 @@ fn addresses() -> [IpAddr; 2] {
     [METADATA_V4.into(), METADATA_V6.into()]
 }
 
-fn family(of: IpAddr) -> AddressFamily {
-    if of.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
 fn rule(to: IpAddr, priority: u32) -> RuleMessage {
@@ -146,12 +146,12 @@ fn open() -> io::Result<OwnedFd> {
     Ok(socket(Family::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?)
 }
 
-/// Sends one request and waits for the kernel's acknowledgement, which it gives at once.
+/// Sends one request and waits for the kernel's acknowledgement, which comes at once.
 fn request(socket: &OwnedFd, message: RouteNetlinkMessage, flags: u16) -> Result<(), Errno> {
-    transmit(socket, message, NLM_F_ACK | flags)?;
-    let mut answer = [0; 4096];
-    let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer[..length]).map(|message| message.payload) {
+    send_request(socket, message, NLM_F_ACK | flags)?;
+    let mut response = [0; 4096];
+    let length = recv(socket.as_raw_fd(), &mut response, MsgFlags::empty())?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&response[..length]).map(|message| message.payload) {
         Ok(NetlinkPayload::Error(ErrorMessage { code: None, .. })) => Ok(()),
         Ok(NetlinkPayload::Error(ErrorMessage { code: Some(code), .. })) => {
             Err(Errno::from_raw(code.get().wrapping_neg()))
@@ -161,10 +161,10 @@ fn request(socket: &OwnedFd, message: RouteNetlinkMessage, flags: u16) -> Result
 }
 
 /// Returns all rules of the address's family.
-fn dump(socket: &OwnedFd, of: IpAddr) -> Result<Vec<RuleMessage>, Errno> {
+fn dump(socket: &OwnedFd, address: IpAddr) -> Result<Vec<RuleMessage>, Errno> {
     let mut all = RuleMessage::default();
-    all.header.family = family(of);
-    transmit(socket, RouteNetlinkMessage::GetRule(all), NLM_F_DUMP)?;
+    all.header.family = family(address);
+    send_request(socket, RouteNetlinkMessage::GetRule(all), NLM_F_DUMP)?;
     let (mut rules, mut buffer) = (Vec::new(), vec![0; 64 << 10]);
     loop {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
@@ -180,7 +180,7 @@ fn dump(socket: &OwnedFd, of: IpAddr) -> Result<Vec<RuleMessage>, Errno> {
                 Ok(NetlinkPayload::Error(ErrorMessage { code: Some(code), .. })) => {
                     return Err(Errno::from_raw(code.get().wrapping_neg()));
                 }
-                // A rule that the library cannot parse is none of ours.
+                // A rule that the library cannot parse is not ours.
                 Ok(_) | Err(_) => {}
             }
             messages = messages.get((size as usize).next_multiple_of(4)..).unwrap_or_default();
@@ -188,7 +188,7 @@ fn dump(socket: &OwnedFd, of: IpAddr) -> Result<Vec<RuleMessage>, Errno> {
     }
 }
 
-fn transmit(socket: &OwnedFd, message: RouteNetlinkMessage, flags: u16) -> Result<(), Errno> {
+fn send_request(socket: &OwnedFd, message: RouteNetlinkMessage, flags: u16) -> Result<(), Errno> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
     let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));

@@ -1,26 +1,24 @@
-//! Why a connection may have come around the redirect, for the log.
+//! Explains in the log why a connection may have bypassed the redirect.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::netlink::interface_routes;
 
-/// Connections around the redirect may come as often as they like; rules change with pods.
+/// Lifetime of the cached explanation. Clients cannot make the agent read the kernel's rules more often.
 const REFRESH: Duration = Duration::from_secs(10);
-/// A node has as many as it has pods with security groups of their own, and each twice.
-const NAMED: usize = 4;
+/// Maximum number of routes to name. A node has two for each pod with its own security group.
+const MAX_NAMED: usize = 4;
 
-/// Explains such connections by the node's policy routing, as it was in the last seconds.
+/// Explanation from the node's policy routing, cached for a few seconds.
 #[derive(Debug, Default)]
-pub(super) struct Around(Mutex<Option<(Instant, Arc<str>)>>);
+pub(super) struct BypassDetail(Mutex<Option<(Instant, Arc<str>)>>);
 
-impl Around {
-    pub(super) fn detail(&self) -> Arc<str> {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+impl BypassDetail {
+    pub(super) fn get(&self) -> Arc<str> {
+        let mut last = self.0.lock();
         match &*last {
             Some((read, detail)) if read.elapsed() < REFRESH => detail.clone(),
             _ => {
@@ -37,11 +35,11 @@ impl Around {
 fn detail(routes: &[String]) -> String {
     let mut detail = String::from("connected to an address of the node");
     if !routes.is_empty() {
-        detail.push_str("; this node routes pods by interface, around the redirect: ");
-        detail.push_str(&routes[..routes.len().min(NAMED)].join(", "));
+        detail.push_str("; policy routing by interface bypasses the redirect: ");
+        detail.push_str(&routes[..routes.len().min(MAX_NAMED)].join(", "));
     }
-    if routes.len() > NAMED {
-        detail.push_str(&format!(", and {} more", routes.len() - NAMED));
+    if routes.len() > MAX_NAMED {
+        detail.push_str(&format!(", and {} more", routes.len() - MAX_NAMED));
     }
     detail
 }
@@ -51,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn routes_are_named_up_to_a_limit() {
+    fn number_of_named_routes_is_bounded() {
         assert_eq!(detail(&[]), "connected to an address of the node");
         let routes: Vec<String> = (0..6).map(|number| format!("iif vlan.eth.{number} lookup 10{number}")).collect();
         let detail = detail(&routes);
