@@ -24,8 +24,9 @@ const LIST_HOLD: Duration = Duration::from_millis(350);
 const CALM: Duration = Duration::from_secs(65);
 /// The same while a credential is held and its refresh is denied.
 const DENIED: Duration = Duration::from_secs(305);
-/// Time left that suffices for nearly every SDK.
-const GOOD: Duration = Duration::from_secs(21 * 60);
+/// Minimum time left while all is well: 21 minutes suffice for nearly every SDK, and a caller may have waited for fresher
+/// credentials for 350 ms.
+const GOOD: Duration = Duration::from_millis(21 * 60 * 1_000 - 350);
 /// Resolution of timers.
 const TICK: Duration = Duration::from_millis(5);
 const ACCOUNTS: usize = 3;
