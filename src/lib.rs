@@ -1,4 +1,4 @@
-//! IRSA for programs that only know the instance metadata service.
+//! IAM Roles for Service Accounts (IRSA) for programs that only support the EC2 instance metadata service.
 //!
 //! ```text
 //! TCP connection ─intercept→ Peer ─attribute→ Workload ─authorize→ Grant ─cache→ Credential ─serve→ HTTP response
@@ -6,14 +6,14 @@
 //! ```
 //!
 //! Each arrow is a stage, and only that stage can construct the type it leads to: only [`intercept`] makes a `Peer`,
-//! only [`attribute`] a `Workload`, only [`authorize`] a `Grant`; what [`cache`] gives away, a `Credential`, only
-//! [`exchange`] makes. Code that would serve a credential without having passed every stage does not compile. A stage
-//! names the types of the stages before it and of [`refusal`], [`observe`], [`connections`] and [`clock`], never those after it;
-//! `tests/stages.rs` holds that.
+//! only [`attribute`] a `Workload`, only [`authorize`] a `Grant`, and only [`exchange`] the `Credential` that [`cache`]
+//! returns. Code that would serve a credential without having passed every stage does not compile. A stage names the
+//! types of the stages before it and of [`refusal`], [`observe`], [`connections`] and [`clock`], never those after it;
+//! `tests/stages.rs` enforces that.
 
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub)]
-// Of what is shipped; tests and what only they are given may.
+// Shipped code never unwraps; tests and test-only code may.
 #![cfg_attr(not(any(test, fuzzing)), deny(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod clock;
@@ -25,7 +25,7 @@ pub mod node;
 pub mod observe;
 pub mod refusal;
 
-// The pipeline, in the order in which a request passes it.
+// The pipeline, in the order in which a request passes through it.
 pub mod intercept;
 pub mod attribute;
 pub mod authorize;

@@ -30,8 +30,7 @@ use crate::{
     attribute::Attributor,
     authorize::Grant,
     cache::{Cache, ExchangeLimiter},
-    config::{Command, Config},
-    doctor,
+    config::Config,
     exchange::{Exchange, sts::Sts},
     intercept::{
         self, Acceptor, Direct, Duties, Duty, Handover, Peer, Predecessor, Probe, RuleChanges,
@@ -47,33 +46,15 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Two, so that reading a long list of pods delays no pod's request.
 const WORKERS: usize = 2;
 
-/// Does what was asked for, from the first line of the log to the exit code.
-pub fn main(command: Command) -> ExitCode {
-    match command {
-        Command::Uninstall(backend) => match rule::uninstall(backend) {
-            Ok(removed) if removed.is_empty() => {
-                println!("nothing to remove: no rules of kirsa here");
-                ExitCode::SUCCESS
-            }
-            Ok(removed) => {
-                removed.iter().for_each(|what| println!("removed {what}"));
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
-        Command::Doctor(config, options) => doctor::main(&config, options),
-        Command::Health(socket, health) => doctor::health(&socket, health),
-        Command::Run(config) => match start(*config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                error!(error = format!("{error:#}"), "kirsa ends");
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
+/// Runs the agent until it is terminated.
+pub fn main(config: Config) -> ExitCode {
+    match start(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(error = format!("{error:#}"), "kirsa failed");
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -152,7 +133,7 @@ pub async fn run(
     let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.is_current(grant);
     let cache = Arc::new(Cache::new(Arc::new(exchange), limiter, check, metrics.clone()));
     let (described, expiring) = (cache.clone(), cache.clone());
-    metrics.ask_credentials_left(move || expiring.first_expiry());
+    metrics.track_first_expiry(move || expiring.first_expiry());
     let admin = Admin { metrics: metrics.clone(), readiness, sessions: Arc::new(move || described.describe()) };
     if let Some(path) = &config.admin_socket {
         tasks.spawn(admin::serve_local(admin.clone(), path)?);

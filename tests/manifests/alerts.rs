@@ -109,7 +109,7 @@ fn the_time_until_the_first_expiry_is_asked_for_at_each_scrape() -> Result<()> {
     assert_eq!(shown()?, None);
     let left = std::sync::Arc::new(std::sync::Mutex::new(None));
     let asked = left.clone();
-    metrics.ask_credentials_left(move || *asked.lock().expect("no panic while held"));
+    metrics.track_first_expiry(move || *asked.lock().expect("no panic while held"));
     assert_eq!(shown()?, None);
     for (seconds, line) in
         [(90, Some("kirsa_credentials_left_seconds 90")), (0, Some("kirsa_credentials_left_seconds 0"))]
