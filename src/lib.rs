@@ -21,7 +21,7 @@ pub mod config;
 pub mod connections;
 pub mod doctor;
 pub mod kubernetes;
-pub mod node;
+pub mod agent;
 pub mod observe;
 pub mod refusal;
 

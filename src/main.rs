@@ -6,15 +6,15 @@
 use std::process::ExitCode;
 
 use kirsa::{
+    agent,
     config::{self, Command},
     doctor,
     intercept::{Backend, rule},
-    node,
 };
 
 fn main() -> ExitCode {
     match config::parse() {
-        Ok(Command::Run(config)) => node::main(*config),
+        Ok(Command::Run(config)) => agent::main(*config),
         Ok(Command::Doctor(config, options)) => doctor::main(&config, options),
         Ok(Command::Health(socket, health)) => doctor::health(&socket, health),
         Ok(Command::Uninstall(backend)) => uninstall(backend),
