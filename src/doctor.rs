@@ -1,7 +1,7 @@
 //! `kirsa doctor`: finds what keeps this node's pods from their credentials, with a fix for each problem.
 //!
-//! Wiring, like [`crate::agent`]: the checks run with the agent's configuration and permissions, and through the agent's
-//! stages where possible. They change nothing. They send requests to the running agent, access reviews and a
+//! Wiring, like [`crate::agent`]: the checks run with the agent's configuration and permissions, and through the
+//! agent's stages where possible. They change nothing. They send requests to the running agent, access reviews and a
 //! TokenRequest to the API server, and two tokens to STS: an invalid one, which it must reject, and a real one.
 
 mod agent;

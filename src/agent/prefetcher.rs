@@ -70,8 +70,8 @@ impl Prefetcher {
         }
     }
 
-    /// Returns the pods that are bound when the initial lists are complete. Handling changes meanwhile bounds the result
-    /// by the number of pods that a node can have, however long the lists take.
+    /// Returns the pods that are bound when the initial lists are complete. Handling changes meanwhile bounds the
+    /// result by the number of pods that a node can have, however long the lists take.
     async fn pods_until_synced(
         &self,
         pods: &mut mpsc::UnboundedReceiver<Change>,

@@ -35,8 +35,8 @@ const SDK_PAUSE: Duration = Duration::from_secs(60);
 /// Latency of a TokenRequest on an idle API server.
 const TOKEN_LATENCY: Duration = Duration::from_millis(10);
 
-/// API calls of an agent that starts: two access reviews, and the pods and the service accounts, each of which is a list
-/// and watch in one call.
+/// API calls of an agent that starts: two access reviews, and the pods and the service accounts, each of which is a
+/// list and watch in one call.
 const CALLS_AT_START: u64 = 4;
 
 /// The parameters of a simulated cluster.

@@ -1,5 +1,5 @@
-//! The admin pages: metrics and health, on a TCP port for Prometheus and on a Unix socket for the kubelet's probes. Pods
-//! cannot reach them through the metadata address, and no page contains a secret. If the port is exposed beyond
+//! The admin pages: metrics and health, on a TCP port for Prometheus and on a Unix socket for the kubelet's probes.
+//! Pods cannot reach them through the metadata address, and no page contains a secret. If the port is exposed beyond
 //! loopback, any pod can connect to it, so pages that name pods and roles are served only to this node's own processes.
 
 use std::{

@@ -21,7 +21,8 @@ const KIB_PER_CONNECTION: u64 = 32;
 const ALL_CONNECTIONS: u64 = 2_048;
 /// Maximum memory of all connections in KiB.
 const KIB_FOR_ALL_CONNECTIONS: u64 = 64 << 10;
-/// Maximum size of the kernel's queues of a connection in bytes: 8 KiB each way plus one write or packet, in whole pages.
+/// Maximum size of the kernel's queues of a connection in bytes: 8 KiB each way plus one write or packet, in whole
+/// pages.
 const BYTES_PER_SOCKET: u64 = 24 << 10;
 /// Maximum memory of a cached session in KiB.
 const KIB_PER_SESSION: u64 = 16;

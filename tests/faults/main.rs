@@ -1,6 +1,6 @@
 //! The fault matrix, with the real binary: each dependency of the agent fails, one at a time, while a session is
-//! missing, cached, and due for a refresh. The tests check what pods get, the log and the metrics, the number of upstream
-//! calls, and the recovery. `docs/failures.md` describes the same in words.
+//! missing, cached, and due for a refresh. The tests check what pods get, the log and the metrics, the number of
+//! upstream calls, and the recovery. `docs/failures.md` describes the same in words.
 
 mod apiserver;
 mod bounds;
@@ -28,8 +28,8 @@ lab::enter!();
 /// Timeout for anything that the agent does on a busy machine, including the longest delay between retries and the time
 /// until a refresh is due.
 const TIMEOUT: Duration = Duration::from_secs(90);
-/// Lifetime of sessions in seconds. A refresh is due after 58 to 69 s, so that a refresh that fails after 4 s has failed
-/// well before the last minute, which begins after 84 s.
+/// Lifetime of sessions in seconds. A refresh is due after 58 to 69 s, so that a refresh that fails after 4 s has
+/// failed well before the last minute, which begins after 84 s.
 const LIFETIME: u32 = 144;
 /// Polling interval.
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::soak::{Plan, run};
 
-/// Runs everything that a node does concurrently for ten seconds. Covers IMDS-16 except latency, which the bench measures.
+/// Runs everything that a node does concurrently for ten seconds. Covers IMDS-16 except latency, which the bench
+/// measures.
 #[test]
 fn churning_pods_get_their_own_credentials() -> Result<()> {
     let during = Duration::from_secs(10);

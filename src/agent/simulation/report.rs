@@ -130,7 +130,8 @@ fn jitter_spreads_restarts_and_refreshes() {
     assert!(spread * 5 <= bunched, "refreshes: {spread} instead of {bunched} in a second");
 }
 
-/// With jitter per pod, the shortest delay of four pods would decide, and most exchanges would come early in the window.
+/// With jitter per pod, the shortest delay of four pods would decide, and most exchanges would come early in the
+/// window.
 #[test]
 fn restart_jitter_is_per_session_not_per_pod() {
     let site = Site { pods: 20, ..small(true) };
