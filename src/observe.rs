@@ -53,9 +53,9 @@ fn silence_http_clients(filter: &str) -> String {
     ];
     let is_http_client =
         |directive: &str| HTTP_CLIENTS.iter().any(|(name, _)| directive.trim_start_matches('[').starts_with(name));
-    let kept = |directive: &&str| !is_http_client(directive.trim());
+    let is_allowed = |directive: &&str| !is_http_client(directive.trim());
     let silenced = HTTP_CLIENTS.iter().map(|(name, level)| format!("{name}={level}"));
-    filter.split(',').filter(kept).map(str::to_owned).chain(silenced).collect::<Vec<_>>().join(",")
+    filter.split(',').filter(is_allowed).map(str::to_owned).chain(silenced).collect::<Vec<_>>().join(",")
 }
 
 /// Minimum interval between log lines for one reason and source: a client in a tight loop must not fill the log.
@@ -79,7 +79,7 @@ struct Logged {
 }
 
 impl RefusalLog {
-    /// Whether this kind of refusal was not logged of this source a moment ago. If so, it counts as logged.
+    /// Returns whether to log this refusal: not if the same reason and source were logged within [`REPEAT`].
     pub fn is_news(&self, reason: Reason, source: IpAddr) -> bool {
         let mut logged = self.0.lock();
         let (is_news, suppressed) = logged.record(reason, source);

@@ -36,18 +36,18 @@ pub(super) fn print(findings: &[Finding], output: Output) -> Verdict {
         }
         Output::Text => {
             // https://no-color.org
-            let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-            out.write_all(text(findings, colour).as_bytes())
+            let color = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+            out.write_all(text(findings, color).as_bytes())
         }
     };
     verdict
 }
 
-fn text(findings: &[Finding], colour: bool) -> String {
+fn text(findings: &[Finding], color: bool) -> String {
     let width = findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
     let mut text = String::new();
     for finding in findings {
-        let label = paint(finding.verdict, &format!("{:7}", finding.verdict.label()), colour);
+        let label = paint(finding.verdict, &format!("{:7}", finding.verdict.label()), color);
         text += &format!("{label}  {:width$}  {}\n", finding.check, finding.detail);
         if let Some(fix) = &finding.fix {
             text += &format!("{:7}  {:width$}  → {fix}\n", "", "");
@@ -59,9 +59,9 @@ fn text(findings: &[Finding], colour: bool) -> String {
     text + &format!("\n{}\n", counts.join(", "))
 }
 
-fn paint(verdict: Verdict, text: &str, colour: bool) -> String {
+fn paint(verdict: Verdict, text: &str, color: bool) -> String {
     let code = match verdict {
-        _ if !colour => return text.to_owned(),
+        _ if !color => return text.to_owned(),
         Verdict::Ok => 32,
         Verdict::Warning => 33,
         Verdict::Failed => 31,

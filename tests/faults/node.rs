@@ -34,7 +34,7 @@ fn break_disk(site: &lab::site::Site, disk: Disk) -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount(Some("tmpfs"), &folder, Some("tmpfs"), flags, Some("size=4k,mode=0700"))?;
     match disk {
-        Disk::Full => fs::write(folder.join("somebody-elses"), [0; 4 << 10])?,
+        Disk::Full => fs::write(folder.join("other-data"), [0; 4 << 10])?,
         _ => {
             let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
             mount(None::<&str>, &folder, None::<&str>, flags, Some("size=4k,mode=0700"))?;
@@ -96,7 +96,7 @@ fn disk_that_fills_up_later_costs_nothing() -> Result<()> {
     let agent = site.start()?;
     let token = warm.imds().put_token(21_600)?;
     let first = Credentials::of(&warm)?;
-    fs::write(folder.join("somebody-elses"), [0; 4 << 10])?;
+    fs::write(folder.join("other-data"), [0; 4 << 10])?;
     first.is_served_to(&warm)?;
     agent.kill()?;
     let agent = site.start()?;

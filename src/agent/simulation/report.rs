@@ -150,7 +150,7 @@ fn sts_outage_of_30_min_refuses_no_pod() {
 }
 
 #[test]
-fn rate_limit_holds_and_pods_wait_for_one_exchange() {
+fn rate_limit_holds_after_a_power_cut() {
     let site = Site { pods: 100, accounts: 100, ..small(true) };
     let restart = || simulate(Scenario::PowerCut(Duration::from_secs(1)), &site, 1, 1);
     let result = restart();
