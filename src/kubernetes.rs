@@ -26,7 +26,7 @@ use kube::{
 use tower::{Layer, Service, util::MapRequestLayer};
 use tracing::{info, warn};
 
-use crate::{clock::Backoff, observe::Heard};
+use crate::{clock::Backoff, observe::LastActivity};
 use json_filter::{AnnotationFilter, FilterLayer};
 
 /// Bookmarks arrive every minute; a longer silence means a dead connection.
@@ -104,7 +104,12 @@ impl ClientFactory {
     ///
     /// # Errors
     /// The TLS configuration is unusable.
-    pub fn watch_client(&self, identity: Identity, activity: Heard, keep: AnnotationFilter) -> anyhow::Result<Client> {
+    pub fn watch_client(
+        &self,
+        identity: Identity,
+        activity: LastActivity,
+        keep: AnnotationFilter,
+    ) -> anyhow::Result<Client> {
         let config = self.config(identity, WATCH_READ_TIMEOUT)?;
         let consistent_list = MapRequestLayer::new(watch::require_consistent_list);
         Ok(ClientBuilder::try_from(config)?
@@ -241,7 +246,7 @@ pub async fn is_allowed(client: &Client, (verb, group, resource, subresource): A
 /// Records when a frame arrives. kube's watcher does not pass on bookmarks, which distinguish a quiet watch from a dead
 /// one.
 #[derive(Debug, Clone)]
-struct ActivityLayer(Heard);
+struct ActivityLayer(LastActivity);
 
 impl<S> Layer<S> for ActivityLayer {
     type Service = ActivityService<S>;
@@ -254,7 +259,7 @@ impl<S> Layer<S> for ActivityLayer {
 #[derive(Debug, Clone)]
 struct ActivityService<S> {
     inner: S,
-    activity: Heard,
+    activity: LastActivity,
 }
 
 impl<S, B> Service<Request<Body>> for ActivityService<S>
@@ -277,7 +282,7 @@ where
         let response = self.inner.call(request);
         Box::pin(async move {
             let record: RecordFrame = Box::new(move |frame| {
-                activity.now();
+                activity.touch();
                 frame
             });
             Ok(response.await?.map(|body| body.map_frame(record)))

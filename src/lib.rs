@@ -1,4 +1,4 @@
-//! IRSA for programs that only know the instance metadata service.
+//! IAM Roles for Service Accounts (IRSA) for programs that only support the EC2 instance metadata service.
 //!
 //! ```text
 //! TCP connection ─intercept→ ClientConn ─attribute→ Workload ─authorize→ Grant ─cache→ Credential ─serve→ HTTP response
@@ -13,7 +13,7 @@
 
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub)]
-// Of what is shipped; tests and what only they are given may.
+// Shipped code never unwraps; tests and test-only code may.
 #![cfg_attr(not(any(test, fuzzing)), deny(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod clock;
@@ -21,11 +21,11 @@ pub mod config;
 pub mod connections;
 pub mod doctor;
 pub mod kubernetes;
-pub mod node;
+pub mod agent;
 pub mod observe;
 pub mod refusal;
 
-// The pipeline, in the order in which a request passes it.
+// The pipeline, in the order in which a request passes through it.
 pub mod intercept;
 pub mod attribute;
 pub mod authorize;

@@ -10,7 +10,7 @@ const SHARED: [&str; 4] = ["clock", "connections", "observe", "refusal"];
 /// May name the way to the API server, which knows no stage.
 const ASK_KUBERNETES: [&str; 2] = ["attribute", "authorize"];
 /// Sees every stage.
-const WIRING: [&str; 4] = ["node", "config", "doctor", "fuzz"];
+const WIRING: [&str; 4] = ["agent", "config", "doctor", "fuzz"];
 
 #[test]
 fn a_stage_names_only_what_stands_before_it() {

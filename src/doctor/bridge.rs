@@ -1,4 +1,4 @@
-//! Pods on a shared Linux bridge: does the guard know all of their ports?
+//! Checks that the bridge guard covers every pod port of a shared Linux bridge.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -13,30 +13,30 @@ use crate::{
 };
 
 const CHECK: &str = "bridge-ports";
-const NONE: &str = "no pod of this node is on a shared Linux bridge";
-const DROP: &str = "drop NET_RAW in pods (the restricted Pod Security level does), or use a CNI that checks source \
-                    addresses";
+const NO_BRIDGE: &str = "no pod on this node is attached to a shared Linux bridge";
+const DROP_NET_RAW: &str = "drop NET_RAW in pods (as the restricted Pod Security level does), or use a CNI plugin that \
+                            checks source addresses";
 
 pub(super) fn check(config: &Config) -> Finding {
     let Source::Kubernetes { cni_results: Some(folder), .. } = &config.source else {
-        return without_records();
+        return check_without_records();
     };
     match ports(folder) {
-        Ok(ports) if ports.is_empty() => Finding::ok(CHECK, NONE),
-        Ok(ports) => guarded(config, &ports),
+        Ok(ports) if ports.is_empty() => Finding::ok(CHECK, NO_BRIDGE),
+        Ok(ports) => check_guard(config, &ports),
         Err(error) => Finding::skipped(CHECK, format!("{}: {error}", folder.display())),
     }
 }
 
-/// Which ports are pods' cannot be told.
-fn without_records() -> Finding {
+/// Reports bridges when no CNI record says which of their ports belong to pods.
+fn check_without_records() -> Finding {
     let bridges: BTreeSet<String> = bridge_ports().unwrap_or_default().into_values().collect();
     if bridges.is_empty() {
-        return Finding::ok(CHECK, NONE);
+        return Finding::ok(CHECK, NO_BRIDGE);
     }
     let bridges = bridges.into_iter().collect::<Vec<_>>().join(" and ");
-    let detail = format!("no CNI records are read, so no port of {bridges} is guarded");
-    Finding::skipped(CHECK, detail).with_fix(format!("where these are pods' ports: {DROP}"))
+    let detail = format!("the agent reads no CNI records, so no port of {bridges} is guarded");
+    Finding::skipped(CHECK, detail).with_fix(format!("if these ports belong to pods: {DROP_NET_RAW}"))
 }
 
 fn ports(folder: &Path) -> std::io::Result<BTreeSet<PodPort>> {
@@ -47,10 +47,10 @@ fn ports(folder: &Path) -> std::io::Result<BTreeSet<PodPort>> {
     }
 }
 
-fn guarded(config: &Config, ports: &BTreeSet<PodPort>) -> Finding {
+fn check_guard(config: &Config, ports: &BTreeSet<PodPort>) -> Finding {
     let what = format!("{} ports of {} belong to pods", ports.len(), bridges(ports));
     let guard = config.rules().bridge_guard();
-    // Where another agent left a guard, nothing keeps it.
+    // With these backends, a guard in the kernel is a leftover that no agent maintains.
     let listing = match config.intercept {
         Backend::Iptables | Backend::None => Err(String::new()),
         Backend::Auto | Backend::Nft => guard.listing().map_err(|error| format!("{error:#}")),
@@ -60,23 +60,23 @@ fn guarded(config: &Config, ports: &BTreeSet<PodPort>) -> Finding {
             Some(port) => Finding::warning(
                 CHECK,
                 format!("{what}, and the guard lacks {port}"),
-                "the agent adds a port when its record appears, and looks again within 30 s: if it stays away, the \
-                 agent's log says why",
+                "the agent adds a port when its CNI record appears, and rechecks every 30 s: if the port stays \
+                 missing, check the agent's log",
             ),
-            None => ingress(guard, what),
+            None => check_ingress(guard, what),
         },
         Err(error) if error.contains("not permitted") => Finding::skipped(CHECK, format!("{what}; {error}")),
         Err(_) => {
             let detail = format!(
-                "{what}, and nothing guards them: a pod there with CAP_NET_RAW (a runtime default) gets its neighbors' \
+                "{what} and are not guarded: a pod there with CAP_NET_RAW (a runtime default) can get its neighbors' \
                  credentials"
             );
             let fix = match config.intercept {
                 Backend::Iptables | Backend::None => {
-                    format!("use --intercept nft, which alone has the guard, or {DROP}")
+                    format!("use --intercept nft, the only backend with the guard, or {DROP_NET_RAW}")
                 }
                 Backend::Auto | Backend::Nft => {
-                    format!("the agent's log says why nft cannot apply the guard; until it can, {DROP}")
+                    format!("the agent's log says why nft cannot apply the guard; until it can, {DROP_NET_RAW}")
                 }
             };
             Finding::warning(CHECK, detail, fix)
@@ -84,14 +84,16 @@ fn guarded(config: &Config, ports: &BTreeSet<PodPort>) -> Finding {
     }
 }
 
-fn ingress(guard: BridgeGuard, what: String) -> Finding {
+fn check_ingress(guard: BridgeGuard, what: String) -> Finding {
     if guard.has_ingress() {
-        return Finding::ok(CHECK, format!("{what}, and are guarded"));
+        return Finding::ok(CHECK, format!("{what} and are guarded"));
     }
-    let detail = format!("{what} and are guarded, but not against LLDP that moves a neighbor's MAC address");
-    Finding::warning(CHECK, detail, format!("needs Linux 5.5 and nftables for family netdev; without them, {DROP}"))
+    let detail = format!("{what} and are guarded, but not against LLDP frames that move a neighbor's MAC address");
+    let fix = format!("use Linux 5.5 or newer with nftables for family netdev, or {DROP_NET_RAW}");
+    Finding::warning(CHECK, detail, fix)
 }
 
+/// Returns a port that the guard does not list.
 fn missing(ports: &BTreeSet<PodPort>, listing: &str) -> Option<String> {
     let is_known = |port: &&PodPort| listing.contains(&format!("\"{}\"", port.interface));
     ports.iter().find(|port| !is_known(port)).map(|port| port.interface.to_string())

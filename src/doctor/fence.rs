@@ -1,4 +1,4 @@
-//! The policy routing rules that keep pods from the metadata addresses while rule sets are flushed.
+//! Checks the policy routing rules that block the metadata addresses while rule sets are flushed.
 
 use super::finding::Finding;
 use crate::{
@@ -20,12 +20,12 @@ fn judge(backend: Backend, listing: &[(String, bool)]) -> Option<Finding> {
     let (present, missing): (Vec<_>, Vec<_>) = listing.iter().partition(|(_, is_present)| *is_present);
     if backend == Backend::None {
         return present.first().map(|(rule, _)| {
-            let detail = format!("--intercept none, and yet there are policy routing rules of ours, such as: {rule}");
-            Finding::warning(CHECK, detail, "an agent with another --intercept left them: run kirsa uninstall")
+            let detail = format!("--intercept none, but kirsa's policy routing rules exist, such as: {rule}");
+            Finding::warning(CHECK, detail, "run kirsa uninstall: an agent with another --intercept left them behind")
         });
     }
     if missing.is_empty() {
-        let detail = "policy routing keeps pods from TCP port 80 of the metadata addresses while rules are flushed";
+        let detail = "policy routing blocks TCP port 80 of the metadata addresses while rule sets are flushed";
         return Some(Finding::ok(CHECK, detail));
     }
     let rules = missing.iter().map(|(rule, _)| rule.as_str()).collect::<Vec<_>>().join("; ");
@@ -42,7 +42,7 @@ mod tests {
     use super::{super::finding::Verdict, *};
 
     #[test]
-    fn missing_rules_fail_and_left_ones_warn() {
+    fn missing_rules_fail_and_leftovers_warn() {
         let verdict = |backend, present: [bool; 2]| {
             judge(backend, &present.map(|is_present| ("ip rule".to_owned(), is_present))).map(|finding| finding.verdict)
         };

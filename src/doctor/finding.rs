@@ -1,4 +1,4 @@
-//! What one check found: a verdict, what it rests on, and what to do about it.
+//! The result of one check: a verdict, the detail that explains it, and the fix.
 
 use serde::Serialize;
 
@@ -6,11 +6,11 @@ use serde::Serialize;
 #[serde(rename_all = "lowercase")]
 pub(super) enum Verdict {
     Ok,
-    /// Works, and is not as it should be.
+    /// Works, but should be changed.
     Warning,
-    /// Keeps pods from their credentials, or from being kept from others'.
+    /// Pods cannot get their credentials, or could get someone else's.
     Failed,
-    /// Could not be looked at, or does not apply here.
+    /// Could not be checked, or does not apply to this node.
     Skipped,
 }
 
@@ -27,11 +27,11 @@ impl Verdict {
 
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Finding {
-    /// One of a fixed set of names, so that scripts can pick one.
+    /// Name from a fixed set, for scripts to select by.
     pub check: &'static str,
     pub verdict: Verdict,
     pub detail: String,
-    /// What to do.
+    /// What the operator should check or change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }

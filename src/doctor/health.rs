@@ -7,7 +7,7 @@ use anyhow::Context;
 use http::StatusCode;
 use tokio::net::UnixStream;
 
-use super::http::get_of;
+use super::http::get_with_host;
 use crate::config::Health;
 
 fn path(health: Health) -> &'static str {
@@ -19,13 +19,13 @@ fn path(health: Health) -> &'static str {
 
 /// Prints the agent's answer. Exits 1 unless the agent is healthy.
 pub fn main(socket: &Path, health: Health) -> ExitCode {
-    let asked = || {
+    let query = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(ask(socket, health))
+        runtime.block_on(query(socket, health))
     };
-    match asked() {
-        Ok((status, said)) => {
-            print!("{said}");
+    match query() {
+        Ok((status, body)) => {
+            print!("{body}");
             if status.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
@@ -35,9 +35,9 @@ pub fn main(socket: &Path, health: Health) -> ExitCode {
     }
 }
 
-async fn ask(socket: &Path, health: Health) -> anyhow::Result<(StatusCode, String)> {
-    let asking = || format!("--admin-socket {}: no agent answers there", socket.display());
-    let stream = UnixStream::connect(socket).await.with_context(asking)?;
-    let answer = get_of(stream, "localhost".into(), path(health)).await.with_context(asking)?;
-    Ok((answer.status(), String::from_utf8_lossy(answer.body()).into_owned()))
+async fn query(socket: &Path, health: Health) -> anyhow::Result<(StatusCode, String)> {
+    let context = || format!("--admin-socket {}: no agent answers there", socket.display());
+    let stream = UnixStream::connect(socket).await.with_context(context)?;
+    let response = get_with_host(stream, "localhost".into(), path(health)).await.with_context(context)?;
+    Ok((response.status(), String::from_utf8_lossy(response.body()).into_owned()))
 }

@@ -1,4 +1,4 @@
-//! One GET over a connection that is there already: to whoever answers at the metadata address, and to the agent.
+//! Sends one GET request over an open connection, to the agent or to whatever answers at the metadata address.
 
 use std::time::Duration;
 
@@ -14,22 +14,26 @@ use tokio::{
     time::timeout,
 };
 
-/// The agent answers in microseconds.
-const WAIT: Duration = Duration::from_secs(3);
-/// A page of metrics is a hundredth of this.
+/// Deadline of a request. The agent responds within microseconds.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// Maximum size of a response body in bytes, a hundred times that of the metrics page.
 const MAX_BODY: usize = 4 << 20;
 
+/// Sends a GET request with the peer's address as the Host header.
+///
 /// # Errors
-/// What was answered is no HTTP, or nothing was.
+/// Fails if no HTTP response arrives within [`TIMEOUT`], or if its body exceeds [`MAX_BODY`].
 pub(super) async fn get(stream: TcpStream, path: &str) -> anyhow::Result<Response<Bytes>> {
     let host = stream.peer_addr()?.ip();
     let host = if host.is_ipv6() { format!("[{host}]") } else { host.to_string() };
-    get_of(stream, host, path).await
+    get_with_host(stream, host, path).await
 }
 
+/// Sends a GET request with this Host header.
+///
 /// # Errors
-/// What was answered is no HTTP, or nothing was.
-pub(super) async fn get_of(
+/// Fails if no HTTP response arrives within [`TIMEOUT`], or if its body exceeds [`MAX_BODY`].
+pub(super) async fn get_with_host(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     host: String,
     path: &str,
@@ -43,5 +47,5 @@ pub(super) async fn get_of(
         connection.abort();
         Ok(Response::from_parts(head, body.to_bytes()))
     };
-    timeout(WAIT, exchange).await.with_context(|| format!("no answer within {WAIT:?}"))?
+    timeout(TIMEOUT, exchange).await.with_context(|| format!("no response within {TIMEOUT:?}"))?
 }

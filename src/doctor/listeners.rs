@@ -1,45 +1,45 @@
-//! Other agents for the metadata address, by what listens. The EKS Pod Identity agent answers at an address of its own
-//! and is no rival, unless container credentials are served.
+//! Finds other agents by their listening sockets. The EKS Pod Identity agent listens on an address of its own, so it
+//! conflicts only with container credentials.
 
 use std::net::SocketAddr;
 
-use super::{finding::Finding, others::CHECK};
+use super::{conflicts::CHECK, finding::Finding};
 use crate::intercept::{METADATA_PORT, MetadataService, port};
 
-/// Where an EKS Pod Identity agent listens, if one does.
+/// Returns the address of a running EKS Pod Identity agent.
 pub fn pod_identity_agent() -> Option<SocketAddr> {
-    on(MetadataService::Container)
+    listener_of(MetadataService::Container)
 }
 
-/// Says nothing where there are none.
-pub(super) fn check(container: bool) -> Vec<Finding> {
+/// Returns one finding per conflicting listener; none if there is no conflict.
+pub(super) fn check(container_credentials: bool) -> Vec<Finding> {
     let mut findings = Vec::new();
-    match on(MetadataService::Container) {
-        Some(at) if container => findings.push(Finding::warning(
+    match listener_of(MetadataService::Container) {
+        Some(address) if container_credentials => findings.push(Finding::warning(
             CHECK,
-            format!("the EKS Pod Identity agent listens on {at}, and --container-credentials takes its requests"),
-            "pods get the role of their service account's annotation instead of that of their association: leave \
-             --container-credentials out, or remove that agent",
+            format!("the EKS Pod Identity agent listens on {address}, and --container-credentials takes its requests"),
+            "remove that agent, or do not set --container-credentials: pods now get the role of their service \
+             account's annotation instead of the role of their association",
         )),
-        Some(at) => findings.push(Finding::warning(
+        Some(address) => findings.push(Finding::warning(
             CHECK,
-            format!("the EKS Pod Identity agent listens on {at}: another address, which pods learn from variables"),
-            "it may stay; a pod whose SDK knows Pod Identity and that has an association uses that one",
+            format!("the EKS Pod Identity agent listens on {address}, which pods learn from environment variables"),
+            "no change is needed, it may stay; a pod with an association uses it if its SDK supports Pod Identity",
         )),
         None => {}
     }
-    if let Some(at) = on(MetadataService::Metadata) {
+    if let Some(address) = listener_of(MetadataService::Metadata) {
         findings.push(Finding::warning(
             CHECK,
-            format!("a process of this node listens on {at}: another metadata service"),
-            "pods do not reach it while our redirect is there; remove it if the node does not need it",
+            format!("a process on this node listens on {address}: another metadata service"),
+            "remove it if the node does not need it; pods do not reach it while kirsa's redirect is in place",
         ));
     }
     findings
 }
 
-fn on(service: MetadataService) -> Option<SocketAddr> {
-    let of = [service.v4(), service.v6()];
+fn listener_of(service: MetadataService) -> Option<SocketAddr> {
+    let addresses = [service.v4(), service.v6()];
     let listening = port::listening_sockets().into_iter().map(|socket| socket.address);
-    listening.into_iter().find(|at| at.port() == METADATA_PORT && of.contains(&at.ip()))
+    listening.into_iter().find(|socket| socket.port() == METADATA_PORT && addresses.contains(&socket.ip()))
 }

@@ -1,4 +1,4 @@
-//! Capabilities: what this process was given is what the agent's container was given.
+//! Checks capabilities and the protection of the port. This process has the capabilities of the agent's container.
 
 use caps::{CapSet, Capability, CapsHashSet};
 
@@ -7,18 +7,18 @@ use crate::intercept::{Backend, port};
 
 const CHECK: &str = "capabilities";
 
-/// Where other than in the container's `securityContext` the port's protection is decided.
+/// The sysctl that decides which ports need a capability.
 const SYSCTL: &str = "net.ipv4.ip_unprivileged_port_start";
 
 pub(super) fn check(backend: Backend, port: u16) -> Finding {
     let held = match caps::read(None, CapSet::Permitted) {
         Ok(held) => held,
-        Err(error) => return Finding::skipped(CHECK, format!("cannot be read: {error}")),
+        Err(error) => return Finding::skipped(CHECK, format!("capabilities cannot be read: {error}")),
     };
     judge(backend, port < port::first_unprivileged(), &held)
 }
 
-/// Checks that binding the agent's port takes a capability.
+/// Checks that listening on the agent's port requires a capability.
 pub(super) fn check_port(port: u16) -> Finding {
     judge_port(port, port::first_unprivileged())
 }
@@ -26,9 +26,9 @@ pub(super) fn check_port(port: u16) -> Finding {
 fn judge_port(port: u16, first: u16) -> Finding {
     let default = port::DEFAULT_PORT;
     match port::takeover_risk(port, first) {
-        None => Finding::ok("port", format!("port {port} takes CAP_NET_BIND_SERVICE to listen on")),
+        None => Finding::ok("port", format!("listening on port {port} requires CAP_NET_BIND_SERVICE")),
         Some(risk) if port < 1_024 => Finding::warning("port", risk, format!("set {SYSCTL} to 1024 on the node")),
-        Some(risk) => Finding::warning("port", risk, format!("give --port below {first}, such as {default}")),
+        Some(risk) => Finding::warning("port", risk, format!("set --port below {first}, such as {default}")),
     }
 }
 
@@ -38,7 +38,7 @@ fn judge(backend: Backend, privileged_port: bool, held: &CapsHashSet) -> Finding
     let (rules, tools): (&[_], &[_]) = match backend {
         Backend::None => (&[], &[]),
         Backend::Nft => (&[CAP_NET_ADMIN], &[]),
-        // The legacy iptables tools talk to the kernel through a raw socket.
+        // The legacy iptables tools use a raw socket to talk to the kernel.
         Backend::Iptables | Backend::Auto => (&[CAP_NET_ADMIN], &[CAP_NET_RAW]),
     };
     let needed = [rules, bind].concat();
@@ -46,7 +46,7 @@ fn judge(backend: Backend, privileged_port: bool, held: &CapsHashSet) -> Finding
     if let Some(missing) = needed.iter().find(|capability| !held.contains(capability)) {
         let consequence = match missing {
             CAP_NET_BIND_SERVICE => "the agent cannot listen on its port",
-            _ => "the redirect can be neither applied nor tried",
+            _ => "the redirect can be neither applied nor tested",
         };
         return Finding::failed(
             CHECK,
@@ -55,22 +55,24 @@ fn judge(backend: Backend, privileged_port: bool, held: &CapsHashSet) -> Finding
              (daemonset/base/daemonset.yaml)",
         );
     }
-    let names = |of: &[Capability]| of.iter().map(Capability::to_string).collect::<Vec<_>>().join(", ");
+    let names =
+        |capabilities: &[Capability]| capabilities.iter().map(Capability::to_string).collect::<Vec<_>>().join(", ");
     let needed = match &needed[..] {
-        [] => "none is needed".to_owned(),
-        [one] => format!("{one} is there"),
-        several => format!("{} are there", names(several)),
+        [] => "no capability is needed".to_owned(),
+        [one] => format!("{one} is granted"),
+        several => format!("{} are granted", names(several)),
     };
-    let mut beyond: Vec<Capability> = held.iter().filter(|capability| !useful.contains(capability)).copied().collect();
-    beyond.sort_unstable_by_key(|capability| capability.index());
-    if beyond.is_empty() {
-        return Finding::ok(CHECK, format!("{needed}, and nothing that is not needed"));
+    let mut excess: Vec<Capability> = held.iter().filter(|capability| !useful.contains(capability)).copied().collect();
+    excess.sort_unstable_by_key(|capability| capability.index());
+    if excess.is_empty() {
+        return Finding::ok(CHECK, format!("{needed}, and none that is not needed"));
     }
-    let beyond = if beyond.len() > 16 { format!("{} others", beyond.len()) } else { names(&beyond) };
+    let excess = if excess.len() > 16 { format!("{} others", excess.len()) } else { names(&excess) };
     Finding::warning(
         CHECK,
-        format!("{needed}; not needed: {beyond}"),
-        "give the container only what it needs (daemonset/base/daemonset.yaml); the agent drops the rest when it starts",
+        format!("{needed}; not needed: {excess}"),
+        "grant the container only the needed capabilities (daemonset/base/daemonset.yaml); the agent drops the others \
+         at start",
     )
 }
 
@@ -79,7 +81,7 @@ mod tests {
     use super::{super::finding::Verdict, *};
 
     #[test]
-    fn what_is_missing_fails_and_what_is_too_much_is_named() {
+    fn missing_capability_fails_and_excess_warns() {
         let held = |capabilities: &[Capability]| capabilities.iter().copied().collect::<CapsHashSet>();
         let admin = held(&[Capability::CAP_NET_ADMIN]);
         assert_eq!(judge(Backend::Nft, false, &held(&[])).verdict, Verdict::Failed);
@@ -92,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_privileged_port_needs_its_capability() {
+    fn privileged_port_needs_its_capability() {
         let held = |capabilities: &[Capability]| capabilities.iter().copied().collect::<CapsHashSet>();
         let bind = held(&[Capability::CAP_NET_BIND_SERVICE]);
         assert_eq!(judge(Backend::None, true, &bind).verdict, Verdict::Ok);
@@ -102,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unprivileged_port_is_a_warning() {
+    fn unprivileged_port_warns() {
         assert_eq!(judge_port(338, 1_024).verdict, Verdict::Ok);
         assert!(judge_port(8_181, 1_024).fix.is_some_and(|fix| fix.contains("--port")));
         assert!(judge_port(338, 0).fix.is_some_and(|fix| fix.contains(SYSCTL)));

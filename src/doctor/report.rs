@@ -1,4 +1,4 @@
-//! Findings as text for a person, or as one JSON object for a program.
+//! Prints the findings, as text for people or as one JSON object for programs.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -7,19 +7,19 @@ use serde::Serialize;
 use super::finding::{Finding, Verdict};
 use crate::config::Output;
 
-/// The version of the JSON object: raised when a member changes its meaning or goes away.
+/// Version of the JSON object, incremented when a member changes its meaning or is removed.
 const FORMAT: u32 = 1;
 
 #[derive(Serialize)]
 struct Report<'a> {
     format: u32,
     version: &'static str,
-    /// The worst of the findings; what was skipped does not count.
+    /// The worst verdict of the findings; skipped checks do not count.
     verdict: Verdict,
     findings: &'a [Finding],
 }
 
-/// Prints the findings and returns the verdict on all of them.
+/// Prints the findings and returns the worst verdict.
 pub(super) fn print(findings: &[Finding], output: Output) -> Verdict {
     let has = |verdict| findings.iter().any(|finding| finding.verdict == verdict);
     let verdict = match (has(Verdict::Failed), has(Verdict::Warning)) {
@@ -28,7 +28,7 @@ pub(super) fn print(findings: &[Finding], output: Output) -> Verdict {
         (false, false) => Verdict::Ok,
     };
     let mut out = io::stdout().lock();
-    // Whoever closed the pipe has read enough; the exit code tells the rest.
+    // A write fails when the reader closed the pipe; the exit code still carries the verdict.
     let _ = match output {
         Output::Json => {
             let report = Report { format: FORMAT, version: env!("CARGO_PKG_VERSION"), verdict, findings };
@@ -36,18 +36,18 @@ pub(super) fn print(findings: &[Finding], output: Output) -> Verdict {
         }
         Output::Text => {
             // https://no-color.org
-            let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-            out.write_all(text(findings, colour).as_bytes())
+            let color = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+            out.write_all(text(findings, color).as_bytes())
         }
     };
     verdict
 }
 
-fn text(findings: &[Finding], colour: bool) -> String {
+fn text(findings: &[Finding], color: bool) -> String {
     let width = findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
     let mut text = String::new();
     for finding in findings {
-        let label = paint(finding.verdict, &format!("{:7}", finding.verdict.label()), colour);
+        let label = paint(finding.verdict, &format!("{:7}", finding.verdict.label()), color);
         text += &format!("{label}  {:width$}  {}\n", finding.check, finding.detail);
         if let Some(fix) = &finding.fix {
             text += &format!("{:7}  {:width$}  → {fix}\n", "", "");
@@ -59,9 +59,9 @@ fn text(findings: &[Finding], colour: bool) -> String {
     text + &format!("\n{}\n", counts.join(", "))
 }
 
-fn paint(verdict: Verdict, text: &str, colour: bool) -> String {
+fn paint(verdict: Verdict, text: &str, color: bool) -> String {
     let code = match verdict {
-        _ if !colour => return text.to_owned(),
+        _ if !color => return text.to_owned(),
         Verdict::Ok => 32,
         Verdict::Warning => 33,
         Verdict::Failed => 31,
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_aligned_and_counts() {
+    fn text_is_aligned_and_ends_with_counts() {
         let findings = [Finding::ok("sts", "answers"), Finding::failed("redirect-ipv4", "nobody", "start it")];
         assert_eq!(
             text(&findings, false),

@@ -1,4 +1,4 @@
-//! Pods that the node's rules cannot serve: routed by interface, or with an address that only the CNI plugin knows.
+//! Finds pods that the redirect cannot serve: routed by interface, or with an address that only the CNI plugin knows.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -13,36 +13,36 @@ use crate::{
 
 const ROUTES: &str = "interface-routes";
 const EGRESS: &str = "egress-ipv4";
-/// As many as a line can name.
-const NAMED: usize = 8;
+/// Maximum number of items in one finding.
+const MAX_SHOWN: usize = 8;
 
 pub(super) fn check(config: &Config) -> Vec<Finding> {
-    vec![by_interface(), egress(config)]
+    vec![check_interface_routes(), check_egress(config)]
 }
 
-/// Security groups for pods in strict mode.
-fn by_interface() -> Finding {
+/// Finds EKS security groups for pods in strict mode.
+fn check_interface_routes() -> Finding {
     let routes = match interface_routes() {
         Ok(routes) => routes.iter().map(ToString::to_string).collect::<Vec<_>>(),
         Err(error) => return Finding::skipped(ROUTES, format!("policy routing rules cannot be listed: {error}")),
     };
     if routes.is_empty() {
-        return Finding::ok(ROUTES, "no pod is routed by interface, around the redirect");
+        return Finding::ok(ROUTES, "no pod is routed by interface, which bypasses the redirect");
     }
     Finding::warning(
         ROUTES,
         format!(
-            "pods are routed by interface, around the redirect, and get 403 not_redirected: {} (EKS security groups for \
-             pods in strict mode)",
-            named(&routes)
+            "pods that are routed by interface bypass the redirect and get 403 not_redirected: {} (EKS security groups \
+             for pods in strict mode)",
+            join(&routes)
         ),
         "set POD_SECURITY_GROUP_ENFORCING_MODE=standard on the aws-node DaemonSet and recreate these pods, or use IRSA \
-         or EKS Pod Identity in them",
+         or EKS Pod Identity for them",
     )
 }
 
-/// IPv4 addresses of pods in IPv6 clusters of EKS.
-fn egress(config: &Config) -> Finding {
+/// Finds the egress IPv4 addresses of pods in EKS IPv6 clusters.
+fn check_egress(config: &Config) -> Finding {
     let of_host = getifaddrs().into_iter().flatten().filter_map(|interface| {
         let address = interface.address.as_ref()?.as_sockaddr_in()?.ip();
         is_eks_egress(address.into()).then(|| format!("{address} on {}", interface.interface_name))
@@ -62,15 +62,15 @@ fn egress(config: &Config) -> Finding {
     Finding::warning(
         EGRESS,
         format!(
-            "pods have IPv4 addresses that only the CNI plugin knows ({}), as in IPv6 clusters of EKS: over IPv4 they \
-             get 503 unknown_pod",
-            named(&found)
+            "pods have IPv4 addresses that only the CNI plugin knows ({}), as in EKS IPv6 clusters: over IPv4 they get \
+             503 unknown_pod",
+            join(&found)
         ),
         "set AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE=IPv6 in these pods",
     )
 }
 
-fn named(all: &[String]) -> String {
-    let shown = all[..all.len().min(NAMED)].join(", ");
-    if all.len() > NAMED { format!("{shown}, and {} more", all.len() - NAMED) } else { shown }
+fn join(all: &[String]) -> String {
+    let shown = all[..all.len().min(MAX_SHOWN)].join(", ");
+    if all.len() > MAX_SHOWN { format!("{shown}, and {} more", all.len() - MAX_SHOWN) } else { shown }
 }

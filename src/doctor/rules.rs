@@ -1,4 +1,4 @@
-//! Our own rules: are they there, and does anything stand before them?
+//! Checks that kirsa's own rules are complete and that no other address translation comes before them.
 
 use std::{net::IpAddr, path::Path};
 
@@ -16,74 +16,80 @@ use crate::{
 
 const RULES: &str = "rules";
 const DROP: &str = "forwarding-drop";
-/// Places in [`CHAINS`].
+/// Indices into [`CHAINS`].
 const FORWARD: usize = 2;
 const POSTROUTING: usize = 3;
 const FIRST: &str = "rules-first";
-/// Where iptables' nat table is hooked in, of either kind.
+/// Priority of the iptables nat table, in its nft and legacy variants.
 pub(super) const IPTABLES_NAT: i64 = -100;
 
 pub(super) fn check(config: &Config, set: &Ruleset) -> Vec<Finding> {
     let ours: Vec<&Rule> = set.rules.iter().filter(|rule| is_ours(rule)).collect();
     if config.intercept == Backend::None {
         return vec![match ours.first() {
-            None => Finding::skipped(RULES, "--intercept none: the redirect is somebody else's"),
+            None => Finding::skipped(RULES, "--intercept none: kirsa does not own the redirect"),
             Some(rule) => Finding::warning(
                 RULES,
-                format!("--intercept none, and yet there are rules of ours, such as in chain {}", rule.chain),
-                "they were left by an agent with another --intercept: kirsa uninstall --intercept auto",
+                format!("--intercept none, but kirsa's rules exist, such as in chain {}", rule.chain),
+                "run kirsa uninstall --intercept auto: an agent with another --intercept left them behind",
             ),
         }];
     }
     let addresses: Vec<IpAddr> = config.host.iter().collect();
-    let lost: Vec<String> = addresses
+    let missing: Vec<String> = addresses
         .iter()
         .filter(|host| !ours.iter().any(|rule| redirects(rule, **host, config.port)) || !jumped_to(&ours, 0, **host))
-        .map(|host| format!("none leads to {host} port {}", config.port))
+        .map(|host| format!("no rule redirects to {host} port {}", config.port))
         .collect();
     let metadata: &[IpAddr] = &[METADATA_V4.into(), METADATA_V6.into()];
     let families = if Path::new("/proc/sys/net/ipv6").exists() { 2 } else { 1 };
-    let mut open = Vec::new();
+    let mut unblocked = Vec::new();
     for address in &metadata[..families] {
-        for (chain, verb) in [(FORWARD, "refuses what is forwarded"), (POSTROUTING, "drops what leaves the node")] {
-            if !ours.iter().any(|rule| stops(rule, chain, *address)) || !jumped_to(&ours, chain, *address) {
-                open.push(format!("nothing {verb} to {address} port 80"));
+        for (chain, verb) in [(FORWARD, "rejects packets forwarded"), (POSTROUTING, "drops packets leaving the node")] {
+            if !ours.iter().any(|rule| blocks(rule, chain, *address)) || !jumped_to(&ours, chain, *address) {
+                unblocked.push(format!("no rule {verb} to {address} port 80"));
             }
         }
     }
     let kind = if ours.iter().any(|rule| rule.tool == Tool::Nft) { "nftables" } else { "iptables" };
     let mut findings = vec![
-        verdict(config, set, RULES, &lost, format!("{kind}: pods' connections are led to {}", join(&addresses))),
-        verdict(config, set, DROP, &open, format!("{kind}: what leads around the redirect is refused")),
+        judge(
+            config,
+            set,
+            RULES,
+            &missing,
+            format!("{kind}: pods' connections are redirected to {}", join(&addresses)),
+        ),
+        judge(config, set, DROP, &unblocked, format!("{kind}: packets that bypass the redirect are blocked")),
     ];
-    if lost.is_empty() {
-        findings.push(first(set, kind));
+    if missing.is_empty() {
+        findings.push(check_precedence(set, kind));
     }
     findings
 }
 
-fn verdict(config: &Config, set: &Ruleset, check: &'static str, missing: &[String], fine: String) -> Finding {
+fn judge(config: &Config, set: &Ruleset, check: &'static str, missing: &[String], complete: String) -> Finding {
     let mut unread = set.unread.iter().filter(|(tool, _)| match config.intercept {
         Backend::Nft => *tool == Tool::Nft,
         Backend::Iptables => *tool == Tool::Iptables,
         Backend::Auto | Backend::None => true,
     });
     match (missing, unread.next()) {
-        ([], _) => Finding::ok(check, fine),
+        ([], _) => Finding::ok(check, complete),
         (_, Some((_, why))) => {
-            Finding::skipped(check, format!("no rules of ours are seen, but not all could be: {why}"))
+            Finding::skipped(check, format!("rules seem to be missing, but not all were read: {why}"))
         }
         (missing, None) => Finding::failed(
             check,
             missing.join("; "),
-            "a running agent puts its rules back within 2 s: if they stay away, its log says why; if they go again and \
-             again, find who flushes rule sets (a firewall service, a reloading CNI)",
+            "start the agent, which restores its rules within 2 s; if they stay missing, check its log; if they \
+             disappear repeatedly, find what flushes rule sets (a firewall service, a reloading CNI plugin)",
         ),
     }
 }
 
-/// Whichever chain of a nat kind comes first decides.
-fn first(set: &Ruleset, kind: &str) -> Finding {
+/// Checks that no other nat chain comes before kirsa's. The first one that matches a connection translates it.
+fn check_precedence(set: &Ruleset, kind: &str) -> Finding {
     let nat = || set.chains.iter().filter(|chain| chain.kind == "nat" && chain.hook == "prerouting");
     let own = nat().find(|chain| chain.table == TABLE).map(|chain| chain.priority);
     let own = own.filter(|_| kind == "nftables").unwrap_or(IPTABLES_NAT);
@@ -95,12 +101,12 @@ fn first(set: &Ruleset, kind: &str) -> Finding {
         .map(|chain| format!("{} {} chain {} (priority {})", chain.family, chain.table, chain.name, chain.priority))
         .collect();
     if earlier.is_empty() {
-        return Finding::ok(FIRST, format!("no address translation comes before ours (priority {own})"));
+        return Finding::ok(FIRST, format!("no address translation comes before kirsa's (priority {own})"));
     }
     Finding::warning(
         FIRST,
-        format!("address translation before ours (priority {own}): {}", earlier.join(", ")),
-        "make sure that none of its rules takes connections to the metadata address: the first that matches decides",
+        format!("address translation before kirsa's (priority {own}): {}", earlier.join(", ")),
+        "check that none of its rules matches connections to the metadata address: the first match wins",
     )
 }
 
@@ -129,23 +135,23 @@ fn redirects(rule: &Rule, host: IpAddr, port: u16) -> bool {
     }
 }
 
-/// Whether a rule of this place in [`CHAINS`] keeps packets from the metadata address.
-fn stops(rule: &Rule, chain: usize, metadata: IpAddr) -> bool {
+/// Whether the rule belongs to this chain of [`CHAINS`] and blocks packets to the metadata address.
+fn blocks(rule: &Rule, chain: usize, metadata: IpAddr) -> bool {
     let (_, builtin, own) = CHAINS[chain];
-    let (name, stops) = match rule.tool {
+    let (name, blocks) = match rule.tool {
         Tool::Nft => {
             let has = |verdict: &str| rule.statements.iter().any(|statement| statement.get(verdict).is_some());
             (builtin.to_lowercase(), has("reject") || has("drop"))
         }
         Tool::Iptables => (own.to_owned(), rule.text.contains("-j REJECT") || rule.text.ends_with("-j DROP")),
     };
-    rule.chain == name && stops && rule.text.contains(&metadata.to_string())
+    rule.chain == name && blocks && rule.text.contains(&metadata.to_string())
 }
 
-/// nftables chains are hooked in by themselves; those of iptables need a jump.
-fn jumped_to(ours: &[&Rule], chain: usize, of_family: IpAddr) -> bool {
+/// Whether packets reach this chain of [`CHAINS`]: an nftables chain has its own hook, an iptables chain needs a jump.
+fn jumped_to(ours: &[&Rule], chain: usize, address: IpAddr) -> bool {
     let (table, builtin, own) = CHAINS[chain];
-    let family = if of_family.is_ipv4() { "ip" } else { "ip6" };
+    let family = if address.is_ipv4() { "ip" } else { "ip6" };
     let jump =
         |rule: &&Rule| rule.family == family && rule.table == table && rule.text == format!("{builtin} -j {own}");
     ours.iter().any(|rule| rule.tool == Tool::Nft || jump(rule))

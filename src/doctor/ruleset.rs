@@ -1,12 +1,12 @@
-//! The rule sets of this node as the tools list them: to explain what is wrong and to find other agents, never to
-//! decide whether the redirect works.
+//! Reads this node's rule sets, to explain problems and to find other agents, never to decide whether the redirect
+//! works.
 //!
-//! nftables' own tables come as JSON from `nft`; what iptables wrote, of either kind, as text from `iptables-save`. None
-//! of these commands loads a module or makes a table.
+//! nftables' own tables come as JSON from `nft`; iptables rules, nft and legacy, as text from `iptables-save`. None of
+//! these commands loads a module or creates a table.
 //!
-//! A node of a large cluster has a hundred thousand rules, and this shares the memory of the agent's container: they are
-//! read one by one, only those that may matter are kept, and the tools get half of that memory at most. One that needs
-//! more fails, instead of ending the agent.
+//! A node of a large cluster has a hundred thousand rules, and the doctor shares the memory limit of the agent's
+//! container. Therefore rules are streamed, only relevant ones are kept, and the tools may use at most half of that
+//! limit: a tool that needs more fails instead of getting the agent OOM-killed.
 
 use std::{
     collections::HashSet,
@@ -19,22 +19,22 @@ use std::{
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
-use super::{listing, others::names_metadata, rules::is_ours};
+use super::{conflicts::names_metadata, json_stream, rules::is_ours};
 
-/// Many times as many as any node has that may matter.
-const MOST: usize = 20_000;
+/// Maximum number of kept rules, many times the number of relevant rules on any node.
+const MAX_RULES: usize = 20_000;
 const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
 
-/// Everything that could be read.
+/// The rules and chains that could be read.
 #[derive(Debug, Default)]
 pub(super) struct Ruleset {
     pub rules: Vec<Rule>,
     pub chains: Vec<Chain>,
-    /// What could not be, and why.
+    /// Tools that failed, each with the error.
     pub unread: Vec<(Tool, String)>,
 }
 
-/// A base chain of nftables: where it is hooked in.
+/// A base chain of nftables, with its hook.
 #[derive(Debug, Clone)]
 pub(super) struct Chain {
     pub family: String,
@@ -51,9 +51,9 @@ pub(super) struct Rule {
     pub family: String,
     pub table: String,
     pub chain: String,
-    /// The rule itself: JSON of nft, or the arguments of iptables.
+    /// The rule itself: JSON from nft, or the arguments for iptables.
     pub text: String,
-    /// nft's statements.
+    /// Statements of an nft rule.
     pub statements: Vec<Value>,
     /// The command that removes it.
     pub removal: String,
@@ -68,37 +68,37 @@ pub(super) enum Tool {
 impl Ruleset {
     pub(super) fn read() -> Self {
         let mut set = Self::default();
-        // Of tables that iptables keeps in nftables, its own text says more: nft cannot show what DNAT leads to.
+        // For tables that iptables keeps in nftables, prefer its own text: nft cannot show the target of its DNAT.
         let mut saved = HashSet::new();
         for (family, prefix) in [("ip", "iptables"), ("ip6", "ip6tables")] {
-            for save in saves(prefix) {
+            for save in save_commands(prefix) {
                 let before = set.rules.len();
-                // One that lacks an extension says what it can, and then fails.
+                // A tool that lacks an extension prints the rules that it knows, then fails.
                 let tool = save.trim_end_matches("-save");
-                let failure = read(&save, &[], |text| set.take_saved(family, tool, text));
+                let failure = read(&save, &[], |text| set.add_saved(family, tool, text));
                 set.unread.extend(failure.map(|failure| (Tool::Iptables, failure)));
                 let mut version = String::new();
                 read(&save, &["--version"], |text| text.read_to_string(&mut version).map(drop));
                 if version.contains("nf_tables") {
-                    let taken = set.rules[before..].iter();
-                    saved.extend(taken.map(|rule| (rule.family.clone(), rule.table.clone())));
+                    let added = set.rules[before..].iter();
+                    saved.extend(added.map(|rule| (rule.family.clone(), rule.table.clone())));
                 }
             }
         }
-        // Without the elements of sets, of which there may be very many.
-        let failure = read("nft", &["-j", "-t", "list", "ruleset"], |json| set.take_nft(json, &saved));
+        // -t omits the elements of sets, of which there may be very many.
+        let failure = read("nft", &["-j", "-t", "list", "ruleset"], |json| set.add_nft(json, &saved));
         set.unread.extend(failure.map(|failure| (Tool::Nft, failure)));
         set
     }
 
-    /// Keeps what is ours, what names the metadata address, and what stands where packets come by first.
-    fn keep(&mut self, rule: Rule, is_of_base_chain: bool) {
-        if (is_of_base_chain || is_ours(&rule) || names_metadata(&rule.text)) && self.rules.len() < MOST {
+    /// Keeps the rule if it is kirsa's, names the metadata address, or is in a base chain.
+    fn keep_if_relevant(&mut self, rule: Rule, is_in_base_chain: bool) {
+        if (is_in_base_chain || is_ours(&rule) || names_metadata(&rule.text)) && self.rules.len() < MAX_RULES {
             self.rules.push(rule);
         }
     }
 
-    fn take_saved(&mut self, family: &str, tool: &str, text: &mut dyn BufRead) -> io::Result<()> {
+    fn add_saved(&mut self, family: &str, tool: &str, text: &mut dyn BufRead) -> io::Result<()> {
         let mut table = String::new();
         for line in text.lines() {
             let line = line?;
@@ -107,7 +107,7 @@ impl Ruleset {
             }
             let Some(rule) = line.strip_prefix("-A ") else { continue };
             let chain = rule.split(' ').next().unwrap_or_default();
-            let kept = Rule {
+            let rule = Rule {
                 tool: Tool::Iptables,
                 family: family.into(),
                 table: table.clone(),
@@ -116,14 +116,14 @@ impl Ruleset {
                 statements: Vec::new(),
                 removal: format!("{tool} -t {table} -D {rule}"),
             };
-            self.keep(kept, BUILT_IN.contains(&chain));
+            self.keep_if_relevant(rule, BUILT_IN.contains(&chain));
         }
         Ok(())
     }
 
-    fn take_nft(&mut self, json: &mut dyn BufRead, saved: &HashSet<(String, String)>) -> io::Result<()> {
-        listing::each(json, "nftables", |object| {
-            let text = |of: &Value, member: &str| of[member].as_str().unwrap_or_default().to_owned();
+    fn add_nft(&mut self, json: &mut dyn BufRead, saved: &HashSet<(String, String)>) -> io::Result<()> {
+        json_stream::for_each(json, "nftables", |object| {
+            let text = |object: &Value, member: &str| object[member].as_str().unwrap_or_default().to_owned();
             let (chain, rule) = (&object["chain"], &object["rule"]);
             if let Some(priority) = chain["prio"].as_i64() {
                 self.chains.push(Chain {
@@ -140,8 +140,8 @@ impl Ruleset {
                 let chain = text(rule, "chain");
                 // nft lists the chains of a table before its rules.
                 let is_base = |base: &Chain| base.family == family && base.table == table && base.name == chain;
-                let is_of_base_chain = self.chains.iter().any(is_base);
-                let kept = Rule {
+                let is_in_base_chain = self.chains.iter().any(is_base);
+                let rule = Rule {
                     removal: format!("nft delete rule {family} {table} {chain} handle {}", rule["handle"]),
                     tool: Tool::Nft,
                     text: rule["expr"].to_string(),
@@ -150,7 +150,7 @@ impl Ruleset {
                     table,
                     chain,
                 };
-                self.keep(kept, is_of_base_chain);
+                self.keep_if_relevant(rule, is_in_base_chain);
             }
         })
         .map_err(Into::into)
@@ -159,72 +159,75 @@ impl Ruleset {
     #[cfg(test)]
     pub(super) fn sample(saved: &str, nft: &str) -> Self {
         let mut set = Self::default();
-        set.take_saved("ip", "iptables", &mut saved.as_bytes()).unwrap();
+        set.add_saved("ip", "iptables", &mut saved.as_bytes()).unwrap();
         if !nft.is_empty() {
-            set.take_nft(&mut nft.as_bytes(), &HashSet::new()).unwrap();
+            set.add_nft(&mut nft.as_bytes(), &HashSet::new()).unwrap();
         }
         set
     }
 }
 
-/// Both kinds where they are told apart; otherwise the one that there is.
-fn saves(prefix: &str) -> Vec<String> {
-    let kinds = ["nft", "legacy"].map(|kind| format!("{prefix}-{kind}-save"));
-    let kinds: Vec<String> = kinds.into_iter().filter(|tool| exists(tool)).collect();
+/// Returns the installed save commands: the nft and legacy variants, or else the unqualified one.
+fn save_commands(prefix: &str) -> Vec<String> {
+    let variants = ["nft", "legacy"].map(|variant| format!("{prefix}-{variant}-save"));
+    let variants: Vec<String> = variants.into_iter().filter(|tool| exists(tool)).collect();
     let plain = format!("{prefix}-save");
-    if kinds.is_empty() && exists(&plain) { vec![plain] } else { kinds }
+    if variants.is_empty() && exists(&plain) { vec![plain] } else { variants }
 }
 
 fn exists(tool: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(tool).is_file())
+    std::env::split_paths(&path).any(|directory| directory.join(tool).is_file())
 }
 
-/// Reads what a tool says; why that is not all.
-fn read(tool: &str, args: &[&str], take: impl FnOnce(&mut dyn BufRead) -> io::Result<()>) -> Option<String> {
-    let mut child = match start(tool, args) {
+/// Runs a tool and passes its output to `parse`. Returns the error if the output may be incomplete.
+fn read(tool: &str, args: &[&str], parse: impl FnOnce(&mut dyn BufRead) -> io::Result<()>) -> Option<String> {
+    let mut child = match spawn_limited(tool, args) {
         Ok(child) => child,
         Err(error) if error.kind() == ErrorKind::NotFound => return Some(format!("{tool}: not found")),
         Err(error) => return Some(format!("{tool}: {error}")),
     };
-    let (said, mut errors) = (child.stdout.take(), child.stderr.take());
-    let mut words = String::new();
-    let taken = thread::scope(|scope| {
-        scope.spawn(|| errors.as_mut().map(|errors| errors.read_to_string(&mut words)));
-        said.map_or(Ok(()), |said| take(&mut BufReader::new(said)))
+    let (stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
+    let mut errors = String::new();
+    let parsed = thread::scope(|scope| {
+        scope.spawn(|| stderr.as_mut().map(|stderr| stderr.read_to_string(&mut errors)));
+        stdout.map_or(Ok(()), |stdout| parse(&mut BufReader::new(stdout)))
     });
-    match (child.wait(), taken) {
+    match (child.wait(), parsed) {
         (Ok(status), _) if !status.success() => {
-            let word = words.lines().next().unwrap_or("failed without a word");
-            // iptables begins with its own name and version.
-            let word = word.split_once("): ").map_or(word, |(_, word)| word);
-            let bound = room().map_or(String::new(), |bytes| {
-                format!(" (with {} MiB, half of this container's memory: on the node it may have more)", bytes >> 20)
+            let error = errors.lines().next().unwrap_or("failed without an error message");
+            // iptables prefixes its errors with its own name and version.
+            let error = error.split_once("): ").map_or(error, |(_, error)| error);
+            let limit = memory_limit().map_or(String::new(), |bytes| {
+                format!(
+                    " (limited to {} MiB, half of this container's memory; run it on the node instead)",
+                    bytes >> 20
+                )
             });
-            Some(format!("{tool}: {word}{bound}"))
+            Some(format!("{tool}: {error}{limit}"))
         }
         (Err(error), _) | (_, Err(error)) => Some(format!("{tool}: {error}")),
         (Ok(_), Ok(())) => None,
     }
 }
 
-/// With a bound on its memory, where this process has one.
-fn start(tool: &str, args: &[&str]) -> io::Result<Child> {
-    let start =
+/// Spawns a tool with the limit of [`memory_limit`].
+fn spawn_limited(tool: &str, args: &[&str]) -> io::Result<Child> {
+    let spawn =
         || Command::new(tool).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let Some(room) = room() else { return start() };
+    let Some(limit) = memory_limit() else { return spawn() };
     let (soft, hard) = getrlimit(Resource::RLIMIT_AS)?;
-    setrlimit(Resource::RLIMIT_AS, room.min(hard), hard)?;
-    let started = start();
+    setrlimit(Resource::RLIMIT_AS, limit.min(hard), hard)?;
+    let child = spawn();
     setrlimit(Resource::RLIMIT_AS, soft, hard)?;
-    started
+    child
 }
 
-/// Half of what this container may have, if that is bounded.
-fn room() -> Option<u64> {
+/// Returns half of this container's memory limit in bytes, or `None` without a limit.
+fn memory_limit() -> Option<u64> {
     let files = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     let limit: u64 = files.iter().find_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok())?;
-    // What cgroup v1 calls no limit is a number near the largest.
+    // cgroup v1 expresses "no limit" as a huge number.
     (limit < 1 << 40).then_some(limit / 2)
 }
 
@@ -232,12 +235,12 @@ fn room() -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// kube-proxy's, of many services: they go by, and what matters is kept in its order.
+    /// kube-proxy writes that many rules for thousands of services.
     #[test]
-    fn of_a_hundred_thousand_rules_only_those_that_may_matter_are_kept() {
-        let services = |of: usize| {
+    fn only_relevant_rules_of_100_000_are_kept() {
+        let services = |count: usize| {
             let rule = "-A KUBE-SVC-X -m comment --comment \"shop/web\" -j KUBE-SEP-Y\n";
-            format!("*nat\n-A PREROUTING -j KUBE-SERVICES\n{}", rule.repeat(of))
+            format!("*nat\n-A PREROUTING -j KUBE-SERVICES\n{}", rule.repeat(count))
         };
         let set = Ruleset::sample(
             &(services(100_000)
@@ -257,10 +260,10 @@ mod tests {
     }
 
     #[test]
-    fn a_tool_that_is_not_there_or_fails_says_so() {
-        let nothing = |_: &mut dyn BufRead| Ok(());
-        assert_eq!(read("no-such-tool", &[], nothing), Some("no-such-tool: not found".into()));
-        let failure = read("ls", &["/no/such/folder"], nothing).unwrap();
+    fn missing_or_failing_tool_is_reported() {
+        let ignore = |_: &mut dyn BufRead| Ok(());
+        assert_eq!(read("no-such-tool", &[], ignore), Some("no-such-tool: not found".into()));
+        let failure = read("ls", &["/no/such/folder"], ignore).unwrap();
         assert!(failure.starts_with("ls: ") && failure.contains("/no/such/folder"), "{failure}");
     }
 }

@@ -1,6 +1,9 @@
-//! STS: is it there, does it answer like one, and what time does it have?
+//! Checks STS: connectivity, the response to an invalid token, and the clock.
 
-use super::{clock, finding::Finding};
+use super::{
+    clock,
+    finding::{Finding, Verdict},
+};
 use crate::{
     clock::UnixTime,
     config,
@@ -10,34 +13,34 @@ use crate::{
 
 const CHECK: &str = "sts";
 
-/// Also says whether it can be asked for more.
+/// Returns the findings, and whether STS is reachable.
 pub(super) async fn check(config: &config::Sts, sts: &Sts) -> (Vec<Finding>, bool) {
-    let knock = sts.check_reachable().await;
-    let time = clock::check("clock-sts", "STS", knock.server_time, UnixTime::now());
-    let whom =
+    let reachability = sts.check_reachable().await;
+    let clock = clock::check("clock-sts", "STS", reachability.server_time, UnixTime::now());
+    let endpoint =
         config.endpoint.as_ref().map_or_else(|| format!("STS of {}", config.region), |url| format!("STS at {url}"));
-    let found = judge(&whom, &knock);
-    let reached = found.verdict != super::finding::Verdict::Failed;
-    let findings = if reached { vec![found, time] } else { vec![found] };
-    (findings, reached)
+    let finding = judge(&endpoint, &reachability);
+    let is_reachable = finding.verdict != Verdict::Failed;
+    let findings = if is_reachable { vec![finding, clock] } else { vec![finding] };
+    (findings, is_reachable)
 }
 
-fn judge(whom: &str, knock: &Reachability) -> Finding {
-    let said = &knock.message;
-    match knock.reason {
+fn judge(endpoint: &str, reachability: &Reachability) -> Finding {
+    let message = &reachability.message;
+    match reachability.reason {
         Some(Reason::WebIdentityRefused | Reason::AccessDenied | Reason::BadStsRequest) => {
-            Finding::ok(CHECK, format!("{whom} refuses a token that is none: {said}"))
+            Finding::ok(CHECK, format!("{endpoint} rejects an invalid token, as expected: {message}"))
         }
         Some(reason @ (Reason::StsThrottled | Reason::IdentityProviderUnreachable)) => {
-            Finding::warning(CHECK, format!("{whom} answers: {said}"), reason.info().advice)
+            Finding::warning(CHECK, format!("{endpoint} responds: {message}"), reason.info().advice)
         }
         Some(Reason::StsUnavailable | Reason::ExchangeTimeout) => Finding::failed(
             CHECK,
-            format!("{whom}: {said}"),
-            "check the node's resolver (dnsPolicy: Default), its way to the endpoint (route, proxy, VPC endpoint and its \
-             security group, port 443) and the certificate that is shown there",
+            format!("{endpoint}: {message}"),
+            "check the node's DNS resolver (dnsPolicy: Default), its connectivity to the endpoint (route, proxy, VPC \
+             endpoint and its security group, port 443) and the endpoint's certificate",
         ),
-        Some(reason) => Finding::failed(CHECK, format!("{whom}: {said}"), reason.info().advice),
-        None => Finding::failed(CHECK, format!("{whom}: {said}"), Reason::BadStsResponse.info().advice),
+        Some(reason) => Finding::failed(CHECK, format!("{endpoint}: {message}"), reason.info().advice),
+        None => Finding::failed(CHECK, format!("{endpoint}: {message}"), Reason::BadStsResponse.info().advice),
     }
 }

@@ -1,10 +1,12 @@
-//! The metrics. Labels are bounded by enums and `&'static str`: no address, path or object name becomes one.
+//! Prometheus metrics. Label values are enums or `&'static str`, which bounds the number of series: no address, path or
+//! object name becomes a label.
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
 };
 
+use parking_lot::Mutex;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -13,10 +15,10 @@ use tokio::time::{Duration, Instant};
 
 use crate::refusal::Reason;
 
-/// The route's label.
+/// Label of the credentials route.
 const CREDENTIALS: &str = "credentials";
 
-/// The two calls of an exchange.
+/// The two calls of an exchange: TokenRequest to the API server and AssumeRoleWithWebIdentity to STS.
 #[derive(Debug, Clone, Copy)]
 pub enum Step {
     Token,
@@ -47,7 +49,7 @@ pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     request_seconds: HistogramVec,
-    /// What nearly every request counts in, without a look-up of its labels.
+    /// Series of successful credential requests, resolved once to keep label lookups off the hot path.
     credentials_ok: (IntCounter, Histogram),
     refusals: IntCounterVec,
     exchange: HistogramVec,
@@ -56,9 +58,9 @@ pub struct Metrics {
     pub cache_misses: IntCounter,
     pub cache_entries: IntGauge,
     credentials_left: GaugeVec,
-    left: Arc<OnceLock<Left>>,
-    silence: GaugeVec,
-    heard: Arc<Mutex<Vec<(&'static str, Heard)>>>,
+    first_expiry: Arc<OnceLock<ExpiryGauge>>,
+    watch_silence: GaugeVec,
+    watches: Arc<Mutex<Vec<(&'static str, LastActivity)>>>,
     pub rule_applied: IntCounter,
     pub rule_repaired: IntCounter,
     rule_verified: IntGaugeVec,
@@ -75,7 +77,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// # Errors
-    /// Two metrics have one name: a mistake in this file.
+    /// Fails if two metrics share a name, which is a bug in this file.
     pub fn new(version: &str) -> anyhow::Result<Self> {
         let registry = Registry::new();
         macro_rules! register {
@@ -85,15 +87,17 @@ impl Metrics {
                 metric
             }};
         }
-        let build =
-            register!(IntGaugeVec::new(Opts::new("kirsa_build_info", "1, labelled with the version"), &["version"]));
+        let build = register!(IntGaugeVec::new(
+            Opts::new("kirsa_build_info", "Always 1, labeled with the version"),
+            &["version"]
+        ));
         build.with_label_values(&[version]).set(1);
         let requests = register!(IntCounterVec::new(
-            Opts::new("kirsa_requests_total", "Requests of pods, by route and outcome"),
+            Opts::new("kirsa_requests_total", "Requests from pods, by route and outcome"),
             &["route", "outcome"]
         ));
         let request_seconds = register!(HistogramVec::new(
-            HistogramOpts::new("kirsa_request_seconds", "How long pods waited for an answer, in seconds, by route")
+            HistogramOpts::new("kirsa_request_seconds", "Time until pods got a response, in seconds, by route")
                 .buckets(vec![0.001, 0.01, 0.05, 0.1, 0.35, 0.5, 0.8, 1.0, 2.0, 4.0]),
             &["route"]
         ));
@@ -109,8 +113,11 @@ impl Metrics {
                 &["reason"]
             )),
             exchange: register!(HistogramVec::new(
-                HistogramOpts::new("kirsa_exchange_seconds", "Calls to the API server (token) and to STS, in seconds")
-                    .buckets(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 2.0, 4.0]),
+                HistogramOpts::new(
+                    "kirsa_exchange_seconds",
+                    "Duration of calls to the API server (token) and to STS, in seconds"
+                )
+                .buckets(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 2.0, 4.0]),
                 &["step", "outcome"]
             )),
             exchange_wait: register!(HistogramVec::new(
@@ -121,83 +128,86 @@ impl Metrics {
                 .buckets(vec![0.001, 0.01, 0.1, 0.5, 1.0, 4.0, 15.0, 60.0]),
                 &["priority"]
             )),
-            cache_hits: register!(IntCounter::new("kirsa_cache_hits_total", "Credentials that were in hand")),
+            cache_hits: register!(IntCounter::new(
+                "kirsa_cache_hits_total",
+                "Credential lookups served from the cache"
+            )),
             cache_misses: register!(IntCounter::new(
                 "kirsa_cache_misses_total",
-                "Credentials that had to be waited for"
+                "Credential lookups that waited for an exchange"
             )),
-            cache_entries: register!(IntGauge::new("kirsa_cache_entries", "Sessions that are held")),
+            cache_entries: register!(IntGauge::new("kirsa_cache_entries", "Cached STS sessions")),
             credentials_left: register!(GaugeVec::new(
                 Opts::new(
                     "kirsa_credentials_left_seconds",
-                    "Seconds until the first of the sessions in use expires; absent while none is in use"
+                    "Seconds until the first session in use expires; absent while no session is in use"
                 ),
                 &[]
             )),
-            left: Arc::default(),
-            silence: register!(GaugeVec::new(
-                Opts::new("kirsa_watch_silence_seconds", "Seconds since the API server was last heard on a watch"),
+            first_expiry: Arc::default(),
+            watch_silence: register!(GaugeVec::new(
+                Opts::new("kirsa_watch_silence_seconds", "Seconds since the API server last sent data on a watch"),
                 &["watch"]
             )),
-            heard: Arc::default(),
+            watches: Arc::default(),
             rule_applied: register!(IntCounter::new(
                 "kirsa_redirect_applied_total",
-                "Times that the redirect was applied"
+                "Number of times that the redirect was applied"
             )),
             rule_repaired: register!(IntCounter::new(
                 "kirsa_redirect_repaired_total",
-                "Times that the redirect or its policy routing was found broken or changed, and applied again"
+                "Number of times that the redirect or its policy routing was broken or changed and applied again"
             )),
             rule_verified: register!(IntGaugeVec::new(
                 Opts::new(
                     "kirsa_redirect_verified",
-                    "1 if the last connection through the redirect reached this agent, or no redirect is its own \
-                     (--intercept none); absent while a former agent keeps it"
+                    "1 if the last self-test through the redirect reached this agent, or if the agent has no redirect \
+                     (--intercept none); absent while a previous agent still owns the redirect"
                 ),
                 &[]
             )),
-            connections: register!(IntGauge::new("kirsa_connections", "Open connections of pods")),
+            connections: register!(IntGauge::new("kirsa_connections", "Open connections from pods")),
             connections_refused: register!(IntCounterVec::new(
-                Opts::new("kirsa_connections_refused_total", "Connections that were turned away, by reason"),
+                Opts::new("kirsa_connections_refused_total", "Rejected connections, by reason"),
                 &["reason"]
             )),
             connections_closed: register!(IntCounterVec::new(
                 Opts::new(
                     "kirsa_connections_closed_total",
-                    "Connections that the agent closed: evicted for another one (per_source, total), or timed out \
-                     (silent, stalled, idle)"
+                    "Connections that the agent closed: evicted by a limit (per_source, total) or timed out (silent, \
+                     stalled, idle)"
                 ),
                 &["reason"]
             )),
             cni_records: register!(IntGaugeVec::new(
-                Opts::new("kirsa_cni_records", "CNI records, by what they are good for"),
+                Opts::new("kirsa_cni_records", "CNI records, by state"),
                 &["state"]
             )),
             cni_skipped: register!(IntCounterVec::new(
-                Opts::new("kirsa_cni_records_skipped_total", "CNI records that were not understood, by reason"),
+                Opts::new("kirsa_cni_records_skipped_total", "CNI records that were skipped, by reason"),
                 &["reason"]
             )),
             cni_followed: register!(IntGauge::new(
                 "kirsa_cni_records_followed",
-                "1 if the kernel tells of changes of CNI records; 0 while the folder is looked at again and again"
+                "1 if inotify reports changes of CNI records; 0 while the folder is polled"
             )),
             bridge_ports: register!(IntGaugeVec::new(
                 Opts::new(
                     "kirsa_bridge_ports",
-                    "Ports of Linux bridges that belong to pods, by whether a pod there can pass for its neighbors"
+                    "Linux bridge ports of pods, by whether a pod there can impersonate its neighbors"
                 ),
                 &["state"]
             )),
-            indexed_pods: register!(IntGauge::new("kirsa_indexed_pods", "Live pods of this node")),
+            indexed_pods: register!(IntGauge::new("kirsa_indexed_pods", "Live pods on this node")),
             clock_skew: register!(IntGauge::new(
                 "kirsa_sts_clock_skew_seconds",
-                "How far this node's clock is ahead of STS, in seconds, as of the last exchange"
+                "Seconds by which this node's clock was ahead of STS at the last exchange"
             )),
             registry,
         })
     }
 
-    /// One that was answered `took` after it had arrived.
+    /// Records a request that was answered `took` after it arrived.
     pub fn request(&self, route: &'static str, outcome: Outcome, took: Duration) {
         if outcome == Outcome::Ok && route == CREDENTIALS {
             self.credentials_ok.0.inc();
@@ -211,6 +221,7 @@ impl Metrics {
         }
     }
 
+    /// Records one call of an exchange.
     pub fn exchange(&self, step: Step, outcome: Outcome, took: Duration) {
         let step = match step {
             Step::Token => "token",
@@ -219,11 +230,12 @@ impl Metrics {
         self.exchange.with_label_values(&[step, outcome.label()]).observe(took.as_secs_f64());
     }
 
+    /// Records how long an exchange waited for the rate limiter.
     pub fn exchange_waited(&self, priority: &'static str, waited: Duration) {
         self.exchange_wait.with_label_values(&[priority]).observe(waited.as_secs_f64());
     }
 
-    /// Of the redirect that this agent keeps: an agent that only learns yet says nothing of it.
+    /// Records the result of a self-test. An agent that does not own the redirect yet leaves the metric absent.
     pub fn redirect_verified(&self, verified: bool) {
         self.rule_verified.with_label_values::<&str>(&[]).set(verified.into());
     }
@@ -254,28 +266,30 @@ impl Metrics {
         }
     }
 
-    /// What to ask, whenever metrics are read, for the time until the first of the sessions in use expires.
-    pub fn ask_credentials_left(&self, left: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
-        // Of two caches the first one would be asked; there is one.
-        let _ = self.left.set(Left(Box::new(left)));
+    /// Sets the function that each scrape calls for the time until the first session in use expires.
+    pub fn track_first_expiry(&self, time_left: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
+        // The agent has one cache, so a second call never happens.
+        let _ = self.first_expiry.set(ExpiryGauge(Box::new(time_left)));
     }
 
-    /// A watch whose silence is measured from now on.
-    pub fn watch(&self, name: &'static str) -> Heard {
-        let heard = Heard(Arc::new(Mutex::new(Instant::now())));
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).push((name, heard.clone()));
-        heard
+    /// Starts measuring the silence of a watch.
+    pub fn watch(&self, name: &'static str) -> LastActivity {
+        let activity = LastActivity(Arc::new(Mutex::new(Instant::now())));
+        self.watches.lock().push((name, activity.clone()));
+        activity
     }
 
+    /// Returns all metrics in the Prometheus text format.
+    ///
     /// # Errors
-    /// The encoder's.
+    /// Fails if a metric cannot be encoded.
     pub fn render(&self) -> anyhow::Result<Vec<u8>> {
-        for (name, heard) in &*self.heard.lock().unwrap_or_else(PoisonError::into_inner) {
-            self.silence.with_label_values(&[name]).set(heard.silence().as_secs_f64());
+        for (name, activity) in &*self.watches.lock() {
+            self.watch_silence.with_label_values(&[name]).set(activity.elapsed().as_secs_f64());
         }
         self.credentials_left.reset();
-        if let Some(left) = self.left.get().and_then(|left| left.0()) {
-            self.credentials_left.with_label_values::<&str>(&[]).set(left.as_secs_f64());
+        if let Some(time_left) = self.first_expiry.get().and_then(|gauge| gauge.0()) {
+            self.credentials_left.with_label_values::<&str>(&[]).set(time_left.as_secs_f64());
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
@@ -283,24 +297,27 @@ impl Metrics {
     }
 }
 
-struct Left(Box<dyn Fn() -> Option<Duration> + Send + Sync>);
+/// Returns the time until the first session in use expires, or `None` while no session is in use.
+struct ExpiryGauge(Box<dyn Fn() -> Option<Duration> + Send + Sync>);
 
-impl fmt::Debug for Left {
+impl fmt::Debug for ExpiryGauge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Left")
+        f.write_str("ExpiryGauge")
     }
 }
 
-/// When something was last heard on a watch, bookmarks included.
+/// The time of the last data on a watch, bookmarks included.
 #[derive(Debug, Clone)]
-pub struct Heard(Arc<Mutex<Instant>>);
+pub struct LastActivity(Arc<Mutex<Instant>>);
 
-impl Heard {
-    pub fn now(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+impl LastActivity {
+    /// Records activity now.
+    pub fn touch(&self) {
+        *self.0.lock() = Instant::now();
     }
 
-    pub fn silence(&self) -> Duration {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    /// Returns the time since the last activity.
+    pub fn elapsed(&self) -> Duration {
+        self.0.lock().elapsed()
     }
 }

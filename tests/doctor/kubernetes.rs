@@ -1,4 +1,4 @@
-//! The same with a real API server: rights that are missing, right, and too wide.
+//! `kirsa doctor` with a real API server: missing, correct and excess rights.
 
 use std::fs;
 use std::future::Future;
@@ -18,7 +18,7 @@ use lab::sts::{Config, Jwks, Keys, Provider, Role, StandIn};
 
 use crate::report::{Report, doctor};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const ARN: &str = "arn:aws:iam::111122223333:role/reader-role";
 
 fn blocking<T>(call: impl Future<Output = T>) -> T {
@@ -47,7 +47,7 @@ struct Site {
 }
 
 impl Site {
-    /// A node with a pod of the service account `reader`, which has a role.
+    /// Creates a node with a pod of the service account `reader`, which has a role.
     fn new() -> Result<Self> {
         let (api, node) = (granted()?, Node::new()?);
         let jwks = Jwks {
@@ -66,7 +66,7 @@ impl Site {
         Ok(Self { api, node, sts: sts.url(), _sts: sts })
     }
 
-    /// With the rights of that service account of the namespace `kirsa`.
+    /// Returns options with the rights of this service account in the namespace `kirsa`.
     fn options(&self, account: &str) -> Result<Options> {
         Ok(self.options_with(&blocking(self.api.agent_kubeconfig("kirsa", account, self.node.name()))?))
     }
@@ -76,10 +76,10 @@ impl Site {
         options.flag("--kubeconfig", kubeconfig).flag("--sts-endpoint-url", &self.sts)
     }
 
-    /// The API server takes a moment to go by what it has stored.
+    /// Retries until the API server applies the stored RBAC rules.
     fn doctor_until(&self, options: &Options, what: &str, wanted: impl Fn(&Report) -> bool) -> Result<Report> {
         let mut last = None;
-        poll(what, PATIENCE, || last.insert(doctor(&self.node, options)).as_ref().is_ok_and(&wanted).then_some(()))
+        poll(what, TIMEOUT, || last.insert(doctor(&self.node, options)).as_ref().is_ok_and(&wanted).then_some(()))
             .with_context(|| format!("{last:#?}"))?;
         last.context("a report")?
     }
@@ -102,20 +102,20 @@ fn bind_role(api: &ApiServer, account: &str, name: &str, role: &str) -> Result<(
 }
 
 #[test]
-fn a_healthy_node_passes() -> Result<()> {
+fn healthy_node_passes() -> Result<()> {
     let site = Site::new()?;
     let options = site.options("kirsa")?;
     let agent = Agent::start(&site.node, &options)?;
     let report = doctor(&site.node, &options)?;
-    for check in ["api-server", "clock-api-server", "minting", "rbac", "rbac-width", "cni-records", "pods", "token"] {
+    for check in ["api-server", "clock-api-server", "minting", "rbac", "rbac-excess", "cni-records", "pods", "token"] {
         ensure!(report.verdicts(check) == ["ok"], "{check}: {report:#?}");
     }
     ensure!(report.one("minting")?.detail.contains("impersonating"), "{report:#?}");
     ensure!(report.verdicts("exchange") == ["ok"] && report.verdicts("issuer") == ["ok"], "{report:#?}");
-    ensure!(report.one("cni-records")?.detail.contains("holds 1, the newest"), "{report:#?}");
+    ensure!(report.one("cni-records")?.detail.contains("contains 1 records, the newest"), "{report:#?}");
     ensure!(report.code == 0, "{report:#?}");
 
-    // Without the proof that STS has the keys, an issuer that it cannot reach is doubtful.
+    // Without an exchange, nothing proves that STS has the keys of an issuer that it cannot reach.
     let report = Report::of(Agent::doctor(&site.node, &options, &["--no-exchange", "--output", "json"])?)?;
     let issuer = report.one("issuer")?;
     ensure!(issuer.verdict == "warning" && issuer.fix.contains("--service-account-issuer"), "{issuer:?}");
@@ -123,31 +123,32 @@ fn a_healthy_node_passes() -> Result<()> {
 }
 
 #[test]
-fn both_ways_of_minting_are_one_too_many() -> Result<()> {
+fn rights_of_both_minting_modes_warn() -> Result<()> {
     let site = Site::new()?;
     let direct = "[{apiGroups: [''], resources: [serviceaccounts], verbs: [get, list, watch]},
         {apiGroups: [''], resources: [pods], verbs: [list, watch]},
         {apiGroups: [''], resources: [serviceaccounts/token], verbs: [create]}]";
     bind(site.api, "direct", "direct", direct)?;
     let options = site.options("direct")?;
-    let right = |report: &Report| report.verdicts("rbac") == ["ok"] && report.verdicts("exchange") == ["ok"];
-    let report = site.doctor_until(&options, "direct minting", right)?;
+    let is_complete = |report: &Report| report.verdicts("rbac") == ["ok"] && report.verdicts("exchange") == ["ok"];
+    let report = site.doctor_until(&options, "direct minting", is_complete)?;
     ensure!(
-        report.one("minting")?.detail.starts_with("direct") && report.verdicts("rbac-width") == ["ok"],
+        report.one("minting")?.detail.starts_with("direct") && report.verdicts("rbac-excess") == ["ok"],
         "{report:#?}"
     );
 
     bind_role(site.api, "direct", "direct-impersonate", "kirsa-impersonate-node")?;
     let impersonating =
         |report: &Report| report.one("minting").is_ok_and(|finding| finding.detail.starts_with("impersonating"));
-    let report = site.doctor_until(&options, "minting as the node", |report| impersonating(report) && right(report))?;
-    let said = report.all("rbac-width");
-    ensure!(said.iter().any(|finding| finding.fix.contains("components/direct-minting")), "{said:#?}");
+    let report =
+        site.doctor_until(&options, "minting as the node", |report| impersonating(report) && is_complete(report))?;
+    let excess = report.all("rbac-excess");
+    ensure!(excess.iter().any(|finding| finding.fix.contains("components/direct-minting")), "{excess:#?}");
     Ok(())
 }
 
 #[test]
-fn rights_beyond_the_manifests_are_named() -> Result<()> {
+fn excess_rights_warn() -> Result<()> {
     let site = Site::new()?;
     for (role, rules) in [
         ("wide", "[{apiGroups: [''], resources: [secrets, pods/exec], verbs: [get, create]}]"),
@@ -158,24 +159,24 @@ fn rights_beyond_the_manifests_are_named() -> Result<()> {
     }
     bind_role(site.api, "wide", "wide-impersonate", "kirsa-impersonate-node")?;
     let options = site.options("wide")?;
-    let report = site.doctor_until(&options, "too wide rights", |report| {
-        report.verdicts("rbac") == ["ok"] && report.all("rbac-width").len() == 3
+    let report = site.doctor_until(&options, "excess rights", |report| {
+        report.verdicts("rbac") == ["ok"] && report.all("rbac-excess").len() == 3
     })?;
-    let said = report.all("rbac-width");
-    ensure!(said.iter().all(|finding| finding.verdict == "warning"), "{said:#?}");
-    ensure!(said.iter().any(|finding| finding.fix.contains("the rule with get secrets")), "{said:#?}");
-    ensure!(said.iter().any(|finding| finding.detail.contains("create pods/exec")), "{said:#?}");
-    ensure!(said.iter().any(|finding| finding.detail.contains("delete deployments.apps")), "{said:#?}");
+    let excess = report.all("rbac-excess");
+    ensure!(excess.iter().all(|finding| finding.verdict == "warning"), "{excess:#?}");
+    ensure!(excess.iter().any(|finding| finding.fix.contains("the rule with get secrets")), "{excess:#?}");
+    ensure!(excess.iter().any(|finding| finding.detail.contains("create pods/exec")), "{excess:#?}");
+    ensure!(excess.iter().any(|finding| finding.detail.contains("delete deployments.apps")), "{excess:#?}");
 
     bind(site.api, "wide", "wide-all", "[{apiGroups: ['*'], resources: ['*'], verbs: ['*']}]")?;
     site.doctor_until(&options, "all rights", |report| {
-        report.one("rbac-width").is_ok_and(|finding| finding.detail.contains("everything"))
+        report.one("rbac-excess").is_ok_and(|finding| finding.detail.contains("everything"))
     })?;
     Ok(())
 }
 
 #[test]
-fn rights_that_are_missing_fail() -> Result<()> {
+fn missing_rights_fail() -> Result<()> {
     let site = Site::new()?;
     let report = doctor(&site.node, &site.options("powerless")?)?;
     ensure!(report.code == 1 && report.failed("minting")?.detail.contains("constrained-impersonation"), "{report:#?}");
@@ -186,12 +187,12 @@ fn rights_that_are_missing_fail() -> Result<()> {
 }
 
 #[test]
-fn an_api_server_that_does_not_answer_fails() -> Result<()> {
+fn unreachable_api_server_fails() -> Result<()> {
     let site = Site::new()?;
     let good = blocking(site.api.agent_kubeconfig("kirsa", "kirsa", site.node.name()))?;
-    let nobody = site.node.state().join("nobody.kubeconfig");
-    fs::write(&nobody, fs::read_to_string(good)?.replace(":6443", ":1"))?;
-    let report = doctor(&site.node, &site.options_with(&nobody))?;
+    let unreachable = site.node.state().join("unreachable.kubeconfig");
+    fs::write(&unreachable, fs::read_to_string(good)?.replace(":6443", ":1"))?;
+    let report = doctor(&site.node, &site.options_with(&unreachable))?;
     let finding = report.failed("api-server")?;
     ensure!(report.code == 1 && finding.detail.contains("refused"), "{finding:?}");
     ensure!(report.verdicts("rbac").is_empty() && report.verdicts("sts") == ["ok"], "{report:#?}");

@@ -1,4 +1,4 @@
-//! `kirsa doctor` on real nodes: what is well is said to be, and what is broken is named with its fix.
+//! `kirsa doctor` on real nodes: healthy parts pass, and each broken part is reported with a fix.
 
 mod kubernetes;
 mod report;
@@ -14,7 +14,7 @@ use report::{Report, doctor, doctor_text};
 
 lab::enter!();
 
-/// A node whose pod `reader` has a role and, where there is a redirect, has got it.
+/// Starts an agent on a node with a pod `reader` that has a role, and has credentials if there is a redirect.
 fn site(backend: &str) -> Result<(Site, Agent)> {
     let mut site = Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
     site.options = site.options.clone().flag("--intercept", backend);
@@ -28,41 +28,41 @@ fn families(site: &Site) -> &'static [&'static str] {
     if site.node.host_ip6().is_some() { &["redirect-ipv4", "redirect-ipv6"] } else { &["redirect-ipv4"] }
 }
 
-fn a_healthy_node_passes(backend: &str) -> Result<()> {
+fn healthy_node_passes(backend: &str) -> Result<()> {
     let (site, agent) = site(backend)?;
     let report = doctor(&site.node, &site.options)?;
-    let well =
+    let passing =
         ["agent", "agent-repairs", "rules", "rules-first", "forwarding-drop", "port", "other-agents", "state-dir"];
     let routes = ["policy-routing", "interface-routes", "egress-ipv4", "bridge-ports"];
-    let well = well.iter().chain(&routes).chain(families(&site));
-    let well = well.chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
-    for check in well {
+    let passing = passing.iter().chain(&routes).chain(families(&site));
+    let passing = passing.chain(&["sts", "clock-sts", "pods", "token", "issuer", "exchange"]);
+    for check in passing {
         ensure!(report.verdicts(check) == ["ok"], "{check}: {report:#?}");
     }
     ensure!(report.one("exchange")?.detail.contains("default/reader"), "{report:#?}");
     for check in ["hop-limit", "api-server"] {
         ensure!(report.verdicts(check) == ["skipped"], "{check}: {report:#?}");
     }
-    // Root of this namespace has every capability; the agent needs two.
+    // Root in this namespace has every capability; the agent needs two.
     ensure!(report.one("capabilities")?.verdict == "warning");
     ensure!(report.code == 0 && report.verdict == "warning", "{report:#?}");
-    ensure!(agent.metric("kirsa_redirect_repaired_total", &[])? == 0.0, "it looks, and changes nothing");
+    ensure!(agent.metric("kirsa_redirect_repaired_total", &[])? == 0.0, "the doctor changes nothing");
     site.no_pod_got_outside()?;
     agent.stop()
 }
 
 #[test]
-fn a_healthy_node_passes_with_nft() -> Result<()> {
-    a_healthy_node_passes("nft")
+fn healthy_node_passes_with_nft() -> Result<()> {
+    healthy_node_passes("nft")
 }
 
 #[test]
-fn a_healthy_node_passes_with_iptables() -> Result<()> {
-    a_healthy_node_passes("iptables")
+fn healthy_node_passes_with_iptables() -> Result<()> {
+    healthy_node_passes("iptables")
 }
 
 #[test]
-fn text_is_for_people_and_shows_no_secret() -> Result<()> {
+fn text_output_is_aligned_and_shows_no_secret() -> Result<()> {
     let (site, agent) = site("nft")?;
     let (code, text) = doctor_text(&site.node, &site.options)?;
     ensure!(code == 0 && text.contains("\nok       redirect-ipv4    "), "{text}");
@@ -71,19 +71,19 @@ fn text_is_for_people_and_shows_no_secret() -> Result<()> {
         "{text}"
     );
     ensure!(text.lines().last().is_some_and(|line| line.starts_with("0 failed, 1 warning, ")), "{text}");
-    ensure!(!text.contains('\x1b'), "colour where there is no terminal");
+    ensure!(!text.contains('\x1b'), "color without a terminal");
     let token = std::fs::read_to_string(site.node.state().join("reader.jwt"))?;
     ensure!(!text.contains(&token) && !text.contains("ASIA") && !text.contains("eyJ"), "{text}");
     agent.stop()
 }
 
 #[test]
-fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result<()> {
+fn stopped_agent_and_missing_redirect_differ() -> Result<()> {
     let (site, agent) = site("nft")?;
     agent.kill()?;
     let report = doctor(&site.node, &site.options)?;
     site.no_pod_got_outside()?;
-    let by_agent = site.hits();
+    let before = site.hits();
     ensure!(report.code == 1 && report.verdicts("agent") == ["failed"], "{report:#?}");
     ensure!(report.verdicts("rules") == ["ok"], "{report:#?}");
     for check in families(&site) {
@@ -100,11 +100,11 @@ fn an_agent_that_is_not_running_is_told_from_a_redirect_that_is_gone() -> Result
     }
     ensure!(report.failed("rules")?.fix.contains("flushes"), "{report:#?}");
     ensure!(report.failed("forwarding-drop")?.detail.contains("169.254.169.254"), "{report:#?}");
-    ensure!(report.verdicts("policy-routing") == ["ok"], "no flush of rule sets removes it: {report:#?}");
-    // Nothing is in its own way any more.
+    ensure!(report.verdicts("policy-routing") == ["ok"], "a flush of rule sets keeps it: {report:#?}");
+    // Without the redirect, the doctor's own requests reach the real metadata service.
     let (by_doctor, others): (Vec<_>, Vec<_>) = site.hits().into_iter().partition(|hit| hit.path == "/");
-    let of_node = |hit: &Hit| hit.method == "GET" && site.node.host_ips().contains(&hit.from.ip());
-    ensure!(by_doctor.iter().all(of_node) && others == by_agent, "{by_doctor:?} {others:?}");
+    let is_from_node = |hit: &Hit| hit.method == "GET" && site.node.host_ips().contains(&hit.from.ip());
+    ensure!(by_doctor.iter().all(is_from_node) && others == before, "{by_doctor:?} {others:?}");
     Ok(())
 }
 
@@ -128,28 +128,28 @@ fn emptied_iptables_mangle_chain_is_found() -> Result<()> {
     site.node.netns().shell("iptables -t mangle -F KIRSA-POSTROUTING")?;
     let report = doctor(&site.node, &site.options)?;
     let detail = &report.failed("forwarding-drop")?.detail;
-    ensure!(detail == "nothing drops what leaves the node to 169.254.169.254 port 80", "{report:#?}");
+    ensure!(detail == "no rule drops packets leaving the node to 169.254.169.254 port 80", "{report:#?}");
     Ok(())
 }
 
 const KUBE2IAM: &str = "-i eth0 -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 10.0.0.1:8181";
 
 #[test]
-fn the_rule_that_kube2iam_left_is_found_and_can_be_removed_as_said() -> Result<()> {
+fn leftover_kube2iam_rule_is_found_and_removable() -> Result<()> {
     let (site, agent) = site("nft")?;
     site.node.netns().shell(&format!("iptables -t nat -A PREROUTING {KUBE2IAM}"))?;
     let report = doctor(&site.node, &site.options)?;
     let finding = report.one("other-agents")?;
     ensure!(finding.verdict == "warning" && finding.detail.contains("10.0.0.1:8181"), "{finding:?}");
-    ensure!(report.code == 0, "ours comes first: {report:#?}");
-    let (_, command) = finding.fix.split_once("left: ").unwrap_or_default();
+    ensure!(report.code == 0, "kirsa's redirect takes precedence: {report:#?}");
+    let (_, command) = finding.fix.split_once("delete its rule: ").unwrap_or_default();
     site.node.netns().shell(command)?;
     ensure!(doctor(&site.node, &site.options)?.verdicts("other-agents") == ["ok"], "{command}");
     agent.stop()
 }
 
 #[test]
-fn a_redirect_of_somebody_elses_that_comes_first_fails() -> Result<()> {
+fn foreign_redirect_with_precedence_fails() -> Result<()> {
     let (in_chain, agent) = site("iptables")?;
     in_chain.node.netns().shell(&format!("iptables -t nat -I PREROUTING 1 {KUBE2IAM}"))?;
     let report = doctor(&in_chain.node, &in_chain.options)?;
@@ -165,7 +165,7 @@ fn a_redirect_of_somebody_elses_that_comes_first_fails() -> Result<()> {
     let finding = report.failed("other-agents")?;
     ensure!(finding.fix.contains("nft delete rule ip other early handle"), "{finding:?}");
     ensure!(report.one("rules-first")?.detail.contains("ip other chain early (priority -150)"), "{report:#?}");
-    ensure!(report.verdicts("redirect-ipv4") == ["ok"], "which the node's own connection cannot show");
+    ensure!(report.verdicts("redirect-ipv4") == ["ok"], "connections of the node do not pass that chain");
     agent.stop()
 }
 
@@ -180,9 +180,9 @@ fn bridges_without_records_are_named() -> Result<()> {
     agent.stop()
 }
 
-/// As on nodes of EKS with security groups for pods in strict mode, and of its IPv6 clusters.
+/// Sets up what EKS has with security groups for pods in strict mode, and in IPv6 clusters.
 #[test]
-fn pods_that_rules_cannot_serve_are_warned_of() -> Result<()> {
+fn pods_that_bypass_the_redirect_warn() -> Result<()> {
     let (site, agent) = site("nft")?;
     site.node.netns().shell(
         "ip rule add pref 10 iif vlan.eth.1 lookup 101; ip -6 rule add pref 10 iif vlan0123456789a lookup 101; \
@@ -203,7 +203,7 @@ fn pods_that_rules_cannot_serve_are_warned_of() -> Result<()> {
 }
 
 #[test]
-fn the_agent_of_eks_pod_identity_may_stay() -> Result<()> {
+fn eks_pod_identity_agent_may_stay() -> Result<()> {
     let (site, agent) = site("nft")?;
     site.node.netns().ip(["addr add 169.254.170.23/32 dev lo"])?;
     let _listener = site.node.listen(([169, 254, 170, 23], 80).into())?;
@@ -215,12 +215,12 @@ fn the_agent_of_eks_pod_identity_may_stay() -> Result<()> {
 }
 
 #[test]
-fn an_sts_that_cannot_be_reached_fails() -> Result<()> {
+fn unreachable_sts_fails() -> Result<()> {
     let (site, agent) = site("nft")?;
-    let nobody = Options::new(env!("CARGO_BIN_EXE_kirsa"))
+    let unreachable = Options::new(env!("CARGO_BIN_EXE_kirsa"))
         .flag("--workloads", site.workloads())
         .flag("--sts-endpoint-url", format!("http://{BASE}:1"));
-    let report = doctor(&site.node, &nobody)?;
+    let report = doctor(&site.node, &unreachable)?;
     let finding = report.failed("sts")?;
     ensure!(report.code == 1 && finding.detail.contains("refused") && finding.fix.contains("resolver"), "{finding:?}");
     ensure!(report.verdicts("exchange").is_empty() && report.verdicts("token") == ["ok"], "{report:#?}");
@@ -231,14 +231,14 @@ fn an_sts_that_cannot_be_reached_fails() -> Result<()> {
 }
 
 #[test]
-fn what_sts_says_of_a_real_token_comes_with_its_advice() -> Result<()> {
+fn sts_error_for_a_real_token_has_a_fix() -> Result<()> {
     let (site, agent) = site("nft")?;
     site.sts.remove_role(&site.arn("reader"));
     let report = doctor(&site.node, &site.options)?;
     let finding = report.failed("exchange")?;
     ensure!(finding.detail.contains("AccessDenied") && finding.fix.contains("trust policy"), "{finding:?}");
-    let without = Report::of(Agent::doctor(&site.node, &site.options, &["--no-exchange", "--output", "json"])?)?;
-    ensure!(without.code == 0 && without.verdicts("exchange").is_empty(), "{without:#?}");
+    let no_exchange = Report::of(Agent::doctor(&site.node, &site.options, &["--no-exchange", "--output", "json"])?)?;
+    ensure!(no_exchange.code == 0 && no_exchange.verdicts("exchange").is_empty(), "{no_exchange:#?}");
 
     let expired = site.issuer.expired(&lab::issuer::subject("default", "reader"))?;
     site.write_token("reader", expired)?;
@@ -247,21 +247,21 @@ fn what_sts_says_of_a_real_token_comes_with_its_advice() -> Result<()> {
 }
 
 #[test]
-fn a_redirect_of_your_own_is_not_judged() -> Result<()> {
+fn custom_redirect_is_skipped() -> Result<()> {
     let (site, agent) = site("none")?;
     site.node.netns().shell(&format!("iptables -t nat -A PREROUTING {KUBE2IAM}"))?;
     let report = doctor(&site.node, &site.options)?;
     ensure!(report.verdicts("redirect") == ["skipped"] && report.verdicts("rules") == ["skipped"], "{report:#?}");
     ensure!(report.one("other-agents")?.verdict == "ok", "{report:#?}");
     ensure!(
-        report.one("capabilities")?.detail.contains("CAP_NET_BIND_SERVICE is there") && report.code == 0,
+        report.one("capabilities")?.detail.contains("CAP_NET_BIND_SERVICE is granted") && report.code == 0,
         "{report:#?}"
     );
     agent.stop()
 }
 
 #[test]
-fn a_redirect_that_was_put_back_is_a_warning() -> Result<()> {
+fn repaired_redirect_warns() -> Result<()> {
     let (site, agent) = site("nft")?;
     site.node.netns().shell("nft delete table inet kirsa")?;
     lab::poll::poll("the repair", std::time::Duration::from_secs(20), || {
@@ -274,7 +274,7 @@ fn a_redirect_that_was_put_back_is_a_warning() -> Result<()> {
 }
 
 #[test]
-fn a_workloads_file_that_is_wrong_fails() -> Result<()> {
+fn invalid_workloads_file_fails() -> Result<()> {
     let (site, agent) = site("nft")?;
     std::fs::write(site.workloads(), "workloads: [{pod: reader, addresses: []}]")?;
     let report = doctor(&site.node, &site.options)?;
@@ -283,7 +283,7 @@ fn a_workloads_file_that_is_wrong_fails() -> Result<()> {
 }
 
 #[test]
-fn a_wrong_configuration_is_one_sentence_and_code_2() -> Result<()> {
+fn invalid_flag_exits_with_code_2() -> Result<()> {
     let (site, agent) = site("nft")?;
     let output = Agent::doctor(&site.node, &site.options, &["--session-duration", "900"])?;
     ensure!(output.status.code() == Some(2) && output.stdout.is_empty(), "{output:?}");

@@ -1,4 +1,4 @@
-//! What the command printed, as a script reads it.
+//! The JSON output of `kirsa doctor`.
 
 use std::process::Output;
 
@@ -19,7 +19,7 @@ pub(crate) struct Finding {
     check: String,
     pub(crate) verdict: String,
     pub(crate) detail: String,
-    /// Empty where there is none.
+    /// Empty if the finding has no fix.
     pub(crate) fix: String,
 }
 
@@ -30,14 +30,14 @@ pub(crate) fn doctor(node: &Node, options: &Options) -> Result<Report> {
 pub(crate) fn doctor_text(node: &Node, options: &Options) -> Result<(i32, String)> {
     let output = Agent::doctor(node, options, &[])?;
     ensure!(output.stderr.is_empty(), "{output:?}");
-    Ok((output.status.code().context("a code")?, String::from_utf8(output.stdout)?))
+    Ok((output.status.code().context("an exit code")?, String::from_utf8(output.stdout)?))
 }
 
 impl Report {
     pub(crate) fn of(output: Output) -> Result<Self> {
         ensure!(output.stderr.is_empty(), "{output:?}");
         let json: Value = serde_json::from_slice(&output.stdout)?;
-        let text = |of: &Value, name: &str| of[name].as_str().unwrap_or_default().to_owned();
+        let text = |object: &Value, name: &str| object[name].as_str().unwrap_or_default().to_owned();
         let findings = json["findings"].as_array().context("findings")?;
         let findings = findings.iter().map(|finding| Finding {
             check: text(finding, "check"),
@@ -48,7 +48,7 @@ impl Report {
         let findings: Vec<Finding> = findings.collect();
         let bad = |finding: &&Finding| matches!(finding.verdict.as_str(), "warning" | "failed");
         ensure!(findings.iter().filter(bad).all(|finding| !finding.fix.is_empty()), "without a fix: {findings:#?}");
-        Ok(Self { code: output.status.code().context("a code")?, verdict: text(&json, "verdict"), findings })
+        Ok(Self { code: output.status.code().context("an exit code")?, verdict: text(&json, "verdict"), findings })
     }
 
     pub(crate) fn verdicts(&self, check: &str) -> Vec<&str> {
@@ -59,7 +59,7 @@ impl Report {
         self.findings.iter().filter(|finding| finding.check == check).collect()
     }
 
-    /// The only finding of that check.
+    /// Returns the only finding of a check.
     pub(crate) fn one(&self, check: &str) -> Result<&Finding> {
         match self.all(check)[..] {
             [finding] => Ok(finding),

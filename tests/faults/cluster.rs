@@ -1,4 +1,4 @@
-//! An API server that a test may stop, a node of its cluster, and an agent with the rights of the manifests.
+//! An API server that a test may stop, with a node, and an agent with the rights of the manifests.
 
 use std::fs;
 use std::net::TcpListener;
@@ -17,10 +17,10 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use super::proxy::Proxy;
-use super::{LIFETIME, LOOK, PATIENCE, list};
+use super::{INTERVAL, LIFETIME, TIMEOUT, list};
 
 const ROLE_ARN: &str = "eks.amazonaws.com/role-arn";
-/// Of the pods.
+/// Namespace of the pods.
 const NAMESPACE: &str = "apps";
 const RIGHTS: &str = "components/constrained-impersonation/rbac.yaml";
 
@@ -50,7 +50,7 @@ impl Cluster {
         let options = Options::new(env!("CARGO_BIN_EXE_kirsa")).flag("--sts-endpoint-url", sts.url());
         let cluster = Self { api, node, sts, kubeconfig, options, runtime };
         let client = cluster.runtime.block_on(client_of(&cluster.kubeconfig))?;
-        poll("the rights", PATIENCE, || {
+        poll("the rights", TIMEOUT, || {
             let granted = cluster.runtime.block_on(MintPermissions::query(&client)).ok()?;
             granted.identity(MintMode::Impersonation).ok()
         })?;
@@ -61,7 +61,7 @@ impl Cluster {
         Agent::start(&self.node, &self.options.clone().flag("--kubeconfig", &self.kubeconfig))
     }
 
-    /// An agent whose way to the API server is a proxy's.
+    /// Starts an agent that reaches the API server through a proxy.
     pub(super) fn start_behind_proxy(&self) -> Result<(Agent, Proxy)> {
         let proxy = Proxy::start(self.api.address())?;
         let text = fs::read_to_string(&self.kubeconfig)?;
@@ -70,7 +70,7 @@ impl Cluster {
         Ok((Agent::start(&self.node, &self.options.clone().flag("--kubeconfig", kubeconfig))?, proxy))
     }
 
-    /// A pod that runs, of a service account of the same name that has no role.
+    /// Starts a pod with a service account of the same name that has no role.
     pub(super) fn pod(&self, name: &str) -> Result<Pod> {
         self.runtime.block_on(async {
             self.api.service_account(NAMESPACE, name, &[]).await?;
@@ -83,24 +83,24 @@ impl Cluster {
         Ok(pod)
     }
 
-    /// STS throttles whoever asks for the pod's role.
+    /// Makes STS throttle calls for the pod's role.
     pub(super) fn throttle(&self, pod: &Pod) {
         self.sts.inject(Fault::always(Effect::error("Throttling")).of_role(&arn(pod.name())));
     }
 
-    /// Its service account has a role now, which nobody has asked for yet.
+    /// Annotates the pod's service account with a role, and waits until the agent knows it.
     pub(super) fn give_role(&self, pod: &Pod) -> Result<()> {
         let (name, arn) = (pod.name(), arn(pod.name()));
-        poll_every(LOOK, "the pod to be known", PATIENCE, || list(pod).ok().filter(|list| list.status == 404))?;
+        poll_every(INTERVAL, "the pod to be known", TIMEOUT, || list(pod).ok().filter(|list| list.status == 404))?;
         self.sts.set_role(Role::trusting(&arn, ISSUER, &subject(NAMESPACE, name)));
         self.runtime.block_on(self.api.service_account(NAMESPACE, name, &[(ROLE_ARN, &arn)]))?;
-        // Which takes the role, and no credentials.
+        // This request needs the role, but no credentials.
         let known = || pod.imds().get("/latest/meta-data/iam/info").send();
-        poll("the role to be known", PATIENCE, || known().ok().filter(|info| info.status == 200))?;
+        poll("the role to be known", TIMEOUT, || known().ok().filter(|info| info.status == 200))?;
         Ok(())
     }
 
-    /// The right to mint tokens is taken away, and nothing else.
+    /// Revokes the right to mint tokens, and no other right.
     pub(super) fn forbid_tokens(&self) -> Result<()> {
         let mut objects: Vec<Value> = serde_saphyr::from_multiple(&manifest(RIGHTS)?)?;
         for object in &mut objects {
@@ -124,8 +124,8 @@ impl Cluster {
         self.sts.calls_for(&arn(pod.name())).len()
     }
 
-    /// That the credentials are of the pod's own role.
-    pub(super) fn are_of(&self, pod: &Pod, access_key_id: &str) -> Result<()> {
+    /// Checks that the credentials belong to the pod's own role.
+    pub(super) fn assert_owner(&self, pod: &Pod, access_key_id: &str) -> Result<()> {
         let session = self.sts.session(access_key_id).context("a session")?;
         let own = session.role_arn == arn(pod.name()) && session.claims.subject == subject(NAMESPACE, pod.name());
         ensure!(own, "{} got {session:?}", pod.name());

@@ -1,4 +1,4 @@
-//! What stands where STS should be, or between here and there. The endpoint is HTTPS, as it is with AWS.
+//! Network faults between the agent and STS, and wrong servers at its address. The endpoint uses HTTPS, as with AWS.
 
 use std::net::{SocketAddr, TcpListener};
 use std::ops::RangeInclusive;
@@ -11,48 +11,48 @@ use lab::poll::{poll, poll_every};
 use lab::site::Site;
 use lab::sts::{Config, Keys, Provider, Role, StandIn, Tls};
 
-use super::{Held, LIFETIME, LOOK, PATIENCE, credentials, each, failed_calls, list};
-use super::{refusal, site};
+use super::{Credentials, INTERVAL, LIFETIME, TIMEOUT, credentials, failed_calls, for_each, list};
+use super::{site, wait_for_refusal};
 
 const COLD: &str = "cold";
 const WARM: &str = "warm";
 
 #[derive(Debug)]
 enum Fault {
-    /// Nobody listens there.
+    /// No process listens there.
     Refused,
-    /// Packets to it are dropped.
+    /// Packets to STS are dropped.
     Dropped,
-    /// Connections are taken, and nothing is ever said.
+    /// The server accepts connections and never responds.
     Mute,
     /// The certificate is for another name.
     WrongName,
-    /// Nobody that is trusted has signed the certificate.
+    /// No trusted authority signed the certificate.
     UnknownAuthority,
-    /// Something else listens there: it speaks no TLS.
+    /// The server does not use TLS.
     Plain,
 }
 
-/// One fault, and what it comes to.
+/// One fault and its effects.
 struct Row {
     fault: Fault,
-    /// Of the first exchange that fails, and part of what the log says of it.
+    /// Reason and part of the logged detail of the first exchange that fails.
     cold: (&'static str, &'static str),
-    /// The same of the refresh, by when a connection that was kept has been given up.
+    /// Reason and part of the logged detail of the refresh, which starts after a kept connection was abandoned.
     refresh: (&'static str, &'static str),
-    /// Tries by the time that a pod's first list and first credentials have been answered.
+    /// Number of attempts until a pod's first list and first credentials were answered.
     cold_tries: RangeInclusive<u32>,
 }
 
 fn table() -> Vec<Row> {
-    let row = |fault, said, cold_tries| {
-        let told = ("sts_unavailable", said);
-        Row { fault, cold: told, refresh: told, cold_tries }
+    let row = |fault, detail, cold_tries| {
+        let expected = ("sts_unavailable", detail);
+        Row { fault, cold: expected, refresh: expected, cold_tries }
     };
     let kept = ("exchange_timeout", "timed out after 4 s waiting for STS");
     vec![
         row(Fault::Refused, "refused", 3..=30),
-        // The connection of the exchange before is used again, and silent.
+        // The exchange reuses the connection of the previous one, which is now silent.
         Row { cold: kept, ..row(Fault::Dropped, "timed out", 1..=2) },
         row(Fault::Mute, "timed out", 1..=3),
         row(Fault::WrongName, "not valid for name", 3..=30),
@@ -61,18 +61,18 @@ fn table() -> Vec<Row> {
     ]
 }
 
-/// A node of its own for each fault, and the one address that its agent knows for STS.
-struct Place<'a> {
+/// A node of its own for each fault, with the STS address of its agent.
+struct Endpoint<'a> {
     row: &'a Row,
     site: Site,
     trusted: Tls,
-    /// By an authority that is trusted too.
+    /// A certificate for another name, by an authority that is trusted too.
     misnamed: Tls,
     address: SocketAddr,
 }
 
-impl<'a> Place<'a> {
-    /// With a good STS.
+impl<'a> Endpoint<'a> {
+    /// Starts a healthy STS at the address.
     fn new(row: &'a Row) -> Result<(Self, StandIn)> {
         Self::over(row, false)
     }
@@ -104,13 +104,13 @@ impl<'a> Place<'a> {
         Ok(sts)
     }
 
-    /// On the same address again, once it is free.
+    /// Listens on the same address again, once it is free.
     fn listen(&self) -> Result<TcpListener> {
-        poll("the address of STS to be free", PATIENCE, || TcpListener::bind(self.address).ok())
+        poll("the address of STS to be free", TIMEOUT, || TcpListener::bind(self.address).ok())
     }
 
-    /// What is in the place of `good` now.
-    fn fail(&self, good: StandIn) -> Result<Instead> {
+    /// Replaces the healthy STS with the fault.
+    fn fail(&self, healthy: StandIn) -> Result<Replacement> {
         if matches!(self.row.fault, Fault::Dropped) {
             let port = self.address.port();
             self.site.node.netns().shell(&format!(
@@ -119,20 +119,20 @@ impl<'a> Place<'a> {
                  chain back {{ type filter hook input priority 0; ip saddr {BASE} tcp sport {port} drop; }}; }}'"
             ))?;
         }
-        drop(good);
+        drop(healthy);
         Ok(match self.row.fault {
-            Fault::Refused | Fault::Dropped => Instead::Nobody,
-            Fault::Mute => Instead::Mute(self.listen()?),
-            Fault::WrongName => Instead::Other(self.stand_in(self.listen()?, Some(&self.misnamed))?),
+            Fault::Refused | Fault::Dropped => Replacement::Nothing,
+            Fault::Mute => Replacement::Mute(self.listen()?),
+            Fault::WrongName => Replacement::Other(self.stand_in(self.listen()?, Some(&self.misnamed))?),
             Fault::UnknownAuthority => {
-                Instead::Other(self.stand_in(self.listen()?, Some(&Tls::for_names(&[&BASE.to_string()])?))?)
+                Replacement::Other(self.stand_in(self.listen()?, Some(&Tls::for_names(&[&BASE.to_string()])?))?)
             }
-            Fault::Plain => Instead::Other(self.stand_in(self.listen()?, None)?),
+            Fault::Plain => Replacement::Other(self.stand_in(self.listen()?, None)?),
         })
     }
 
-    fn heal(&self, instead: Instead) -> Result<StandIn> {
-        drop(instead);
+    fn heal(&self, replacement: Replacement) -> Result<StandIn> {
+        drop(replacement);
         if matches!(self.row.fault, Fault::Dropped) {
             self.site.node.netns().shell("nft delete table inet cut")?;
         }
@@ -140,39 +140,39 @@ impl<'a> Place<'a> {
     }
 }
 
-/// What is where STS was; dropped, nobody is.
-#[allow(dead_code, reason = "held for as long as it is to listen")]
-enum Instead {
-    Nobody,
+/// The listener at the address of STS, which closes when dropped.
+#[allow(dead_code, reason = "held to keep it listening")]
+enum Replacement {
+    Nothing,
     Mute(TcpListener),
     Other(StandIn),
 }
 
 /// IMDS-22, IMDS-27
-fn is_told_to_cold_pods_and_hidden_from_warm_ones(row: &Row) -> Result<()> {
-    let (place, good) = Place::new(row)?;
-    let site = &place.site;
+fn refuses_cold_pods_and_hides_from_warm_ones(row: &Row) -> Result<()> {
+    let (endpoint, healthy) = Endpoint::new(row)?;
+    let site = &endpoint.site;
     let (cold, warm) = (site.pod(COLD)?, site.pod_with_role(WARM)?);
     let agent = site.start()?;
-    let first = Held::by(&warm)?;
+    let first = Credentials::of(&warm)?;
     site.give_role(&cold)?;
-    let instead = place.fail(good)?;
+    let replacement = endpoint.fail(healthy)?;
 
     let answers = [list(&cold)?, credentials(&cold)?];
     let tried = failed_calls(&agent, row.cold.0)?;
     ensure!([200, 503].contains(&answers[0].status) && answers[1].status == 503, "{answers:?}");
     ensure!(row.cold_tries.contains(&(tried as u32)), "{tried} tries");
-    refusal(&agent, &cold, row.cold)?;
+    wait_for_refusal(&agent, &cold, row.cold)?;
     ensure!(list(&cold)?.status == 503);
 
-    first.is_served_while_its_refresh_fails(&warm, &agent, row.refresh)?;
-    let (document, list) = first.is_served_until_a_minute_before_its_end(&warm)?;
+    first.survives_failed_refresh(&warm, &agent, row.refresh)?;
+    let (document, list) = first.is_served_until_last_minute(&warm)?;
     ensure!(document.status == 503 && list.status == 503, "{document:?} {list:?}");
 
-    let good = place.heal(instead)?;
+    let healthy = endpoint.heal(replacement)?;
     for pod in [&cold, &warm] {
-        let answer = poll_every(LOOK, "credentials", PATIENCE, || Held::by(pod).ok())?;
-        let session = good.session(&answer.access_key_id).context("a session of the new one")?;
+        let answer = poll_every(INTERVAL, "credentials", TIMEOUT, || Credentials::of(pod).ok())?;
+        let session = healthy.session(&answer.access_key_id).context("a session of the new STS")?;
         ensure!(session.role_arn == site.arn(pod.name()), "{session:?}");
     }
     site.no_pod_got_outside()?;
@@ -180,25 +180,25 @@ fn is_told_to_cold_pods_and_hidden_from_warm_ones(row: &Row) -> Result<()> {
 }
 
 #[test]
-fn whatever_stands_in_place_of_sts_is_told_to_cold_pods_and_hidden_from_warm_ones() -> Result<()> {
-    each(&table(), |row| {
-        is_told_to_cold_pods_and_hidden_from_warm_ones(row).with_context(|| format!("{:?}", row.fault))
+fn network_faults_refuse_only_cold_pods() -> Result<()> {
+    for_each(&table(), |row| {
+        refuses_cold_pods_and_hides_from_warm_ones(row).with_context(|| format!("{:?}", row.fault))
     })
 }
 
-/// What is between forgets a connection without a word, as firewalls and load balancers do. HTTP/2 has one for all
-/// requests, and would be asked on it until TCP gives up, a quarter of an hour later.
+/// A firewall or load balancer drops the state of a connection without a reset. HTTP/2 uses one connection for all
+/// requests, and would use it until TCP gives up after 15 minutes.
 #[test]
-fn a_silent_connection_to_sts_costs_one_exchange_and_no_more() -> Result<()> {
+fn silent_sts_connection_costs_one_exchange() -> Result<()> {
     let row = Row { fault: Fault::Dropped, cold: ("", ""), refresh: ("", ""), cold_tries: 0..=0 };
     for http2 in [false, true] {
-        let (place, sts) = Place::over(&row, http2)?;
-        let site = &place.site;
+        let (endpoint, sts) = Endpoint::over(&row, http2)?;
+        let site = &endpoint.site;
         let (cold, warm) = (site.pod(COLD)?, site.pod_with_role(WARM)?);
         let agent = site.start()?;
-        Held::by(&warm)?;
+        Credentials::of(&warm)?;
         let netns = site.node.netns();
-        let port = place.address.port();
+        let port = endpoint.address.port();
         let open = netns.shell(&format!("ss -Htn state established dst {BASE}:{port}"))?;
         let local: Vec<_> = open.lines().filter_map(|line| line.split_whitespace().nth(2)?.rsplit_once(':')).collect();
         let local: Vec<_> = local.into_iter().map(|(_, port)| port).collect();
@@ -210,7 +210,8 @@ fn a_silent_connection_to_sts_costs_one_exchange_and_no_more() -> Result<()> {
             local[0]
         ))?;
         site.give_role(&cold)?;
-        let answer = poll_every(LOOK, "credentials over another connection", PATIENCE, || Held::by(&cold).ok())?;
+        let answer =
+            poll_every(INTERVAL, "credentials over another connection", TIMEOUT, || Credentials::of(&cold).ok())?;
         ensure!(sts.session(&answer.access_key_id).is_some(), "{answer:?}");
         ensure!(failed_calls(&agent, "exchange_timeout")? == 1.0, "one exchange met the dead connection");
         agent.stop()?;

@@ -1,4 +1,4 @@
-//! Everything that STS may answer but credentials.
+//! Every STS response other than credentials.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -11,49 +11,49 @@ use lab::site::Site;
 use lab::sts::{Effect, Fault};
 use tokio::time::Instant;
 
-use super::{Held, LIFETIME, LOOK, PATIENCE, credentials, each, failed_calls, list};
-use super::{refusal, site};
+use super::{Credentials, INTERVAL, LIFETIME, TIMEOUT, credentials, failed_calls, for_each, list};
+use super::{site, wait_for_refusal};
 
-/// One fault, and what it comes to.
+/// One fault and its effects.
 struct Row {
     effect: Effect,
-    /// Of the list, once the failure is known, and of the credentials.
+    /// Status of the list, once the failure is known, and of the credentials.
     status: u16,
     reason: &'static str,
-    /// Part of what the log says of it.
-    said: &'static str,
-    /// Calls of STS by the time that a pod's first list and first credentials have been answered.
+    /// Part of the logged detail.
+    detail: &'static str,
+    /// STS calls until a pod's first list and first credentials were answered.
     cold_calls: RangeInclusive<usize>,
-    /// At least so far apart are the calls while nothing is missing but the refresh, on average.
+    /// Minimum average time between calls while only the refresh fails.
     apart: Duration,
 }
 
-/// Somebody has to change something: remembered for so many seconds, not retried.
+/// An error that somebody has to fix: cached for this many seconds, not retried.
 fn definite(code: &'static str, reason: &'static str, seconds: u64) -> Row {
     let apart = Duration::from_secs(seconds);
-    Row { effect: Effect::error(code), status: 403, reason, said: code, cold_calls: 1..=1, apart }
+    Row { effect: Effect::error(code), status: 403, reason, detail: code, cold_calls: 1..=1, apart }
 }
 
-/// What AWS says where it could not fetch the issuer's keys, with the code of a key that is wrong.
+/// AWS's message if it could not fetch the issuer's keys; the code is that of an invalid key.
 const KEY: &str = "Couldn't retrieve verification key from your identity provider";
-/// What MinIO says of a token that is milliseconds old.
+/// MinIO's message about a token that is milliseconds old.
 const EARLY: &str = "token used before issued";
 
-fn says(code: &str, message: &str) -> Effect {
+fn error(code: &str, message: &str) -> Effect {
     Effect::Error { code: code.into(), message: Some(message.into()) }
 }
 
-/// May pass by itself: retried within the hold, ever more slowly.
-fn transient(effect: Effect, reason: &'static str, said: &'static str) -> Row {
-    // 0.1 s, doubled each time, with full jitter, and a sixth of that while a pod waits.
-    Row { effect, status: 503, reason, said, cold_calls: 3..=30, apart: Duration::from_millis(300) }
+/// An error that may pass: retried with backoff while the pod waits.
+fn transient(effect: Effect, reason: &'static str, detail: &'static str) -> Row {
+    // The delay starts at 0.1 s and doubles each time, with full jitter; it is a sixth of that while a pod waits.
+    Row { effect, status: 503, reason, detail, cold_calls: 3..=30, apart: Duration::from_millis(300) }
 }
 
-/// Takes as long as the whole hold.
+/// A call that takes until the deadline.
 fn silent(effect: Effect) -> Row {
-    let said = "timed out after 4 s waiting for STS";
+    let detail = "timed out after 4 s waiting for STS";
     let apart = Duration::from_secs(3);
-    Row { effect, status: 503, reason: "exchange_timeout", said, cold_calls: 1..=2, apart }
+    Row { effect, status: 503, reason: "exchange_timeout", detail, cold_calls: 1..=2, apart }
 }
 
 fn table() -> Vec<Row> {
@@ -70,8 +70,8 @@ fn table() -> Vec<Row> {
         definite("SomethingNew", "bad_sts_request", 10),
         transient(Effect::error("Throttling"), "sts_throttled", "Throttling"),
         transient(Effect::error("IDPCommunicationError"), "idp_unreachable", "IDPCommunicationError"),
-        transient(says("InvalidIdentityToken", KEY), "idp_unreachable", KEY),
-        transient(says("InvalidParameterValue", EARLY), "token_not_yet_valid", EARLY),
+        transient(error("InvalidIdentityToken", KEY), "idp_unreachable", KEY),
+        transient(error("InvalidParameterValue", EARLY), "token_not_yet_valid", EARLY),
         transient(Effect::Status(500), "sts_unavailable", "500"),
         transient(Effect::Status(503), "sts_unavailable", "503"),
         transient(Effect::Reset, "sts_unavailable", "reset"),
@@ -84,7 +84,7 @@ fn table() -> Vec<Row> {
     ]
 }
 
-/// A row with its pods: one whose session is missing when the fault begins, and one that has one.
+/// A row with two pods: a cold one, whose session is missing when the fault begins, and a warm one.
 struct Case {
     row: Row,
     cold: Pod,
@@ -111,9 +111,9 @@ impl Case {
     }
 
     /// IMDS-26, IMDS-27
-    fn is_told_to_a_cold_pod(&self, site: &Site, agent: &Agent) -> Result<()> {
-        let Row { status, reason, said, .. } = self.row;
-        // Whether the first list knows already is a question of time.
+    fn refuses_cold_pod(&self, site: &Site, agent: &Agent) -> Result<()> {
+        let Row { status, reason, detail, .. } = self.row;
+        // The first list may be answered before the failure is known.
         let first = list(&self.cold)?;
         ensure!(first.status == 200 || first.status == status, "{first:?}");
         let answer = credentials(&self.cold)?;
@@ -122,22 +122,22 @@ impl Case {
         ensure!(self.row.cold_calls.contains(&calls), "{calls} calls");
         let later = list(&self.cold)?;
         ensure!(later.status == status && later.body == answer.body, "{later:?} {answer:?}");
-        refusal(agent, &self.cold, (reason, said))?;
+        wait_for_refusal(agent, &self.cold, (reason, detail))?;
         ensure!(agent.metric("kirsa_refusals_total", &[("reason", reason)])? >= 1.0);
         ensure!(failed_calls(agent, reason)? >= 1.0);
         Ok(())
     }
 
-    /// IMDS-22: a refresh that fails is nothing that a pod notices until a minute before the end.
-    fn is_hidden_from_a_warm_pod(&self, site: &Site, agent: &Agent, first: &Held) -> Result<()> {
-        let Row { status, reason, said, apart, .. } = self.row;
+    /// IMDS-22: a pod does not notice a failed refresh until a minute before the session expires.
+    fn is_hidden_from_warm_pod(&self, site: &Site, agent: &Agent, first: &Credentials) -> Result<()> {
+        let Row { status, reason, detail, apart, .. } = self.row;
         let calls = || site.calls(self.warm.name()).len() - 1;
-        ensure!(calls() == 0, "what is in hand asks nobody");
-        first.is_served_while_its_refresh_fails(&self.warm, agent, (reason, said))?;
+        ensure!(calls() == 0, "a cached session causes no call");
+        first.survives_failed_refresh(&self.warm, agent, (reason, detail))?;
         let failing = Instant::now();
-        let (document, list) = first.is_served_until_a_minute_before_its_end(&self.warm)?;
+        let (document, list) = first.is_served_until_last_minute(&self.warm)?;
         ensure!(document.status == status && list.status == status, "{document:?} {list:?}");
-        // With those of the hold that has just ended.
+        // The limit includes the calls of the pod's request that has just ended.
         let most = failing.elapsed().as_secs_f64() / apart.as_secs_f64() + *self.row.cold_calls.end() as f64;
         ensure!(calls() as f64 <= most, "{} calls within {:?}", calls(), failing.elapsed());
         Ok(())
@@ -145,7 +145,7 @@ impl Case {
 
     fn heals(&self, site: &Site) -> Result<()> {
         for pod in [&self.cold, &self.warm] {
-            let answer = poll_every(LOOK, "credentials", PATIENCE, || {
+            let answer = poll_every(INTERVAL, "credentials", TIMEOUT, || {
                 credentials(pod).ok().filter(|answer| answer.status == 200)
             })?;
             let session = site.session(&answer.body)?;
@@ -156,7 +156,7 @@ impl Case {
 }
 
 #[test]
-fn whatever_sts_answers_is_told_to_cold_pods_and_hidden_from_warm_ones() -> Result<()> {
+fn sts_faults_refuse_only_cold_pods() -> Result<()> {
     let site = site()?;
     site.sts.configure(|settings| settings.session_seconds = Some(LIFETIME));
     let rows = table().into_iter().enumerate();
@@ -164,15 +164,17 @@ fn whatever_sts_answers_is_told_to_cold_pods_and_hidden_from_warm_ones() -> Resu
     let agent = site.start()?;
     let mut firsts = Vec::new();
     for case in &cases {
-        firsts.push(Held::by(&case.warm)?);
+        firsts.push(Credentials::of(&case.warm)?);
         case.fail(&site, &case.warm);
     }
     cases.iter().try_for_each(|case| site.give_role(&case.cold))?;
-    each(&cases, |case| case.is_told_to_a_cold_pod(&site, &agent).with_context(|| case.context()))?;
+    for_each(&cases, |case| case.refuses_cold_pod(&site, &agent).with_context(|| case.context()))?;
     let warm: Vec<_> = cases.iter().zip(&firsts).collect();
-    each(&warm, |(case, first)| case.is_hidden_from_a_warm_pod(&site, &agent, first).with_context(|| case.context()))?;
+    for_each(&warm, |(case, first)| {
+        case.is_hidden_from_warm_pod(&site, &agent, first).with_context(|| case.context())
+    })?;
     site.sts.heal();
-    each(&cases, |case| case.heals(&site).with_context(|| case.context()))?;
+    for_each(&cases, |case| case.heals(&site).with_context(|| case.context()))?;
     site.no_pod_got_outside()?;
     agent.stop()
 }

@@ -1,4 +1,4 @@
-//! Which nodes get an agent, by the labels that the API server stored.
+//! Tests which nodes get an agent, by the labels that the API server stored.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,8 @@ use crate::{find, known, server};
 
 type Labels = BTreeMap<String, String>;
 
-/// As the scheduler evaluates it: terms are ORed, expressions ANDed, and NotIn holds where the label is missing.
+/// Evaluates node affinity like the scheduler: terms are ORed, expressions are ANDed, and NotIn matches a missing
+/// label.
 fn admits(spec: &Value, labels: &Labels) -> Result<bool> {
     let selector = spec["nodeSelector"].as_object().context("a node selector")?;
     let selected = selector.iter().all(|(key, value)| labels.get(key).map(String::as_str) == value.as_str());

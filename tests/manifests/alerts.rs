@@ -1,4 +1,4 @@
-//! The alerts of components/metrics: raised by what they are for, silent otherwise, about metrics that there are.
+//! Tests the alerts of components/metrics: each fires for its cause only, and queries only existing metrics.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use kirsa::observe::Metrics;
 use serde_json::Value;
 
-use crate::{find, kustomize, printed, text};
+use crate::{find, kustomize, output_of, text};
 
-/// Of kube-state-metrics.
+/// Metrics from kube-state-metrics.
 const FOREIGN: [&str; 2] = ["kube_daemonset_status_number_unavailable", "kube_pod_container_resource_limits"];
 
 fn rules() -> Result<Value> {
@@ -27,7 +27,7 @@ pub(crate) fn repository(path: &str) -> Result<String> {
 }
 
 #[test]
-fn each_alert_is_raised_by_what_it_is_for_and_none_where_all_is_well() -> Result<()> {
+fn each_alert_fires_for_its_cause_only() -> Result<()> {
     let rules = rules()?;
     let folder = Path::new(lab::namespace::STATE).join("alerts");
     fs::create_dir_all(&folder)?;
@@ -35,18 +35,18 @@ fn each_alert_is_raised_by_what_it_is_for_and_none_where_all_is_well() -> Result
     let cases = repository("tests/manifests/alerts.yaml")?;
     fs::write(folder.join("alerts.yaml"), &cases)?;
     let path = |file: &str| folder.join(file).display().to_string();
-    printed("promtool", &["check", "rules", "--lint=all", "--lint-fatal", &path("rules.yaml")])?;
-    printed("promtool", &["test", "rules", &path("alerts.yaml")])?;
+    output_of("promtool", &["check", "rules", "--lint=all", "--lint-fatal", &path("rules.yaml")])?;
+    output_of("promtool", &["test", "rules", &path("alerts.yaml")])?;
     for alert in each(&rules) {
         let name = alert["alert"].as_str().context("only alerts")?;
-        let raised = format!("alertname=\"{name}\", alertstate=\"firing\"");
-        ensure!(cases.contains(&raised), "no case raises {name}");
+        let firing = format!("alertname=\"{name}\", alertstate=\"firing\"");
+        ensure!(cases.contains(&firing), "no case fires {name}");
     }
     Ok(())
 }
 
 #[test]
-fn each_alert_says_what_to_do_and_is_in_the_documentation() -> Result<()> {
+fn each_alert_is_described_and_documented() -> Result<()> {
     let documentation = repository("docs/troubleshooting.md")?;
     let rules = rules()?;
     for alert in each(&rules) {
@@ -57,19 +57,19 @@ fn each_alert_says_what_to_do_and_is_in_the_documentation() -> Result<()> {
         ensure!(["critical", "warning"].contains(&alert["labels"]["severity"].as_str().unwrap_or_default()), "{alert}");
     }
     let named = documentation.split('`').filter(|word| word.starts_with("Kirsa")).collect::<BTreeSet<_>>();
-    assert_eq!(named.len(), each(&rules).len(), "an alert of the documentation is none: {named:?}");
+    assert_eq!(named.len(), each(&rules).len(), "the documentation names an unknown alert: {named:?}");
     Ok(())
 }
 
 #[test]
-fn alerts_ask_for_metrics_and_labels_that_the_agent_has() -> Result<()> {
+fn alerts_query_existing_metrics_and_labels() -> Result<()> {
     let rules = rules()?;
-    ask_for_what_there_is(&each(&rules).iter().filter_map(|rule| rule["expr"].as_str()).collect::<Vec<_>>())
+    assert_known_metrics(&each(&rules).iter().filter_map(|rule| rule["expr"].as_str()).collect::<Vec<_>>())
 }
 
-/// Every series that an expression names, with its labels, as the agent registers it; every outcome and reason is a
-/// row of the table of refusals.
-pub(crate) fn ask_for_what_there_is(expressions: &[&str]) -> Result<()> {
+/// Checks that the agent registers every metric and label value of the expressions, and that every outcome and reason
+/// is in the table of refusals.
+pub(crate) fn assert_known_metrics(expressions: &[&str]) -> Result<()> {
     let source = repository("src/observe/metrics.rs")?;
     let word = |c: char| !c.is_ascii_alphanumeric() && c != '_';
     let names: BTreeSet<&str> = expressions
@@ -80,7 +80,7 @@ pub(crate) fn ask_for_what_there_is(expressions: &[&str]) -> Result<()> {
     ensure!(names.len() > 8, "{names:?}");
     for name in names.into_iter().filter(|name| !FOREIGN.contains(name)) {
         let metric = name.trim_end_matches("_count").trim_end_matches("_bucket");
-        ensure!(source.contains(&format!("\"{metric}\"")), "{metric} is no metric of the agent's");
+        ensure!(source.contains(&format!("\"{metric}\"")), "the agent has no metric {metric}");
     }
     let table = repository("src/refusal.rs")?;
     let labels = [("outcome=~\"", &table), ("outcome=\"", &table), ("reason=\"", &table)];
@@ -97,27 +97,27 @@ pub(crate) fn ask_for_what_there_is(expressions: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Absent where nothing is in use: no series, no alert.
+/// The series is absent while no session is in use, so that no alert fires.
 #[test]
-fn the_time_until_the_first_expiry_is_asked_for_at_each_scrape() -> Result<()> {
+fn first_expiry_is_read_at_each_scrape() -> Result<()> {
     let metrics = Metrics::new("test")?;
-    let shown = || -> Result<Option<String>> {
+    let rendered = || -> Result<Option<String>> {
         let text = String::from_utf8(metrics.render()?)?;
         let line = text.lines().find(|line| line.starts_with("kirsa_credentials_left_seconds "));
         Ok(line.map(str::to_owned))
     };
-    assert_eq!(shown()?, None);
-    let left = std::sync::Arc::new(std::sync::Mutex::new(None));
-    let asked = left.clone();
-    metrics.ask_credentials_left(move || *asked.lock().expect("no panic while held"));
-    assert_eq!(shown()?, None);
+    assert_eq!(rendered()?, None);
+    let time_left = std::sync::Arc::new(parking_lot::Mutex::new(None));
+    let source = time_left.clone();
+    metrics.track_first_expiry(move || *source.lock());
+    assert_eq!(rendered()?, None);
     for (seconds, line) in
         [(90, Some("kirsa_credentials_left_seconds 90")), (0, Some("kirsa_credentials_left_seconds 0"))]
     {
-        *left.lock().expect("no panic while held") = Some(std::time::Duration::from_secs(seconds));
-        assert_eq!(shown()?.as_deref(), line);
+        *time_left.lock() = Some(std::time::Duration::from_secs(seconds));
+        assert_eq!(rendered()?.as_deref(), line);
     }
-    *left.lock().expect("no panic while held") = None;
-    assert_eq!(shown()?, None);
+    *time_left.lock() = None;
+    assert_eq!(rendered()?, None);
     Ok(())
 }

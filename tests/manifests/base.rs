@@ -1,4 +1,4 @@
-//! The base, every component, and `uninstall`.
+//! Tests the base, every component, and `uninstall`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,7 @@ fn strings(value: &Value) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_api_server_accepts_the_base_every_component_and_uninstall() -> Result<()> {
+async fn api_server_accepts_base_and_components() -> Result<()> {
     let server = server().await?;
     for component in components()? {
         let objects = with(&[&component])?;
@@ -27,10 +27,10 @@ async fn the_api_server_accepts_the_base_every_component_and_uninstall() -> Resu
     Ok(())
 }
 
-/// Not its controller, which is not here: the pod itself, as the controller would make it. Any stricter level of pod
-/// security refuses it, so that the namespace claims no more than is needed.
+/// Creates the pod itself, since no DaemonSet controller runs. A stricter Pod Security level rejects it, which shows
+/// that the namespace's level is not higher than needed.
 #[tokio::test]
-async fn the_agents_pod_is_admitted_in_its_namespace_and_under_no_stricter_pod_security() -> Result<()> {
+async fn agent_pod_needs_its_pod_security_level() -> Result<()> {
     let server = server().await?;
     let base = build("base")?;
     let daemonset = find(&base, "DaemonSet")?;
@@ -58,7 +58,7 @@ async fn the_agents_pod_is_admitted_in_its_namespace_and_under_no_stricter_pod_s
 }
 
 #[test]
-fn every_file_is_named_by_its_kustomization() -> Result<()> {
+fn every_file_is_in_its_kustomization() -> Result<()> {
     let components = components()?.into_iter().map(|name| format!("components/{name}"));
     for path in components.chain(["base".into(), "uninstall".into()]) {
         let mut files = BTreeSet::new();
@@ -71,14 +71,14 @@ fn every_file_is_named_by_its_kustomization() -> Result<()> {
         let files_of = files_of.filter_map(|file| file.split_once('=').map(|(_, file)| file.to_owned()));
         let named = generators.iter().flat_map(|generator| strings(&generator["envs"])).chain(files_of);
         let named = named.chain(strings(&kustomization["resources"])).chain(["kustomization.yaml".into()]).collect();
-        ensure!(files == named, "{path}: {files:?} are there, {named:?} are named");
+        ensure!(files == named, "{path}: the files are {files:?}, the kustomization has {named:?}");
     }
     Ok(())
 }
 
-/// A misspelt one would be ignored without a word.
+/// The agent silently ignores a misspelled variable.
 #[test]
-fn every_variable_is_one_that_the_agent_reads() -> Result<()> {
+fn agent_reads_every_variable() -> Result<()> {
     let known = variables_of_the_agent()?;
     for component in components()? {
         let objects = with(&[&component])?;
@@ -90,13 +90,13 @@ fn every_variable_is_one_that_the_agent_reads() -> Result<()> {
             objects.iter().find(|object| object["kind"] == "ConfigMap" && object["metadata"]["name"] == *config);
         let data = config.and_then(|config| config["data"].as_object()).context("its ConfigMap")?;
         for name in env.chain(data.keys().map(String::as_str)) {
-            ensure!(known.contains(name), "{component}: {name} is no variable of `kirsa run`");
+            ensure!(known.contains(name), "{component}: `kirsa run` does not read {name}");
         }
     }
     Ok(())
 }
 
-/// As `kirsa run --help` names them.
+/// Returns the variables in `kirsa run --help`.
 pub(crate) fn variables_of_the_agent() -> Result<BTreeSet<String>> {
     let help = Command::new(env!("CARGO_BIN_EXE_kirsa")).args(["run", "--help"]).output()?;
     let help = String::from_utf8(help.stdout)?;

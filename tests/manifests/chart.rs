@@ -1,4 +1,4 @@
-//! The Helm chart: with the same switches, the same objects as kustomize makes of the base and its components.
+//! Tests that the Helm chart renders the same objects as kustomize does from the base and its components.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,9 +6,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 
 use crate::base::variables_of_the_agent;
-use crate::{find, folder, known, kustomize, objects, printed, run, server, text};
+use crate::{find, folder, known, kustomize, objects, output_of, run, server, text};
 
-/// Values, and the components that do the same.
+/// Chart values, each with the equivalent components.
 const SWITCHES: [(&str, &[&str]); 8] = [
     ("", &["constrained-impersonation"]),
     ("minting=direct", &["direct-minting"]),
@@ -23,7 +23,7 @@ const SWITCHES: [(&str, &[&str]); 8] = [
     ),
 ];
 
-/// The agent's variables that are no values: where it runs, what the switches say, and what needs no cluster.
+/// Variables of the agent without a chart value: set by the manifests, set by switches, or unused in a cluster.
 const NO_VALUES: [&str; 10] = [
     "NODE_NAME",
     "HOST_IP",
@@ -42,11 +42,12 @@ pub(crate) fn path() -> String {
 }
 
 pub(crate) fn template(values: &str) -> Result<Vec<Value>> {
-    let printed = printed("helm", &["template", "kirsa", &path(), "--namespace=kirsa", "--set", values])?;
-    objects(&printed).with_context(|| values.to_owned())
+    let output = output_of("helm", &["template", "kirsa", &path(), "--namespace=kirsa", "--set", values])?;
+    objects(&output).with_context(|| values.to_owned())
 }
 
-/// By kind and name. The hash in a ConfigMap's name, as kustomize has it, is the checksum in the pods' annotation here.
+/// Indexes the objects by kind and name. kustomize adds a hash to a ConfigMap's name; the chart has a checksum
+/// annotation instead.
 fn index(objects: Vec<Value>) -> BTreeMap<String, Value> {
     let unhashed = |name: &mut Value| {
         if name.as_str().is_some_and(|name| name.starts_with("kirsa-")) {
@@ -68,23 +69,23 @@ fn index(objects: Vec<Value>) -> BTreeMap<String, Value> {
     index
 }
 
-fn take(object: &mut Value, member: &str) -> Map<String, Value> {
-    let taken = object.as_object_mut().and_then(|object| object.remove(member));
-    taken.and_then(|taken| taken.as_object().cloned()).unwrap_or_default()
+fn remove(object: &mut Value, member: &str) -> Map<String, Value> {
+    let removed = object.as_object_mut().and_then(|object| object.remove(member));
+    removed.and_then(|removed| removed.as_object().cloned()).unwrap_or_default()
 }
 
-/// What Helm adds, and nothing else: labels everywhere, a checksum, and what keeps the namespace.
-fn without_what_helm_adds(key: &str, kustomized: &mut Value, templated: &mut Value) -> Result<()> {
+/// Removes what only the chart adds: labels, the checksum, and the annotation that keeps the namespace.
+fn remove_helm_additions(key: &str, kustomized: &mut Value, templated: &mut Value) -> Result<()> {
     let added = ["name", "part-of", "managed-by"].map(|label| format!("app.kubernetes.io/{label}"));
-    let wanted = take(&mut kustomized["metadata"], "labels");
-    let mut labels = take(&mut templated["metadata"], "labels");
-    for (label, value) in &wanted {
+    let expected = remove(&mut kustomized["metadata"], "labels");
+    let mut labels = remove(&mut templated["metadata"], "labels");
+    for (label, value) in &expected {
         ensure!(labels.remove(label).as_ref() == Some(value), "{key} lacks {label}={value}");
     }
     labels.retain(|label, _| label != "helm.sh/chart" && !added.contains(label));
     ensure!(labels.is_empty(), "{key}: {labels:?}");
     if templated["kind"] == "Namespace" {
-        let annotations = take(&mut templated["metadata"], "annotations");
+        let annotations = remove(&mut templated["metadata"], "annotations");
         ensure!(Value::from(annotations) == serde_json::json!({"helm.sh/resource-policy": "keep"}));
     }
     if templated["kind"] == "DaemonSet" {
@@ -95,7 +96,7 @@ fn without_what_helm_adds(key: &str, kustomized: &mut Value, templated: &mut Val
 }
 
 #[test]
-fn each_switch_makes_the_objects_that_its_component_makes() -> Result<()> {
+fn each_switch_equals_its_component() -> Result<()> {
     for (values, components) in SWITCHES {
         let mut kustomized = index(kustomize::with(components)?);
         let mut templated = index(template(values)?);
@@ -103,7 +104,7 @@ fn each_switch_makes_the_objects_that_its_component_makes() -> Result<()> {
         assert_eq!(names(&kustomized), names(&templated), "{values}");
         for (key, kustomized) in &mut kustomized {
             let templated = templated.get_mut(key).context("the same names")?;
-            without_what_helm_adds(key, kustomized, templated)?;
+            remove_helm_additions(key, kustomized, templated)?;
             assert_eq!(kustomized, templated, "{values}: {key}");
         }
     }
@@ -111,23 +112,24 @@ fn each_switch_makes_the_objects_that_its_component_makes() -> Result<()> {
 }
 
 #[test]
-fn the_defaults_are_what_kubectl_apply_installs() -> Result<()> {
+fn chart_defaults_equal_the_kustomize_root() -> Result<()> {
     assert_eq!(index(kustomize::build("")?), index(kustomize::with(SWITCHES[0].1)?));
     let used: BTreeSet<&str> = SWITCHES.iter().flat_map(|(_, components)| components.iter().copied()).collect();
     let all = kustomize::components()?;
-    assert_eq!(used, all.iter().map(String::as_str).collect(), "a component that no switch stands for");
+    assert_eq!(used, all.iter().map(String::as_str).collect(), "a component without a switch");
     let chart: Value = serde_saphyr::from_str(&text(&folder("chart/Chart.yaml"))?)?;
     assert_eq!((&chart["version"], &chart["appVersion"]), (&env!("CARGO_PKG_VERSION").into(), &chart["version"]));
     Ok(())
 }
 
-/// The links in files/ become what they lead to: an archive needs no repository.
+/// Packaging resolves the symbolic links in files/, so an archive does not need the repository.
 #[test]
-fn an_archive_of_the_chart_is_whole() -> Result<()> {
-    printed("helm", &["package", &path(), "--destination", lab::namespace::STATE])?;
+fn chart_archive_is_complete() -> Result<()> {
+    output_of("helm", &["package", &path(), "--destination", lab::namespace::STATE])?;
     let archive = format!("{}/kirsa-{}.tgz", lab::namespace::STATE, env!("CARGO_PKG_VERSION"));
     let values = SWITCHES[SWITCHES.len() - 1].0;
-    let unpacked = objects(&printed("helm", &["template", "kirsa", &archive, "--namespace=kirsa", "--set", values])?)?;
+    let unpacked =
+        objects(&output_of("helm", &["template", "kirsa", &archive, "--namespace=kirsa", "--set", values])?)?;
     assert_eq!(index(unpacked), index(template(values)?));
     Ok(())
 }
@@ -135,13 +137,13 @@ fn an_archive_of_the_chart_is_whole() -> Result<()> {
 #[test]
 fn lint_finds_nothing() -> Result<()> {
     for values in ["metrics.enabled=true", "intercept=cilium,minting=direct,startupTaint=true"] {
-        printed("helm", &["lint", "--strict", "--quiet", &path(), "--set", values])?;
+        output_of("helm", &["lint", "--strict", "--quiet", &path(), "--set", values])?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn the_api_server_accepts_every_switch_and_value() -> Result<()> {
+async fn api_server_accepts_every_switch_and_value() -> Result<()> {
     let server = server().await?;
     let more = [
         "intercept=none",
@@ -159,7 +161,7 @@ async fn the_api_server_accepts_every_switch_and_value() -> Result<()> {
 }
 
 #[test]
-fn every_flag_is_a_value_and_every_value_reaches_the_agent() -> Result<()> {
+fn every_flag_is_a_value_that_reaches_the_agent() -> Result<()> {
     let values: Value = serde_saphyr::from_str(&text(&folder("chart/values.yaml"))?)?;
     let flags = values["agent"].as_object().context("agent")?;
     let set: Vec<String> = flags.keys().map(|flag| format!("agent.{flag}={}", sample(flag))).collect();
@@ -175,15 +177,11 @@ fn every_flag_is_a_value_and_every_value_reaches_the_agent() -> Result<()> {
     let mounts: Vec<&Value> =
         pod["containers"][0]["volumeMounts"].as_array().context("mounts")?.iter().map(|at| &at["mountPath"]).collect();
     let token = "/var/run/secrets/kubernetes.io/serviceaccount";
-    assert_eq!(
-        mounts,
-        ["/opt/state", "/opt", "/run/kirsa", token],
-        "the folders that the agent looks into are mounted there"
-    );
+    assert_eq!(mounts, ["/opt/state", "/opt", "/run/kirsa", token], "the agent's directories are mounted");
     Ok(())
 }
 
-/// A valid value that is no default.
+/// Returns a valid value other than the default.
 fn sample(flag: &str) -> &'static str {
     match flag {
         "region" => "eu-central-1",
@@ -208,7 +206,7 @@ fn sample(flag: &str) -> &'static str {
 }
 
 #[test]
-fn nodes_that_are_chosen_are_still_linux_nodes() -> Result<()> {
+fn custom_node_selector_keeps_linux() -> Result<()> {
     let templated = template("nodeSelector.pool=apps")?;
     let chosen = &find(&templated, "DaemonSet")?["spec"]["template"]["spec"]["nodeSelector"];
     assert_eq!(*chosen, serde_json::json!({"kubernetes.io/os": "linux", "pool": "apps"}));
@@ -216,7 +214,7 @@ fn nodes_that_are_chosen_are_still_linux_nodes() -> Result<()> {
 }
 
 #[test]
-fn a_wrong_value_is_refused_by_its_name() -> Result<()> {
+fn invalid_values_are_rejected_by_name() -> Result<()> {
     for (values, named) in [
         ("intercept=ebpf", "'/intercept'"),
         ("minting=auto", "'/minting'"),

@@ -1,4 +1,4 @@
-//! The base and its components, as the real kustomize puts them together.
+//! Builds the base and its components with the real kustomize.
 
 use std::fs;
 use std::path::Path;
@@ -6,17 +6,17 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{folder, objects, printed, text};
+use crate::{folder, objects, output_of, text};
 
-/// The objects of a folder under daemonset/.
+/// Builds a directory of daemonset/.
 pub(crate) fn build(path: &str) -> Result<Vec<Value>> {
     let folder = folder(path);
-    objects(&printed("kustomize", &["build", folder.to_str().context("UTF-8")?])?)
+    objects(&output_of("kustomize", &["build", folder.to_str().context("UTF-8")?])?)
 }
 
-/// The objects of an overlay: the base and some components.
+/// Builds an overlay of the base and these components.
 pub(crate) fn with(components: &[&str]) -> Result<Vec<Value>> {
-    // kustomize takes no absolute paths.
+    // kustomize rejects absolute paths.
     let root = format!("../../..{}", folder("").display());
     let overlay = Path::new(lab::namespace::STATE).join(format!("overlay-{}", components.join("+")));
     fs::create_dir_all(&overlay)?;
@@ -25,7 +25,7 @@ pub(crate) fn with(components: &[&str]) -> Result<Vec<Value>> {
         kustomization.push_str(&format!("- {root}/components/{component}\n"));
     }
     fs::write(overlay.join("kustomization.yaml"), kustomization)?;
-    objects(&printed("kustomize", &["build", overlay.to_str().context("UTF-8")?])?)
+    objects(&output_of("kustomize", &["build", overlay.to_str().context("UTF-8")?])?)
 }
 
 pub(crate) fn components() -> Result<Vec<String>> {
@@ -38,7 +38,7 @@ pub(crate) fn components() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The file itself.
+/// Returns the parsed kustomization.yaml.
 pub(crate) fn kustomization(path: &str) -> Result<Value> {
     let file = folder(path).join("kustomization.yaml");
     serde_saphyr::from_str(&text(&file)?).with_context(|| file.display().to_string())

@@ -1,4 +1,4 @@
-//! What is under daemonset/, read by the programs that users read it with: kustomize, helm, a real API server, promtool.
+//! Tests the manifests in daemonset/ with the tools of their users: kustomize, helm, a real API server, promtool.
 
 mod affinity;
 mod alerts;
@@ -22,7 +22,7 @@ use serde_json::Value;
 lab::enter!();
 
 const NAMESPACE: &str = "kirsa";
-/// Their definitions come with other projects.
+/// Kinds whose CustomResourceDefinitions come with other projects.
 const CUSTOM: [&str; 3] = ["ServiceMonitor", "PrometheusRule", "CiliumLocalRedirectPolicy"];
 
 fn folder(path: &str) -> PathBuf {
@@ -33,15 +33,15 @@ fn text(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| path.display().to_string())
 }
 
-/// Runs one of the programs, with a home of its own.
+/// Runs a tool with a home directory of its own.
 fn run(name: &str, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(tools::locate(name)?);
     command.args(arguments).env("HOME", lab::namespace::STATE).env_remove("KUBECONFIG");
     command.output().with_context(|| format!("{name} {arguments:?}"))
 }
 
-/// What it prints when it succeeds.
-fn printed(name: &str, arguments: &[&str]) -> Result<String> {
+/// Runs a tool and returns its output if it succeeds.
+fn output_of(name: &str, arguments: &[&str]) -> Result<String> {
     let output = run(name, arguments)?;
     let (stdout, stderr) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success(), "{name} {arguments:?}: {stderr}{stdout}");
@@ -53,7 +53,7 @@ fn objects(yaml: &str) -> Result<Vec<Value>> {
     Ok(objects.into_iter().filter(|object| !object.is_null()).collect())
 }
 
-/// Those that a bare API server knows, as one text.
+/// Returns the objects that an API server without CRDs accepts, as one YAML document.
 fn known(objects: &[Value]) -> String {
     let known = objects.iter().filter(|object| !object["kind"].as_str().is_some_and(|kind| CUSTOM.contains(&kind)));
     known.map(Value::to_string).collect::<Vec<_>>().join("\n---\n")
@@ -63,7 +63,7 @@ fn find<'a>(objects: &'a [Value], kind: &str) -> Result<&'a Value> {
     objects.iter().find(|object| object["kind"] == kind).with_context(|| format!("no {kind}"))
 }
 
-/// With what everything else is in, or runs as.
+/// Starts the API server with the namespace and the service account of the base.
 async fn server() -> Result<&'static ApiServer> {
     let server = ApiServer::get()?;
     let first = |object: &Value| object["kind"] == "Namespace" || object["kind"] == "ServiceAccount";

@@ -1,4 +1,4 @@
-//! The chart on a cluster: installed, changed and removed by the real helm.
+//! Tests the chart on a cluster: the real helm installs, upgrades and uninstalls it.
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -7,9 +7,9 @@ use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kube::Api;
 use lab::apiserver::ApiServer;
 
-use crate::{chart, printed};
+use crate::{chart, output_of};
 
-/// Not the one that the other tests use.
+/// A namespace that no other test uses.
 const NAMESPACE: &str = "release";
 
 struct Helm {
@@ -25,7 +25,7 @@ impl Helm {
         }
         arguments.extend(["--kubeconfig", &self.kubeconfig, "--namespace", NAMESPACE]);
         arguments.extend(more);
-        printed("helm", &arguments)
+        output_of("helm", &arguments)
     }
 }
 
@@ -36,7 +36,7 @@ async fn roles(client: &kube::Client) -> Result<Vec<String>> {
 }
 
 #[tokio::test]
-async fn a_release_is_installed_changed_rolled_back_and_removed() -> Result<()> {
+async fn release_installs_upgrades_and_uninstalls() -> Result<()> {
     let server = ApiServer::get()?;
     let client = server.client().await?;
     let helm = Helm { kubeconfig: server.admin_kubeconfig().display().to_string() };
@@ -46,21 +46,21 @@ async fn a_release_is_installed_changed_rolled_back_and_removed() -> Result<()> 
     let namespaces = Api::<Namespace>::all(client.clone());
     let labels = namespaces.get(NAMESPACE).await?.metadata.labels.context("labels")?;
     assert_eq!(labels["pod-security.kubernetes.io/enforce"], "privileged");
-    let impersonating = ["kirsa-audience", "kirsa-impersonate-node", "kirsa-serviceaccounts"];
-    assert_eq!(roles(&client).await?, impersonating);
+    let impersonation = ["kirsa-audience", "kirsa-impersonate-node", "kirsa-serviceaccounts"];
+    assert_eq!(roles(&client).await?, impersonation);
     let binding = Api::<ClusterRoleBinding>::all(client.clone()).get("kirsa-impersonate-node").await?;
     let subject = &binding.subjects.context("subjects")?[0];
-    assert_eq!(subject.namespace.as_deref(), Some(NAMESPACE), "the right is granted to this release's agent");
+    assert_eq!(subject.namespace.as_deref(), Some(NAMESPACE), "the binding grants the right to this release's agent");
     let checksum = checksum(server).await?;
 
     helm.run("upgrade", &["--set", "minting=direct,startupTaint=true,agent.logLevel=debug"])?;
     assert_eq!(roles(&client).await?, ["kirsa-mint", "kirsa-serviceaccounts", "kirsa-startup-taint"]);
     let flags: ConfigMap = server.read(NAMESPACE, "kirsa").await?.context("the flags")?;
     assert_eq!(flags.data.context("data")?["KIRSA_LOG_LEVEL"], "debug");
-    ensure!(self::checksum(server).await? != checksum, "changed flags roll no agent");
+    ensure!(self::checksum(server).await? != checksum, "changed flags do not restart the agents");
 
     helm.run("rollback", &["1"])?;
-    assert_eq!(roles(&client).await?, impersonating);
+    assert_eq!(roles(&client).await?, impersonation);
     assert_eq!(self::checksum(server).await?, checksum);
 
     helm.run("uninstall", &[])?;
@@ -70,7 +70,7 @@ async fn a_release_is_installed_changed_rolled_back_and_removed() -> Result<()> 
     Ok(())
 }
 
-/// What rolls the agents when it changes.
+/// Returns the annotation whose change restarts the agents.
 async fn checksum(server: &ApiServer) -> Result<String> {
     let daemonset: DaemonSet = server.read(NAMESPACE, "kirsa").await?.context("the DaemonSet")?;
     let annotations = daemonset.spec.context("its spec")?.template.metadata.and_then(|metadata| metadata.annotations);

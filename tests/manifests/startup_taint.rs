@@ -1,4 +1,4 @@
-//! What the agent may change in its Node: the startup taint, and no other field that the API server knows.
+//! Tests that the agent may remove the startup taint of its Node and change no other field.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -13,51 +13,53 @@ use serde_json::{Value, json};
 use crate::known;
 use crate::kustomize::with;
 
+/// How a field is protected.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Decided {
-    /// The admission policy refuses a change.
-    Fenced,
-    /// The API server refuses a change, or drops it.
+enum Protection {
+    /// The admission policy rejects a change.
+    Policy,
+    /// The API server rejects a change, or drops it.
     Immutable,
-    /// The agent takes its taint off here; other rows cover other taints.
+    /// The agent removes its own taint here; other rows cover other taints.
     Taints,
-    /// The API server writes it with each change, so the agent's change cannot be told from that.
+    /// The API server writes the field with each change, so the agent's own change cannot be distinguished.
     Bookkeeping,
 }
-use Decided::{Bookkeeping, Fenced, Immutable, Taints};
+use Protection::{Bookkeeping, Immutable, Policy, Taints};
 
-/// A value that a thief may set.
-fn metadata() -> Vec<(&'static str, Decided, Value)> {
+/// Returns the fields of the metadata, each with a value that an attacker may set.
+fn metadata() -> Vec<(&'static str, Protection, Value)> {
     vec![
-        ("annotations", Fenced, json!({"evil": "1"})),
+        ("annotations", Policy, json!({"evil": "1"})),
         ("creationTimestamp", Immutable, json!("2001-01-01T00:00:00Z")),
         ("deletionGracePeriodSeconds", Immutable, json!(7)),
         ("deletionTimestamp", Immutable, json!("2001-01-01T00:00:00Z")),
-        ("finalizers", Fenced, json!(["evil.example/hold"])),
-        ("generateName", Fenced, json!("evil-")),
+        ("finalizers", Policy, json!(["evil.example/hold"])),
+        ("generateName", Policy, json!("evil-")),
         ("generation", Immutable, json!(77)),
-        ("labels", Fenced, json!({"evil": "1"})),
+        ("labels", Policy, json!({"evil": "1"})),
         ("managedFields", Bookkeeping, json!([])),
         ("name", Immutable, json!("evil")),
         ("namespace", Immutable, json!("evil")),
-        ("ownerReferences", Fenced, json!([owner("evil")])),
+        ("ownerReferences", Policy, json!([owner("evil")])),
         ("resourceVersion", Immutable, json!("1")),
         ("selfLink", Immutable, json!("/evil")),
         ("uid", Immutable, json!("7b1b4a0c-0000-4000-8000-000000000000")),
     ]
 }
 
-fn spec() -> Vec<(&'static str, Decided, Value)> {
+/// Returns the fields of the spec, each with a value that an attacker may set.
+fn spec() -> Vec<(&'static str, Protection, Value)> {
     vec![
         ("configSource", Immutable, json!({"configMap": {"name": "e", "namespace": "e", "kubeletConfigKey": "e"}})),
         ("externalID", Immutable, json!("evil")),
-        ("podCIDR", Fenced, json!("10.77.0.0/24")),
-        ("podCIDRs", Fenced, json!(["10.77.0.0/24"])),
-        // Dropped while its feature gate is off, as by default; with it, the policy's walk over all fields covers it.
+        ("podCIDR", Policy, json!("10.77.0.0/24")),
+        ("podCIDRs", Policy, json!(["10.77.0.0/24"])),
+        // The API server drops it while its feature gate is off (the default); the policy covers it as every field.
         ("podPreemptionPolicy", Immutable, json!({"disableResizePreemption": ["evil"]})),
-        ("providerID", Fenced, json!("aws:///evil")),
+        ("providerID", Policy, json!("aws:///evil")),
         ("taints", Taints, json!([taint("evil")])),
-        ("unschedulable", Fenced, json!(true)),
+        ("unschedulable", Policy, json!(true)),
     ]
 }
 
@@ -69,7 +71,7 @@ fn taint(key: &str) -> Value {
     json!({"key": key, "effect": "NoSchedule"})
 }
 
-/// One of its own: a test of the chart removes the component from the program's.
+/// Returns an API server of its own, since a test of the chart removes the component from the shared one.
 fn server() -> Result<&'static ApiServer> {
     static SERVER: OnceLock<Result<ApiServer>> = OnceLock::new();
     SERVER.get_or_init(ApiServer::another).as_ref().map_err(|error| anyhow!("{error:#}"))
@@ -79,8 +81,8 @@ fn server() -> Result<&'static ApiServer> {
 async fn clients(node: &str) -> Result<(Client, Client)> {
     let server = server()?;
     let component = with(&["startup-taint"])?;
-    let of_taint = |object: &&Value| object["metadata"]["name"] == "kirsa-startup-taint";
-    let component: Vec<Value> = component.iter().filter(of_taint).cloned().collect();
+    let is_of_taint = |object: &&Value| object["metadata"]["name"] == "kirsa-startup-taint";
+    let component: Vec<Value> = component.iter().filter(is_of_taint).cloned().collect();
     ensure!(component.len() == 4, "{component:?}");
     server.apply(&known(&component)).await?;
     let agent = client_of(&server.agent_kubeconfig("kirsa", "kirsa", node).await?).await?;
@@ -88,7 +90,7 @@ async fn clients(node: &str) -> Result<(Client, Client)> {
     for round in 0..200 {
         last = match patch(&agent, node, &json!({"metadata": {"labels": {"probe": round.to_string()}}})).await {
             Err(error) if error.to_string().contains("kirsa-startup-taint") => {
-                // What got through before the policy took effect.
+                // Revert changes from before the policy took effect.
                 let admin = server.client().await?;
                 patch(&admin, node, &json!({"metadata": {"labels": null}})).await?;
                 return Ok((admin, agent));
@@ -110,22 +112,22 @@ async fn member(client: &Client, node: &str, part: &str, field: &str) -> Result<
 }
 
 #[tokio::test]
-async fn every_field_of_a_node_is_decided() -> Result<()> {
+async fn every_field_of_a_node_is_listed() -> Result<()> {
     let request = http::Request::get("/openapi/v3/api/v1").body(Vec::new())?;
     let openapi: Value = serde_json::from_str(&server()?.client().await?.request_text(request).await?)?;
     let fields = |schema: &str| -> Result<Vec<String>> {
         let properties = openapi["components"]["schemas"][schema]["properties"].as_object();
         Ok(properties.with_context(|| schema.to_owned())?.keys().cloned().collect())
     };
-    // The node's status is a subresource; the test of a full node shows that it stays.
+    // The status is a subresource; the test of a full node shows that the agent cannot change it.
     let mut node = fields("io.k8s.api.core.v1.Node")?;
     node.sort();
     ensure!(node == ["apiVersion", "kind", "metadata", "spec", "status"], "{node:?}");
-    for (schema, decided) in
+    for (schema, listed) in
         [("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta", metadata()), ("io.k8s.api.core.v1.NodeSpec", spec())]
     {
         for field in fields(schema)? {
-            ensure!(decided.iter().any(|(name, ..)| *name == field), "{schema}: nobody decided about {field}");
+            ensure!(listed.iter().any(|(name, ..)| *name == field), "{schema}: {field} is not listed");
         }
     }
     Ok(())
@@ -135,8 +137,8 @@ async fn every_field_of_a_node_is_decided() -> Result<()> {
 async fn no_field_of_an_empty_node_can_be_set() -> Result<()> {
     let (admin, agent) = clients("taint-empty").await?;
     for (part, fields) in [("metadata", metadata()), ("spec", spec())] {
-        for (field, decided, value) in fields {
-            if decided == Bookkeeping {
+        for (field, protection, value) in fields {
+            if protection == Bookkeeping {
                 continue;
             }
             let before = member(&admin, "taint-empty", part, field).await?;
@@ -147,9 +149,9 @@ async fn no_field_of_an_empty_node_can_be_set() -> Result<()> {
             let answer = patch(&agent, "taint-empty", &change).await;
             let after = member(&admin, "taint-empty", part, field).await?;
             ensure!(after == before, "{part}.{field}: {before} became {after}");
-            if decided != Immutable {
-                let refused = answer.err().is_some_and(|error| error.to_string().contains("kirsa-startup-taint"));
-                ensure!(refused, "{part}.{field} is not refused by the policy");
+            if protection != Immutable {
+                let rejected = answer.err().is_some_and(|error| error.to_string().contains("kirsa-startup-taint"));
+                ensure!(rejected, "the policy does not reject {part}.{field}");
             }
         }
     }
@@ -174,25 +176,25 @@ async fn no_field_of_a_full_node_can_be_changed() -> Result<()> {
         let Some(fields) = full[part].as_object() else { bail!("{part}") };
         for (field, is) in fields {
             let other = if part == "metadata" { metadata() } else { spec() };
-            let other = other.into_iter().find(|(name, ..)| name == field).context("decided")?.2;
+            let other = other.into_iter().find(|(name, ..)| name == field).context("a listed field")?.2;
             for value in [Value::Null, other] {
                 if value == *is {
                     continue;
                 }
-                // With what the agent may do, so that nothing but this field is a reason to refuse.
+                // Include the permitted change, so that only this field is a reason to reject the patch.
                 let mut change = json!({"spec": {"taints": [taint("other")]}});
                 change[part][field] = value.clone();
                 let answer = patch(&agent, "taint-full", &change).await;
-                // The API server fills podCIDR from podCIDRs, and so allows a removal that is none.
+                // The API server restores podCIDR from podCIDRs, so it accepts a removal without effect.
                 let kept = member(&admin, "taint-full", part, field).await? == *is;
                 ensure!(answer.is_err() || (field.starts_with("podCIDR") && kept), "{part}.{field}={value} is allowed");
             }
         }
     }
     patch(&admin, "taint-full", &json!({"spec": {"taints": full["spec"]["taints"]}})).await?;
-    // A patch of the node leaves its status as it is.
+    // A patch of the node does not change its status.
     let status = json!({"status": {"allocatable": {"cpu": "64"}}, "spec": {"taints": [taint("other")]}});
-    patch(&agent, "taint-full", &status).await.context("the agent takes its own taint off")?;
+    patch(&agent, "taint-full", &status).await.context("removing the agent's own taint")?;
     ensure!(member(&admin, "taint-full", "spec", "taints").await?[0]["key"] == "other");
     ensure!(member(&admin, "taint-full", "status", "allocatable").await?["cpu"] != "64");
     Ok(())

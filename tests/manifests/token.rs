@@ -1,4 +1,4 @@
-//! The agent's own token: an hour, which the API server does not extend.
+//! Tests the agent's own token: it lives for one hour, which the API server does not extend.
 
 use anyhow::{Context, Result, ensure};
 use base64::Engine;
@@ -19,7 +19,7 @@ fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-/// Lifetimes of the tokens that a pod mounts, each with where its volume is mounted.
+/// Returns the lifetime of each token that a pod mounts, with the mount paths of its volume.
 fn mounted_tokens(spec: &Value) -> Vec<(Option<i64>, Vec<&str>)> {
     let mut tokens = Vec::new();
     for volume in list(&spec["volumes"]) {
@@ -57,7 +57,7 @@ fn every_manifest_mounts_a_token_of_one_hour() -> Result<()> {
 /// Creates the pod through the API server's admission, which adds the automatic mount, and requests each token that
 /// its volumes name as the kubelet does.
 #[tokio::test]
-async fn the_agents_token_lives_for_3600_s() -> Result<()> {
+async fn agent_token_lives_for_one_hour() -> Result<()> {
     let server = server().await?;
     let pods: Api<Pod> = Api::namespaced(server.client().await?, NAMESPACE);
     server.node("token-node").await?;
@@ -76,11 +76,11 @@ async fn the_agents_token_lives_for_3600_s() -> Result<()> {
     }
     pods.delete("kirsa-token", &DeleteParams::default().grace_period(0)).await?;
     ensure!(lifetimes[0] == LIFETIME, "{lifetimes:?}");
-    ensure!(lifetimes[1] > 86_400, "this API server extends no token, so the test shows nothing: {lifetimes:?}");
+    ensure!(lifetimes[1] > 86_400, "this API server never extends a token, so the test is void: {lifetimes:?}");
     Ok(())
 }
 
-/// `exp - iat` of a token for the API server, bound to the pod.
+/// Returns `exp - iat` of a token for the API server that is bound to the pod.
 async fn lifetime(uid: &str, seconds: i64) -> Result<i64> {
     let request: TokenRequest = serde_json::from_value(json!({
         "apiVersion": "authentication.k8s.io/v1",

@@ -58,7 +58,7 @@ fn request_longer_than_drain_is_cut_off() -> Result<()> {
     let reader = site.pod_with_role("reader")?;
     let (agent, mut held) = held(&site, &reader, Effect::NoAnswer, "1")?;
     agent.signal(Signal::SIGTERM)?;
-    agent.wait_for_log(|entry| entry["message"] == "requests were open still when --drain was over")?;
+    agent.wait_for_log(|entry| entry["message"] == "drain timed out with requests in flight")?;
     ensure!(agent.wait()?.success());
     held.closed()
 }

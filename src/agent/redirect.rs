@@ -1,15 +1,16 @@
-//! Keeps the redirect: tests it, applies it again, and compares the rules with what was applied.
+//! Maintains the redirect: tests it, repairs it, and compares the rules in the kernel with those that were applied.
 
 mod pace;
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, error, warn};
 
@@ -19,7 +20,7 @@ use crate::{
 };
 use pace::Pace;
 
-/// Interval of the self-test, whether the kernel announces changes or not: those of iptables-legacy are not announced.
+/// Interval of the self-test. It also runs without netlink notifications, which iptables-legacy does not send.
 const VERIFY: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
@@ -29,71 +30,72 @@ pub(super) struct Redirect {
     self_test: Arc<SelfTest>,
     verified: Condition,
     metrics: Metrics,
-    /// Whether another agent may have kept it since these rules were applied, with rules of its own.
-    others: AtomicBool,
-    /// A repair that is cancelled goes on in its thread; the next one waits for it.
+    /// Whether another agent may have applied its own rules since these rules were applied.
+    is_stale: AtomicBool,
+    /// Serializes repairs: a canceled repair continues on its thread, and the next one waits for it.
     applying: Arc<Mutex<()>>,
 }
 
 impl Redirect {
     pub(super) fn new(
         installed: Installed,
-        others: bool,
+        has_predecessor: bool,
         changes: RuleChanges,
         self_test: Arc<SelfTest>,
         verified: Condition,
         metrics: Metrics,
     ) -> Self {
         metrics.rule_applied.inc();
-        let others = AtomicBool::new(others);
+        let is_stale = AtomicBool::new(has_predecessor);
         let applying = Arc::default();
-        Self { installed, changes, self_test, verified, metrics, others, applying }
+        Self { installed, changes, self_test, verified, metrics, is_stale, applying }
     }
 
-    /// Keeps the redirect: applies it at once when another process changed our rules, and when the self-test fails.
-    pub(super) async fn keep(&self) {
-        if self.others.swap(true, Ordering::Relaxed) {
+    /// Maintains the redirect: applies it at once when another process changed kirsa's rules or the self-test fails.
+    pub(super) async fn maintain(&self) {
+        if self.is_stale.swap(true, Ordering::Relaxed) {
             self.apply().await;
         }
         let mut pace = Pace::new(self.installed.listed());
         loop {
-            let step = async {
+            let check = async {
                 self.test(&mut pace).await;
-                self.raise_fence(&mut pace).await;
+                self.restore_policy_routing(&mut pace).await;
                 self.read_back(&mut pace).await;
                 let _ = timeout(VERIFY, self.changes.next()).await;
             };
             let removed = tokio::select! {
                 biased;
                 () = self.changes.removed() => true,
-                () = step => false,
+                () = check => false,
             };
             if removed {
-                // Apply first and test afterwards: a test takes time in which pods could reach the node's role.
-                pace.spaced().await;
+                // Repair first and test afterwards: during a test, pods could reach the node's metadata service.
+                pace.wait_spacing().await;
                 warn!("another process changed the redirect's rules: applying them again");
                 self.repair(&mut pace).await;
             }
         }
     }
 
-    /// Connects through the redirect, and repairs it where that fails.
+    /// Runs the self-test, and repairs the redirect if it fails.
     async fn test(&self, pace: &mut Pace) {
-        let mut broken = self.broken().await;
-        if let Some(way) = &broken
+        let mut failure = self.self_test().await;
+        if let Some(failed) = &failure
             && pace.is_due()
         {
-            warn!(way, "the redirect does not lead here any more: applying it again");
+            warn!(error = failed, "the redirect does not lead to this agent: applying it again");
             self.repair(pace).await;
-            broken = self.broken().await;
-            pace.helped(broken.is_none());
+            failure = self.self_test().await;
+            pace.repaired(failure.is_none());
         }
-        self.verified.set(broken.is_none());
-        self.metrics.redirect_verified(broken.is_none());
+        self.verified.set(failure.is_none());
+        self.metrics.redirect_verified(failure.is_none());
     }
 
-    /// Returns the first way that leads elsewhere. A family without a route is no way: no packet leaves by it.
-    async fn broken(&self) -> Option<String> {
+    /// Connects through the redirect from each address and returns the first failure. Skips families without a route,
+    /// which no packet can use.
+    async fn self_test(&self) -> Option<String> {
         for (host, service) in
             self.installed.rules().dnat_targets().filter(|(host, service)| has_route(*host, *service))
         {
@@ -105,7 +107,7 @@ impl Redirect {
     }
 
     /// Adds policy routing rules that another process removed, such as systemd-networkd when it starts.
-    async fn raise_fence(&self, pace: &mut Pace) {
+    async fn restore_policy_routing(&self, pace: &mut Pace) {
         if pace.fenced.is_some_and(|fenced| fenced.elapsed() < VERIFY) {
             return;
         }
@@ -114,34 +116,34 @@ impl Redirect {
         match tokio::task::spawn_blocking(move || installed.restore_policy_routing()).await {
             Ok(Ok(0)) => pace.fence_failed = false,
             Ok(Ok(rules)) => {
-                warn!(rules, "policy routing rules of the redirect were missing: added again");
+                warn!(rules, "the redirect's policy routing rules were missing and were added again");
                 self.metrics.rule_repaired.inc();
             }
             Ok(Err(error)) if !std::mem::replace(&mut pace.fence_failed, true) => {
-                warn!(%error, "policy routing rules of the redirect cannot be added");
+                warn!(%error, "the redirect's policy routing rules cannot be added");
             }
             Ok(Err(_)) | Err(_) => {}
         }
     }
 
-    /// Second opinion on what the self-test does not pass through: prerouting and forwarding. It repairs and warns; the
-    /// self-test alone decides on readiness.
+    /// Reads the rules back, to cover the chains that the self-test does not pass: prerouting and forwarding. A
+    /// difference causes a repair and a warning; readiness depends on the self-test alone.
     async fn read_back(&self, pace: &mut Pace) {
         if !pace.read_is_due(|| self.changes.overran()) {
             return;
         }
         let Some(listing) = self.listing(pace).await else { return };
-        match second_opinion(pace.expected.as_deref(), &listing) {
-            Opinion::AsApplied => {}
-            Opinion::Unknown => pace.expected = listing.ok().map(Into::into),
-            Opinion::Unreadable => warn!(
+        match compare(pace.expected.as_deref(), &listing) {
+            Comparison::Unchanged => {}
+            Comparison::First => pace.expected = listing.ok().map(Into::into),
+            Comparison::Unreadable => warn!(
                 error = listing.err().map(|error| format!("{error:#}")),
                 "the redirect's rules cannot be read back"
             ),
-            Opinion::Changed => {
+            Comparison::Changed => {
                 let error = listing.err().map(|error| format!("{error:#}"));
-                warn!(error, "the redirect's rules are not as they were applied: applying them again");
-                // Another version of the tool may list the same rules differently; that costs one repair.
+                warn!(error, "the redirect's rules differ from those that were applied: applying them again");
+                // Another version of the tool may list the same rules differently, which costs one repair.
                 if self.repair(pace).await
                     && let Some(Ok(listing)) = self.listing(pace).await
                 {
@@ -151,11 +153,11 @@ impl Redirect {
         }
     }
 
-    /// Runs the tools off the threads that serve requests.
+    /// Lists the rules on a blocking thread, since the tools are processes.
     async fn listing(&self, pace: &mut Pace) -> Option<anyhow::Result<String>> {
         let (installed, start) = (self.installed.clone(), Instant::now());
         let listing = tokio::task::spawn_blocking(move || installed.listing()).await;
-        pace.read(start.elapsed());
+        pace.record_read(start.elapsed());
         listing.ok()
     }
 
@@ -171,11 +173,11 @@ impl Redirect {
 
     async fn apply(&self) -> bool {
         let (installed, applying) = (self.installed.clone(), self.applying.clone());
-        // The tools are processes: waiting for them must not hold up requests.
+        // Use a blocking thread: waiting for the tools, which are processes, must not delay requests.
         let apply = move || {
-            let _one = applying.lock().unwrap_or_else(PoisonError::into_inner);
+            let _serialized = applying.lock();
             if let Err(error) = installed.restore_policy_routing() {
-                debug!(%error, "policy routing rules of the redirect cannot be added");
+                debug!(%error, "the redirect's policy routing rules cannot be added");
             }
             installed.apply_again()
         };
@@ -192,21 +194,22 @@ impl Redirect {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Opinion {
-    AsApplied,
+enum Comparison {
+    Unchanged,
     Changed,
-    /// The rules were never read before, so there is nothing to compare them with.
-    Unknown,
+    /// The rules are read for the first time, so there is nothing to compare them with.
+    First,
     Unreadable,
 }
 
-/// Rules that were listed once and cannot be listed now count as removed.
-fn second_opinion(expected: Option<&str>, listing: &anyhow::Result<String>) -> Opinion {
+/// Compares the rules with the expected listing. Rules that could be listed before and cannot be listed now count as
+/// changed.
+fn compare(expected: Option<&str>, listing: &anyhow::Result<String>) -> Comparison {
     match (expected, listing) {
-        (None, Ok(_)) => Opinion::Unknown,
-        (None, Err(_)) => Opinion::Unreadable,
-        (Some(expected), Ok(listing)) if expected == listing => Opinion::AsApplied,
-        (Some(_), _) => Opinion::Changed,
+        (None, Ok(_)) => Comparison::First,
+        (None, Err(_)) => Comparison::Unreadable,
+        (Some(expected), Ok(listing)) if expected == listing => Comparison::Unchanged,
+        (Some(_), _) => Comparison::Changed,
     }
 }
 
@@ -219,10 +222,10 @@ mod tests {
         let listing = |text: &str| Ok(text.to_owned());
         let unreadable = || Err(anyhow::anyhow!("no such table"));
         let applied = "chain prerouting { dnat }";
-        assert_eq!(second_opinion(Some(applied), &listing(applied)), Opinion::AsApplied);
-        assert_eq!(second_opinion(Some(applied), &listing("chain prerouting { }")), Opinion::Changed);
-        assert_eq!(second_opinion(Some(applied), &unreadable()), Opinion::Changed);
-        assert_eq!(second_opinion(None, &listing(applied)), Opinion::Unknown);
-        assert_eq!(second_opinion(None, &unreadable()), Opinion::Unreadable);
+        assert_eq!(compare(Some(applied), &listing(applied)), Comparison::Unchanged);
+        assert_eq!(compare(Some(applied), &listing("chain prerouting { }")), Comparison::Changed);
+        assert_eq!(compare(Some(applied), &unreadable()), Comparison::Changed);
+        assert_eq!(compare(None, &listing(applied)), Comparison::First);
+        assert_eq!(compare(None, &unreadable()), Comparison::Unreadable);
     }
 }

@@ -1,11 +1,11 @@
-//! Where pods and service accounts are learnt from.
+//! Discovers this node's pods and their service accounts, from the API server or from a file.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, task::JoinSet, time::sleep};
 use tracing::info;
 
-use super::{always, container};
+use super::{container, never_fails};
 use crate::{
     attribute::{self, Attributor, ServiceAccountName, cni, file, pod},
     authorize::{AccountEvent, Accounts, Authorizer, accounts},
@@ -16,38 +16,63 @@ use crate::{
     serve::container::TokenReviews,
 };
 
-/// The API server is asked no more often than this for the agent's rights, however many tokens it forbids.
-const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// Minimum interval between access reviews of the agent itself, however many TokenRequests are forbidden.
+const REVIEW_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What is needed to begin, and where goes what is learnt.
-pub(super) struct Learning<'a> {
+/// Readiness conditions that hold once the initial lists of pods and service accounts are complete.
+#[derive(Debug, Clone)]
+pub(super) struct Synced {
+    pub(super) pods: Condition,
+    pub(super) accounts: Condition,
+}
+
+impl Synced {
+    pub(super) fn new(readiness: &Readiness) -> Self {
+        Self { pods: readiness.condition("pods"), accounts: readiness.condition("service accounts") }
+    }
+
+    /// Waits until both initial lists are complete.
+    pub(super) async fn all(&self) {
+        self.pods.met().await;
+        self.accounts.met().await;
+    }
+
+    pub(super) fn set_all(&self) {
+        self.pods.set(true);
+        self.accounts.set(true);
+    }
+}
+
+/// Starts the discovery for the configured source.
+pub(super) struct Discovery<'a> {
     pub(super) config: &'a Config,
     pub(super) attributor: Arc<Attributor>,
-    /// Where service accounts go whose terms have changed.
+    /// Receives the service accounts whose session annotations changed.
     pub(super) changed: mpsc::UnboundedSender<ServiceAccountName>,
-    /// Met when the pods are known, and when the service accounts are.
-    pub(super) conditions: (Condition, Condition),
+    pub(super) synced: Synced,
     pub(super) readiness: Readiness,
     pub(super) metrics: Metrics,
 }
 
-/// What the stages to the right need of where pods come from.
+/// The parts of later stages that depend on the configured source.
 pub(super) struct Sources {
     pub(super) authorizer: Arc<Authorizer>,
     pub(super) tokens: TokenSource,
     pub(super) container: Option<TokenReviews>,
 }
 
-impl Learning<'_> {
+impl Discovery<'_> {
+    /// Starts the discovery tasks.
+    ///
     /// # Errors
-    /// What the configuration names cannot be used.
-    pub(super) async fn begin(self, tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Result<Sources> {
+    /// Fails if the workloads file or the kubeconfig is invalid.
+    pub(super) async fn start(self, tasks: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Result<Sources> {
         let defaults = self.config.defaults();
         let role_annotation = defaults.role_annotation();
         match self.config.source.clone() {
             Source::File(path) => {
                 let authorizer = Arc::new(Authorizer::new(Accounts::for_file(), defaults));
-                follow_file(&path, &self.attributor, &authorizer, role_annotation, &self.conditions, tasks)?;
+                follow_file(&path, &self.attributor, &authorizer, role_annotation, &self.synced, tasks)?;
                 Ok(Sources { authorizer, tokens: TokenSource::File, container: None })
             }
             Source::Kubernetes { node_name, kubeconfig, mint, cni_results, startup_taint } => {
@@ -59,27 +84,27 @@ impl Learning<'_> {
                 let authorizer = Arc::new(Authorizer::new(accounts, defaults));
                 if cni_results.is_none() {
                     info!(
-                        "no CNI records are read: pods are known when the API server shows their address, which may be \
-                         seconds after they have started"
+                        "the agent reads no CNI records: it knows a pod once the API server shows its address, which \
+                         may be seconds after the pod started"
                     );
                 }
                 if let Some(folder) = cni_results {
                     let records = cni::RecordWatcher::new(folder, self.attributor.clone(), self.metrics.clone());
-                    // Before the pods are listed: what then names none of them is a leftover.
+                    // Read the records before listing pods, so that records without a pod are known to be stale.
                     records.scan();
-                    tasks.spawn(always(records.follow()));
+                    tasks.spawn(never_fails(records.follow()));
                 }
                 if let Some(taint) = startup_taint {
                     let (client, node) = (kubernetes.call_client(Identity::Agent)?, node_name.clone());
-                    tasks.spawn(always(async move {
+                    tasks.spawn(never_fails(async move {
                         self.readiness.ready().await;
                         kubernetes::taint::remove(client, &node, &taint).await;
                     }));
                 }
                 let container = container::tokens(&kubernetes, self.config.container_audience.clone())?;
-                let minting = Arc::new(TokenMinter::default());
-                let tokens = TokenSource::Kubernetes(minting.clone());
-                let follow = Follow {
+                let minter = Arc::new(TokenMinter::default());
+                let tokens = TokenSource::Kubernetes(minter.clone());
+                let discovery = KubernetesDiscovery {
                     kubernetes,
                     node_name,
                     mint,
@@ -87,15 +112,15 @@ impl Learning<'_> {
                     attributor: self.attributor,
                     changed: self.changed,
                 };
-                tasks.spawn(follow.run(authorizer.clone(), role_annotation, minting, self.conditions));
+                tasks.spawn(discovery.run(authorizer.clone(), role_annotation, minter, self.synced));
                 Ok(Sources { authorizer, tokens, container })
             }
         }
     }
 }
 
-/// In Kubernetes: find out how tokens may be minted, then follow this node's pods and their service accounts.
-struct Follow {
+/// Determines the identity for minting tokens, then watches this node's pods and their service accounts.
+struct KubernetesDiscovery {
     kubernetes: ClientFactory,
     node_name: String,
     mint: MintMode,
@@ -104,87 +129,87 @@ struct Follow {
     changed: mpsc::UnboundedSender<ServiceAccountName>,
 }
 
-impl Follow {
+impl KubernetesDiscovery {
     async fn run(
         self,
         authorizer: Arc<Authorizer>,
         role_annotation: String,
-        minting: Arc<TokenMinter>,
-        (pods_known, accounts_known): (Condition, Condition),
+        minter: Arc<TokenMinter>,
+        synced: Synced,
     ) -> anyhow::Result<()> {
-        let heard = self.metrics.watch("serviceaccounts");
-        let accounts_client = self.kubernetes.watch_client(Identity::Agent, heard, accounts::keep(&role_annotation))?;
+        let activity = self.metrics.watch("serviceaccounts");
+        let accounts_client =
+            self.kubernetes.watch_client(Identity::Agent, activity, accounts::keep(&role_annotation))?;
         let accounts = async {
-            // Nobody listens any more: the agent is ending.
+            // Sending fails only while the agent shuts down.
             let changed = |account| drop(self.changed.send(account));
-            let told = |told| match told {
+            let handle = |event| match event {
                 AccountEvent::Synced(unlisted) => {
-                    accounts_known.set(true);
+                    synced.accounts.set(true);
                     unlisted.into_iter().for_each(changed);
                 }
                 AccountEvent::Changed(account) => changed(account),
                 AccountEvent::Unchanged => {}
             };
-            // The list keeps only the accounts of pods that are known.
-            pods_known.met().await;
-            authorizer.accounts().follow(accounts_client, &role_annotation, told).await;
+            // List the pods first: the agent keeps only the service accounts of known pods.
+            synced.pods.met().await;
+            authorizer.accounts().follow(accounts_client, &role_annotation, handle).await;
             anyhow::Ok(())
         };
         let pods = async {
             let mut identity = self.kubernetes.resolve_identity(self.mint).await?;
             loop {
                 let calls = self.kubernetes.call_client(identity)?;
-                minting.set_client(calls);
+                minter.set_client(calls);
                 let reads = self.kubernetes.read_client(identity, pod::annotation_filter())?;
                 let (node, attributor) = (self.node_name.clone(), self.attributor.clone());
                 attributor.set_live_lookup(attribute::watch::live_lookup(reads, node.clone(), attributor.clone()));
                 let client =
                     self.kubernetes.watch_client(identity, self.metrics.watch("pods"), pod::annotation_filter())?;
                 tokio::select! {
-                    () = attribute::watch::follow(client, node, attributor, || pods_known.set(true)) => {
+                    () = attribute::watch::follow(client, node, attributor, || synced.pods.set(true)) => {
                         return anyhow::Ok(());
                     }
-                    other = self.another_way(identity, &minting) => identity = other,
+                    other = self.reselect_identity(identity, &minter) => identity = other,
                 }
             }
         };
         tokio::try_join!(accounts, pods).map(|_| ())
     }
 
-    /// Returns when tokens can be minted in another name than until now: rights may be exchanged while agents run.
-    async fn another_way(&self, current: Identity, minting: &TokenMinter) -> Identity {
+    /// Returns when another identity than the current one may mint tokens: an operator may change RBAC at any time.
+    async fn reselect_identity(&self, current: Identity, minter: &TokenMinter) -> Identity {
         loop {
-            minting.wait_forbidden().await;
-            // What is forbidden for a reason of one pod's is no matter of the agent's rights.
+            minter.wait_forbidden().await;
+            // A TokenRequest may be forbidden for one pod only; then the identity stays the same.
             if let Ok(other) = self.kubernetes.query_identity(self.mint).await
                 && other != current
             {
                 self.kubernetes.log_identity(other);
                 return other;
             }
-            sleep(ASK_AGAIN).await;
+            sleep(REVIEW_INTERVAL).await;
         }
     }
 }
 
-/// Without Kubernetes.
+/// Discovers pods and roles from a file, without Kubernetes.
 fn follow_file(
     path: &Path,
     attributor: &Arc<Attributor>,
     authorizer: &Arc<Authorizer>,
     role_annotation: String,
-    conditions: &(Condition, Condition),
+    synced: &Synced,
     tasks: &mut JoinSet<anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
     let (attributor, authorizer) = (attributor.clone(), authorizer.clone());
-    let take = move |workloads: Vec<file::FileWorkload>| {
+    let apply = move |workloads: Vec<file::FileWorkload>| {
         authorizer.accounts().replace(&workloads, &role_annotation);
         file::apply(&workloads, &attributor);
     };
-    // A file that is wrong from the start is a mistake of the configuration; later, the last good one holds.
-    take(file::read(path)?);
-    conditions.0.set(true);
-    conditions.1.set(true);
-    tasks.spawn(file::follow(path.to_owned(), take));
+    // A file that is invalid at start is a configuration error; later, the last valid one stays in effect.
+    apply(file::read(path)?);
+    synced.set_all();
+    tasks.spawn(file::follow(path.to_owned(), apply));
     Ok(())
 }

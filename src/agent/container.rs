@@ -1,4 +1,4 @@
-//! How container credentials come to know whose a token is.
+//! Token reviews for container credentials.
 
 use tracing::{info, warn};
 
@@ -8,15 +8,18 @@ use crate::{
     serve::container::TokenReviews,
 };
 
-/// Reviews by the API server, for tokens of that audience; none where container credentials are not served.
+/// Returns a reviewer of tokens with this audience, or `None` if container credentials are disabled.
+///
+/// # Errors
+/// Fails if no client for the API server can be built.
 pub(super) fn tokens(kubernetes: &ClientFactory, audience: Option<String>) -> anyhow::Result<Option<TokenReviews>> {
     let Some(audience) = audience else { return Ok(None) };
-    info!(audience, "container credentials are served");
+    info!(audience, "the agent serves container credentials");
     if let Some(address) = doctor::pod_identity_agent() {
         warn!(
             %address,
-            "the EKS Pod Identity agent listens here: pods' connections to it come to this agent instead; remove it, \
-             or leave --container-credentials out"
+            "an EKS Pod Identity agent listens on this node, and pods' connections to it are redirected to kirsa: \
+             remove that agent, or do not set --container-credentials"
         );
     }
     let client = kubernetes.call_client(Identity::Agent)?;

@@ -1,4 +1,4 @@
-//! The guard of bridge ports, kept in step with the node's CNI records.
+//! Synchronizes the bridge guard with the node's CNI records.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -17,17 +17,17 @@ use crate::{
     observe::Metrics,
 };
 
-/// How often links and the guard are looked at without a change of records.
+/// Interval at which links and the guard are rechecked without a change of records.
 const READ_BACK: Duration = Duration::from_secs(30);
-/// Wait before the guard is tried again where it could not be applied.
+/// Delay before retrying to apply the guard.
 const RETRY: Duration = Duration::from_secs(5);
-/// Shortest time between repairs, so that a process that removes the guard as often cannot keep this node busy.
+/// Minimum time between repairs, so that a process that keeps removing the guard cannot keep this node busy.
 const SPACING: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 pub(super) struct BridgePorts {
     attributor: Arc<Attributor>,
-    /// None where nftables does not carry the redirect: then ports are only counted.
+    /// `None` unless nftables is the redirect's backend; ports are then only counted.
     guard: Option<BridgeGuard>,
     changes: RuleChanges,
     metrics: Metrics,
@@ -38,18 +38,18 @@ pub(super) struct BridgePorts {
 struct State {
     attachments: Option<BTreeSet<Attachment>>,
     ports: Option<BTreeSet<PodPort>>,
-    /// How nft listed the guard after it was applied; none while it is not.
+    /// The listing of the guard as it was applied; `None` while it is not applied.
     listed: Option<String>,
     failed: bool,
     warned: bool,
     warned_of_ingress: bool,
-    announced: bool,
-    kept: bool,
+    logged: bool,
+    was_maintained: bool,
 }
 
 impl State {
-    /// Has everything looked at and applied again.
-    fn forget(&mut self) {
+    /// Forces the next sync to check the links and apply the guard.
+    fn reset(&mut self) {
         self.attachments = None;
         self.ports = None;
     }
@@ -66,13 +66,13 @@ impl BridgePorts {
         Self { attributor, guard, changes, metrics, state: Mutex::default() }
     }
 
-    /// Keeps the guard as the records say, until dropped.
-    pub(super) async fn keep(&self) {
+    /// Keeps the guard in sync with the records until dropped.
+    pub(super) async fn maintain(&self) {
         let mut state = self.state.lock().await;
         let mut records = self.attributor.changes();
-        if std::mem::replace(&mut state.kept, true) {
-            // Another agent may have kept it since.
-            state.forget();
+        if std::mem::replace(&mut state.was_maintained, true) {
+            // Another agent may have changed the guard in the meantime.
+            state.reset();
         }
         loop {
             self.sync(&mut state).await;
@@ -81,8 +81,8 @@ impl BridgePorts {
             tokio::select! {
                 biased;
                 () = self.changes.bridge_removed() => {
-                    // Applied without a look, which takes time in which neighbors could pass for each other.
-                    state.forget();
+                    // Repair without reading the guard first: meanwhile, neighbors could impersonate each other.
+                    state.reset();
                     sleep_until(spacing).await;
                 }
                 () = sleep_until(next) => self.read_back(&mut state).await,
@@ -91,12 +91,12 @@ impl BridgePorts {
         }
     }
 
-    /// Applies the guard for the records that there are: before the first pod is served.
-    pub(super) async fn begin(&self) {
+    /// Applies the guard for the present records, before the first pod is served.
+    pub(super) async fn apply_initial(&self) {
         self.sync(&mut *self.state.lock().await).await;
     }
 
-    /// Most events of the directory change no record.
+    /// Waits until a record changes. Most change notifications are about pods only.
     async fn records_changed(&self, records: &mut tokio::sync::watch::Receiver<()>, state: &State) {
         while records.changed().await.is_ok() {
             if state.attachments.as_ref() != Some(&self.attributor.attachments()) {
@@ -106,7 +106,7 @@ impl BridgePorts {
         std::future::pending().await
     }
 
-    /// Has links looked at again, and the guard applied again if it is not as it was.
+    /// Forces a check of the links, and a repair if the guard differs from the one that was applied.
     async fn read_back(&self, state: &mut State) {
         state.attachments = None;
         let (Some(guard), Some(listed)) = (self.guard, state.listed.take_if(|_| !state.failed)) else { return };
@@ -114,8 +114,8 @@ impl BridgePorts {
         if listing.is_ok_and(|listing| listing.is_ok_and(|listing| listing == listed)) {
             state.listed = Some(listed);
         } else {
-            warn!("the guard of bridge ports is not as it was applied: applying it again");
-            state.forget();
+            warn!("the bridge guard differs from the one that was applied: applying it again");
+            state.reset();
         }
     }
 
@@ -124,41 +124,45 @@ impl BridgePorts {
         if state.attachments.as_ref() == Some(&attachments) && !state.failed {
             return;
         }
-        let (guard, known, of_records) = (self.guard, state.ports.clone(), attachments.clone());
-        let work = move || apply(guard, known.as_ref(), &of_records);
-        // The tool is a process, and listing links waits for the kernel: neither may hold up requests.
-        let done = tokio::task::spawn_blocking(work).await.map_err(Into::into).and_then(|done| done);
+        let (guard, applied_ports, recorded) = (self.guard, state.ports.clone(), attachments.clone());
+        let apply = move || apply(guard, applied_ports.as_ref(), &recorded);
+        // Use a blocking thread: nft is a process, and listing links waits for the kernel.
+        let result = tokio::task::spawn_blocking(apply).await.map_err(Into::into).and_then(|result| result);
         state.attachments = Some(attachments);
-        state.failed = done.is_err();
-        match done {
-            Ok(applied) => self.applied(state, applied),
-            Err(error) => self.failed(state, &error),
+        state.failed = result.is_err();
+        match result {
+            Ok(applied) => self.record_applied(state, applied),
+            Err(error) => self.record_failure(state, &error),
         }
     }
 
-    fn applied(&self, state: &mut State, Applied { ports, listed, ingress }: Applied) {
+    fn record_applied(&self, state: &mut State, Applied { ports, listed, ingress }: Applied) {
         self.metrics.bridge_ports(ports.len(), self.guard.is_some());
         state.listed = listed.or(state.listed.take());
         if let Err(error) = ingress
             && !std::mem::replace(&mut state.warned_of_ingress, true)
         {
             let error = format!("{error:#}");
-            warn!(error, "LLDP of pods is not guarded: a pod with CAP_NET_RAW may get a neighbor's answers by it");
+            warn!(
+                error,
+                "LLDP frames of pods are not blocked: a pod with CAP_NET_RAW may use them to get a neighbor's \
+                 credentials"
+            );
         }
         if self.guard.is_none() && !ports.is_empty() && !std::mem::replace(&mut state.warned, true) {
             warn!(
                 ports = ports.len(),
-                "pods share a Linux bridge, and only --intercept nft can keep one with CAP_NET_RAW from reading \
-                 another's credentials there: use it, or drop NET_RAW in pods"
+                "pods share a Linux bridge without a guard: a pod with CAP_NET_RAW can get its neighbors' credentials. \
+                 Use --intercept nft, or drop NET_RAW in pods"
             );
         }
-        if self.guard.is_some() && !ports.is_empty() && !std::mem::replace(&mut state.announced, true) {
-            info!(ports = ports.len(), "bridge ports of pods are guarded");
+        if self.guard.is_some() && !ports.is_empty() && !std::mem::replace(&mut state.logged, true) {
+            info!(ports = ports.len(), "the bridge guard protects the ports of pods");
         }
         state.ports = Some(ports);
     }
 
-    fn failed(&self, state: &mut State, error: &anyhow::Error) {
+    fn record_failure(&self, state: &mut State, error: &anyhow::Error) {
         let ports = state.attachments.as_ref().and_then(|attachments| pod_ports(attachments).ok());
         self.metrics.bridge_ports(ports.map_or(0, |ports| ports.len()), false);
         state.ports = None;
@@ -166,7 +170,7 @@ impl BridgePorts {
             let error = format!("{error:#}");
             warn!(
                 error,
-                "bridge ports of pods cannot be guarded: a pod with CAP_NET_RAW on a shared Linux bridge gets its \
+                "the bridge guard cannot be applied: a pod with CAP_NET_RAW on a shared Linux bridge can get its \
                  neighbors' credentials. Drop NET_RAW in pods"
             );
         }
@@ -175,23 +179,23 @@ impl BridgePorts {
 
 struct Applied {
     ports: BTreeSet<PodPort>,
-    /// Of the guard, if it was applied now.
+    /// The new listing of the guard, if it was applied.
     listed: Option<String>,
     ingress: anyhow::Result<()>,
 }
 
-/// Applies the guard unless it is applied for these ports already.
+/// Applies the guard unless `applied_ports` shows that it covers the same ports already.
 fn apply(
     guard: Option<BridgeGuard>,
-    known: Option<&BTreeSet<PodPort>>,
+    applied_ports: Option<&BTreeSet<PodPort>>,
     attachments: &BTreeSet<Attachment>,
 ) -> anyhow::Result<Applied> {
     let ports = pod_ports(attachments)?;
-    let Some(guard) = guard.filter(|_| known != Some(&ports)) else {
+    let Some(guard) = guard.filter(|_| applied_ports != Some(&ports)) else {
         return Ok(Applied { ports, listed: None, ingress: Ok(()) });
     };
-    // A node without such ports gets no table; one that an agent before left is emptied.
-    if known.is_none() && ports.is_empty() && guard.listing().is_err() {
+    // A node without bridge ports gets no table, but a table that a previous agent left behind is emptied.
+    if applied_ports.is_none() && ports.is_empty() && guard.listing().is_err() {
         return Ok(Applied { ports, listed: None, ingress: Ok(()) });
     }
     guard.apply(&ports)?;

@@ -1,10 +1,10 @@
-//! Wiring: how the stages are put together. With its parts below, and `doctor`, the only place that sees them all.
+//! Wires the stages together into the agent. Besides `doctor`, only this module and its parts see every stage.
 
 mod admin;
-mod ahead;
-pub(crate) mod bridge;
+mod bridge;
 mod container;
-mod follow;
+mod discovery;
+mod prefetcher;
 mod redirect;
 #[cfg(test)]
 mod simulation;
@@ -30,8 +30,7 @@ use crate::{
     attribute::Attributor,
     authorize::Grant,
     cache::{Cache, ExchangeLimiter},
-    config::{Command, Config},
-    doctor,
+    config::Config,
     exchange::{Exchange, sts::Sts},
     intercept::{
         self, Acceptor, BypassPolicy, ClientConn, HotRestart, Predecessor, Role, Roles, RuleChanges, SelfTest,
@@ -41,47 +40,31 @@ use crate::{
     serve::{Server, imds_token::ImdsTokens, node_metadata::NodeMetadata},
 };
 use bridge::BridgePorts;
+use discovery::{Discovery, Sources, Synced};
+use prefetcher::Prefetcher;
 use redirect::Redirect;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Two, so that reading a long list of pods delays no pod's request.
+/// Two threads, so that parsing a long list of pods does not delay requests.
 const WORKERS: usize = 2;
 
-/// Does what was asked for, from the first line of the log to the exit code.
-pub fn main(command: Command) -> ExitCode {
-    match command {
-        Command::Uninstall(backend) => match rule::uninstall(backend) {
-            Ok(removed) if removed.is_empty() => {
-                println!("nothing to remove: no rules of kirsa here");
-                ExitCode::SUCCESS
-            }
-            Ok(removed) => {
-                removed.iter().for_each(|what| println!("removed {what}"));
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
-        Command::Doctor(config, options) => doctor::main(&config, options),
-        Command::Health(socket, health) => doctor::health(&socket, health),
-        Command::Run(config) => match start(*config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                error!(error = format!("{error:#}"), "kirsa ends");
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
+/// Runs the agent until it is terminated.
+pub fn main(config: Config) -> ExitCode {
+    match start(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(error = format!("{error:#}"), "kirsa failed");
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 
-/// Bind, apply the redirect, drop privileges, serve: in this order, and the first three before there is a second
-/// thread, since capabilities belong to threads.
+/// Binds the port, applies the redirect, drops privileges, then serves. The first three happen before a second thread
+/// exists, since capabilities belong to threads.
 fn start(config: Config) -> anyhow::Result<()> {
     observe::start_logging(config.log_format, &config.log_level)?;
-    info!(version = VERSION, "kirsa starts");
+    info!(version = VERSION, "kirsa is starting");
     intercept::raise_descriptor_limit(config.limits.total);
     let mut predecessor = Predecessor::find(&config.state_dir);
     let pods = intercept::listen(config.host, config.port, predecessor.as_mut())?;
@@ -95,18 +78,18 @@ fn start(config: Config) -> anyhow::Result<()> {
         let listeners = Listeners { pods, admin, predecessor };
         run(config, listeners, installed, imds_tokens, until_terminated()?).await
     });
-    // Whatever still runs has nothing to lose: every request has ended, or has had its time.
+    // Remaining tasks may be dropped: every request has ended or used up its drain time.
     runtime.shutdown_background();
     ended
 }
 
-/// What the agent is reached by.
+/// The agent's listening sockets.
 #[derive(Debug)]
 pub struct Listeners {
     pub pods: Vec<std::net::TcpListener>,
-    /// None while another agent has its address.
+    /// `None` while another process uses the address.
     pub admin: Option<std::net::TcpListener>,
-    /// The agent that some of these may be from.
+    /// The previous agent, which may have passed some of these sockets (hot restart).
     pub predecessor: Option<Predecessor>,
 }
 
@@ -116,10 +99,10 @@ impl Listeners {
     }
 }
 
-/// Serves this node's pods until `shutdown`, and then until open requests have ended or had their time.
+/// Serves this node's pods until `shutdown`, then drains: waits for requests in flight for at most `--drain`.
 ///
 /// # Errors
-/// Something that the agent cannot do without.
+/// Fails if a required part cannot start, or fails later.
 pub async fn run(
     config: Config,
     listeners: Listeners,
@@ -129,50 +112,50 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let metrics = Metrics::new(VERSION)?;
     let readiness = Readiness::default();
-    let redirected = readiness.condition("redirect");
+    let redirect_verified = readiness.condition("redirect");
     let (attributor, pods) = Attributor::new(metrics.clone());
     let (changed, accounts) = mpsc::unbounded_channel();
     let mut tasks = JoinSet::new();
 
-    let conditions = (readiness.condition("pods"), readiness.condition("service accounts"));
-    let learning = follow::Learning {
+    let synced = Synced::new(&readiness);
+    let discovery = Discovery {
         config: &config,
         attributor: attributor.clone(),
         changed,
-        conditions: conditions.clone(),
+        synced: synced.clone(),
         readiness: readiness.clone(),
         metrics: metrics.clone(),
     };
-    let follow::Sources { authorizer, tokens, container } = learning.begin(&mut tasks).await?;
+    let Sources { authorizer, tokens, container } = discovery.start(&mut tasks).await?;
 
     let sts = Sts::new(config.sts.region.clone(), config.sts.endpoint.clone(), metrics.clone());
     let exchange = Exchange::new(tokens, sts, metrics.clone());
     let limiter = ExchangeLimiter::new(config.exchange_rate, config.exchange_burst, metrics.clone());
-    let (live, roles) = (attributor.clone(), authorizer.clone());
-    let check = move |grant: &Grant| live.is_live(grant.workload().uid()) && roles.is_current(grant);
+    let (pod_check, grant_check) = (attributor.clone(), authorizer.clone());
+    let check = move |grant: &Grant| pod_check.is_live(grant.workload().uid()) && grant_check.is_current(grant);
     let cache = Arc::new(Cache::new(Arc::new(exchange), limiter, check, metrics.clone()));
-    let (described, expiring) = (cache.clone(), cache.clone());
-    metrics.ask_credentials_left(move || expiring.first_expiry());
-    let admin = Admin { metrics: metrics.clone(), readiness, sessions: Arc::new(move || described.describe()) };
+    let (debug_cache, expiry_cache) = (cache.clone(), cache.clone());
+    metrics.track_first_expiry(move || expiry_cache.first_expiry());
+    let admin = Admin { metrics: metrics.clone(), readiness, sessions: Arc::new(move || debug_cache.describe()) };
     if let Some(path) = &config.admin_socket {
         tasks.spawn(admin::serve_local(admin.clone(), path)?);
     }
     let roles = Roles::new(listeners.predecessor.as_ref());
     let hot_restart = HotRestart::new(&config.state_dir, listeners.sockets(), roles.clone())?;
     tasks.spawn(admin::serve(admin, config.admin_address, listeners.admin, roles.clone()));
-    let ahead = ahead::FetchAhead {
+    let prefetcher = Prefetcher {
         attributor: attributor.clone(),
         authorizer: authorizer.clone(),
         cache: cache.clone(),
         window: config.start_window,
     };
-    tasks.spawn(always(ahead.run(pods, accounts, conditions.clone())));
+    tasks.spawn(never_fails(prefetcher.run(pods, accounts, synced.clone())));
     let metadata = NodeMetadata::new(config.metadata.given, config.metadata.allowed);
-    tasks.spawn(always(metadata.clone().poll()));
+    tasks.spawn(never_fails(metadata.clone().poll()));
     let changes = RuleChanges::subscribe();
     let bridge = BridgePorts::new(attributor.clone(), installed.as_ref(), changes.clone(), metrics.clone());
     if listeners.predecessor.is_none() {
-        bridge.begin().await;
+        bridge.apply_initial().await;
     }
     let server = Arc::new(Server {
         attributor: attributor.clone(),
@@ -202,36 +185,30 @@ pub async fn run(
     }
     match installed {
         Some(installed) => {
-            let others = listeners.predecessor.is_some();
-            let redirect = Redirect::new(installed, others, changes, self_test, redirected, metrics.clone());
+            let has_predecessor = listeners.predecessor.is_some();
+            let redirect =
+                Redirect::new(installed, has_predecessor, changes, self_test, redirect_verified, metrics.clone());
             let roles = roles.clone();
-            tasks.spawn(always(async move { roles.run_while(Role::Redirect, || redirect.keep()).await }));
+            tasks.spawn(never_fails(async move { roles.run_while(Role::Redirect, || redirect.maintain()).await }));
         }
         None => {
-            redirected.set(true);
+            redirect_verified.set(true);
             metrics.redirect_verified(true);
         }
     }
     let bridge_roles = roles.clone();
-    tasks.spawn(always(async move { bridge_roles.run_while(Role::Redirect, || bridge.keep()).await }));
-    // With the listeners, so that at the first signal the next agent is told, and this one's listeners are its alone.
+    tasks.spawn(never_fails(async move { bridge_roles.run_while(Role::Redirect, || bridge.maintain()).await }));
+    // Spawned with the listeners: at the first signal the next agent must learn of the shutdown and own the sockets.
     listening.spawn(async move {
         let _taken = match listeners.predecessor {
             Some(predecessor) => {
-                let synced = async {
-                    conditions.0.met().await;
-                    conditions.1.met().await;
-                };
-                predecessor
-                    .take_over(&roles, synced)
-                    .await
-                    .inspect_err(|error| warn!(%error, "hot restart: cannot follow the old agent"))
-                    .ok()
+                let taken = predecessor.take_over(&roles, synced.all()).await;
+                taken.inspect_err(|error| warn!(%error, "the hot restart failed")).ok()
             }
             None => None,
         };
         hot_restart.serve().await;
-        // There is no more to do, and the agent before must not think that this one has ended.
+        // Keep the connection to the previous agent open, which would otherwise take this one for dead.
         std::future::pending().await
     });
 
@@ -239,24 +216,24 @@ pub async fn run(
         () = shutdown => {}
         error = first_failure(&mut tasks, &mut listening) => return Err(error),
     }
-    info!(drain = ?config.drain, "no more connections are taken; open requests may end. The redirect stays");
-    let second = until_terminated()?;
+    info!(drain = ?config.drain, "drain started: the agent accepts no more connections, the redirect stays");
+    let second_signal = until_terminated()?;
     listening.shutdown().await;
     tokio::select! {
         () = drained(graceful) => info!("every request has ended"),
-        () = tokio::time::sleep(config.drain) => warn!("requests were open still when --drain was over"),
-        () = second => warn!("ended at once by a second signal"),
+        () = tokio::time::sleep(config.drain) => warn!("drain timed out with requests in flight"),
+        () = second_signal => warn!("a second signal ended the drain"),
     }
     Ok(())
 }
 
-/// Returns when a task has failed that the agent cannot do without.
+/// Waits for the first task that fails.
 async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>, listening: &mut JoinSet<()>) -> anyhow::Error {
     loop {
         let ended = tokio::select! {
             Some(ended) = tasks.join_next() => ended,
             Some(ended) = listening.join_next() => ended.map(Ok),
-            else => return anyhow::anyhow!("no task of the agent is left"),
+            else => return anyhow::anyhow!("every task of the agent has ended"),
         };
         match ended {
             Ok(Ok(())) => {}
@@ -266,14 +243,16 @@ async fn first_failure(tasks: &mut JoinSet<anyhow::Result<()>>, listening: &mut 
     }
 }
 
+/// Waits until every connection has ended.
 async fn drained(graceful: Arc<GracefulShutdown>) {
-    // The listeners, which had the other references, are gone.
+    // The listeners, which held the other references, are gone.
     if let Some(graceful) = Arc::into_inner(graceful) {
         graceful.shutdown().await;
     }
 }
 
-async fn always(task: impl Future<Output = ()>) -> anyhow::Result<()> {
+/// Adapts a task without a result to the task set.
+async fn never_fails(task: impl Future<Output = ()>) -> anyhow::Result<()> {
     task.await;
     Ok(())
 }

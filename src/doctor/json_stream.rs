@@ -1,23 +1,23 @@
-//! A JSON document whose one long list is read item by item, so that it need not be held whole. Knows no rules.
+//! Reads one long list of a JSON document item by item, without holding the document in memory.
 
 use std::{fmt, io::BufRead};
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-/// Passes on each item of the list that is the member `name` of the document.
+/// Calls `handle` for each item of the list that is the member `name` of the document.
 ///
 /// # Errors
-/// It is no such document, or ends early; what came before was passed on.
-pub(super) fn each(json: &mut dyn BufRead, name: &str, take: impl FnMut(Value)) -> serde_json::Result<()> {
+/// Fails if the document is not an object with such a list, or ends early. Items before the error were handled.
+pub(super) fn for_each(json: &mut dyn BufRead, name: &str, handle: impl FnMut(Value)) -> serde_json::Result<()> {
     let mut deserializer = serde_json::Deserializer::from_reader(json);
-    Document { name, take }.deserialize(&mut deserializer)?;
+    Document { name, handle }.deserialize(&mut deserializer)?;
     deserializer.end()
 }
 
 struct Document<'a, F> {
     name: &'a str,
-    take: F,
+    handle: F,
 }
 
 impl<'de, F: FnMut(Value)> DeserializeSeed<'de> for Document<'_, F> {
@@ -38,7 +38,7 @@ impl<'de, F: FnMut(Value)> Visitor<'de> for Document<'_, F> {
     fn visit_map<A: MapAccess<'de>>(mut self, mut members: A) -> Result<(), A::Error> {
         while let Some(member) = members.next_key::<String>()? {
             if member == self.name {
-                members.next_value_seed(Items(&mut self.take))?;
+                members.next_value_seed(Items(&mut self.handle))?;
             } else {
                 members.next_value::<IgnoredAny>()?;
             }

@@ -1,4 +1,4 @@
-//! What the agent may do at the API server: all that daemonset/ grants, and nothing else.
+//! Checks the agent's RBAC permissions: all that daemonset/ grants, and no others (least privilege).
 
 use std::collections::BTreeSet;
 
@@ -9,9 +9,9 @@ use super::finding::Finding;
 use crate::kubernetes::{Access, Identity, is_allowed};
 
 const RBAC: &str = "rbac";
-const WIDTH: &str = "rbac-width";
-/// Names that are shown of what else the agent may do.
-const SHOWN: usize = 12;
+const EXCESS: &str = "rbac-excess";
+/// Maximum number of excess rights in one finding.
+const MAX_SHOWN: usize = 12;
 
 const BASE: [Access; 3] = [
     ("get", "", "serviceaccounts", None),
@@ -30,14 +30,14 @@ const TAINT: [Access; 2] = [("get", "", "nodes", None), ("patch", "", "nodes", N
 
 const CONTAINER: [Access; 1] = [("create", "authentication.k8s.io", "tokenreviews", None)];
 
-/// What else was asked for.
+/// Enabled features, each with a component of daemonset/ that grants its permissions.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Parts {
-    pub taint: bool,
-    pub container: bool,
+pub(super) struct Components {
+    pub startup_taint: bool,
+    pub container_credentials: bool,
 }
 
-/// Each would make a stolen credential of the agent worth more than pods' roles.
+/// Rights that would make a stolen agent token worth more than the pods' roles.
 const DANGEROUS: [Access; 13] = [
     ("get", "", "secrets", None),
     ("list", "", "secrets", None),
@@ -53,8 +53,8 @@ const DANGEROUS: [Access; 13] = [
     ("create", "", "serviceaccounts", Some("token")),
     ("list", "", "pods", None),
 ];
-/// What every service account may, by the API server's own bindings.
-const EVERYBODY: [Access; 6] = [
+/// Rights of every service account, granted by the API server's default bindings.
+const DEFAULT: [Access; 6] = [
     ("create", "authorization.k8s.io", "selfsubjectaccessreviews", None),
     ("create", "authorization.k8s.io", "selfsubjectrulesreviews", None),
     ("create", "authentication.k8s.io", "selfsubjectreviews", None),
@@ -63,8 +63,8 @@ const EVERYBODY: [Access; 6] = [
     ("watch", "certificates.k8s.io", "clustertrustbundles", None),
 ];
 
-/// `identity` is in whose name tokens are minted, if any.
-pub(super) async fn check(client: &Client, identity: Option<Identity>, asked: Parts) -> Vec<Finding> {
+/// Checks for missing and excess rights. `identity` is the identity that may mint tokens.
+pub(super) async fn check(client: &Client, identity: Option<Identity>, enabled: Components) -> Vec<Finding> {
     let parts: [(&str, &[Access]); 4] = [
         ("daemonset/base/rbac.yaml", &BASE),
         match identity {
@@ -72,50 +72,50 @@ pub(super) async fn check(client: &Client, identity: Option<Identity>, asked: Pa
             Some(Identity::Agent) => ("daemonset/components/direct-minting", &DIRECT),
             None => ("", &[]),
         },
-        ("daemonset/components/startup-taint", if asked.taint { &TAINT } else { &[] }),
-        ("daemonset/components/container-credentials", if asked.container { &CONTAINER } else { &[] }),
+        ("daemonset/components/startup-taint", if enabled.startup_taint { &TAINT } else { &[] }),
+        ("daemonset/components/container-credentials", if enabled.container_credentials { &CONTAINER } else { &[] }),
     ];
     let granted: Vec<Access> = parts.iter().flat_map(|(_, part)| part.iter().copied()).collect();
-    match missing(client, &parts).await {
+    match missing_rights(client, &parts).await {
         Ok(finding) => {
-            let width = width(client, &granted).await;
-            let unsaid = |error| vec![Finding::skipped(WIDTH, format!("the API server does not say: {error:#}"))];
-            [finding].into_iter().chain(width.unwrap_or_else(unsaid)).collect()
+            let excess = excess_rights(client, &granted).await;
+            let failed = |error| vec![Finding::skipped(EXCESS, format!("the access review failed: {error:#}"))];
+            [finding].into_iter().chain(excess.unwrap_or_else(failed)).collect()
         }
-        Err(error) => vec![Finding::skipped(RBAC, format!("the API server does not say: {error:#}"))],
+        Err(error) => vec![Finding::skipped(RBAC, format!("the access review failed: {error:#}"))],
     }
 }
 
-async fn missing(client: &Client, parts: &[(&str, &[Access])]) -> anyhow::Result<Finding> {
-    let (mut lacking, mut apply) = (Vec::new(), Vec::new());
-    let mut asked = 0;
+async fn missing_rights(client: &Client, parts: &[(&str, &[Access])]) -> anyhow::Result<Finding> {
+    let (mut missing, mut apply) = (Vec::new(), Vec::new());
+    let mut needed = 0;
     for (manifest, part) in parts {
         for access in *part {
-            asked += 1;
+            needed += 1;
             if !is_allowed(client, *access).await? {
-                lacking.push(name(*access));
+                missing.push(name(*access));
                 apply.push(*manifest);
             }
         }
     }
     apply.dedup();
-    Ok(if lacking.is_empty() {
-        Finding::ok(RBAC, format!("all {asked} rights of daemonset/ are granted"))
+    Ok(if missing.is_empty() {
+        Finding::ok(RBAC, format!("all {needed} rights of daemonset/ are granted"))
     } else {
         Finding::failed(
             RBAC,
-            format!("the agent may not {}", lacking.join(", ")),
+            format!("the agent may not {}", missing.join(", ")),
             format!("apply {}", apply.join(", ")),
         )
     })
 }
 
-async fn width(client: &Client, granted: &[Access]) -> anyhow::Result<Vec<Finding>> {
+async fn excess_rights(client: &Client, granted: &[Access]) -> anyhow::Result<Vec<Finding>> {
     if is_allowed(client, ("*", "*", "*", None)).await? {
         return Ok(vec![Finding::warning(
-            WIDTH,
+            EXCESS,
             "the agent may do everything",
-            "take its service account out of whatever binds it to cluster-admin or to a rule with *: kubectl get \
+            "remove the agent's service account from the binding to cluster-admin or to a rule with *: kubectl get \
              clusterrolebindings -o wide",
         )]);
     }
@@ -124,36 +124,39 @@ async fn width(client: &Client, granted: &[Access]) -> anyhow::Result<Vec<Findin
     for access in DANGEROUS {
         if !granted.contains(&access) && is_allowed(client, access).await? {
             let name = name(access);
-            let fix =
-                format!("remove the rule with {name} from what binds the agent's service account{}", origin(access));
-            findings.push(Finding::warning(WIDTH, format!("the agent may {name}, in every namespace"), fix));
+            let fix = format!(
+                "remove the rule with {name} from the roles bound to the agent's service account{}",
+                origin(access)
+            );
+            findings.push(Finding::warning(EXCESS, format!("the agent may {name}, in every namespace"), fix));
             found.insert(name);
         }
     }
-    let known: BTreeSet<String> = granted.iter().chain(&EVERYBODY).map(|access| name(*access)).chain(found).collect();
-    let mut beyond = BTreeSet::new();
+    let known: BTreeSet<String> = granted.iter().chain(&DEFAULT).map(|access| name(*access)).chain(found).collect();
+    let mut others = BTreeSet::new();
     for namespace in [client.default_namespace(), "kube-system"] {
-        beyond.extend(rules(client, namespace).await?.into_iter().filter(|right| !known.contains(right)));
+        others.extend(rights_in(client, namespace).await?.into_iter().filter(|right| !known.contains(right)));
     }
-    if !beyond.is_empty() {
-        let mut names: Vec<String> = beyond.into_iter().collect();
-        let more = names.len().saturating_sub(SHOWN);
-        names.truncate(SHOWN);
+    if !others.is_empty() {
+        let mut names: Vec<String> = others.into_iter().collect();
+        let more = names.len().saturating_sub(MAX_SHOWN);
+        names.truncate(MAX_SHOWN);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         findings.push(Finding::warning(
-            WIDTH,
+            EXCESS,
             format!("the agent may also {}{more}", names.join(", ")),
-            "remove the rules that daemonset/ does not have; what this cluster grants to every service account may stay",
+            "remove the rules that are not in daemonset/; rights that this cluster grants to every service account may \
+             stay",
         ));
     }
     if findings.is_empty() {
-        findings.push(Finding::ok(WIDTH, "nothing beyond daemonset/ is granted"));
+        findings.push(Finding::ok(EXCESS, "no rights beyond daemonset/ are granted"));
     }
     Ok(findings)
 }
 
-/// Every right that RBAC grants in a namespace, cluster-wide ones included.
-async fn rules(client: &Client, namespace: &str) -> anyhow::Result<Vec<String>> {
+/// Returns every right that RBAC grants in a namespace, cluster-wide rights included.
+async fn rights_in(client: &Client, namespace: &str) -> anyhow::Result<Vec<String>> {
     let review = SelfSubjectRulesReview {
         spec: SelfSubjectRulesReviewSpec { namespace: Some(namespace.into()) },
         ..SelfSubjectRulesReview::default()
@@ -165,7 +168,7 @@ async fn rules(client: &Client, namespace: &str) -> anyhow::Result<Vec<String>> 
         let groups = rule.api_groups.as_deref().unwrap_or_default();
         for resource in rule.resources.iter().flatten() {
             for group in groups {
-                rights.extend(rule.verbs.iter().map(|verb| named(verb, group, resource)));
+                rights.extend(rule.verbs.iter().map(|verb| join(verb, group, resource)));
             }
         }
     }
@@ -174,16 +177,17 @@ async fn rules(client: &Client, namespace: &str) -> anyhow::Result<Vec<String>> 
 
 fn name((verb, group, resource, subresource): Access) -> String {
     match subresource {
-        Some(subresource) => named(verb, group, &format!("{resource}/{subresource}")),
-        None => named(verb, group, resource),
+        Some(subresource) => join(verb, group, &format!("{resource}/{subresource}")),
+        None => join(verb, group, resource),
     }
 }
 
-fn named(verb: &str, group: &str, resource: &str) -> String {
+fn join(verb: &str, group: &str, resource: &str) -> String {
     if group.is_empty() { format!("{verb} {resource}") } else { format!("{verb} {resource}.{group}") }
 }
 
+/// Names the component that an excess right probably comes from.
 fn origin(access: Access) -> &'static str {
-    // Both ways of minting may have been applied: only one is used.
-    if DIRECT.contains(&access) { " (daemonset/components/direct-minting has it, and is not used)" } else { "" }
+    // The components of both minting modes may be applied, but only one is used.
+    if DIRECT.contains(&access) { " (it is in daemonset/components/direct-minting, which is not used)" } else { "" }
 }

@@ -1,5 +1,5 @@
-//! Where the admin pages are served: at an address that the agents of a node have one after the other, and at a socket
-//! that is this one's alone.
+//! Listeners for the admin pages: a TCP port that passes from agent to agent in a hot restart, and a Unix socket that
+//! belongs to this process alone.
 
 use std::{fs, future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
@@ -16,17 +16,17 @@ use crate::{
     observe::Admin,
 };
 
-/// The metrics have some 20 KiB.
+/// Socket buffers. The metrics page has about 20 KiB.
 const BUFFERS: Buffers = Buffers { receive: 4 << 10, send: 16 << 10 };
-/// How soon it is tried again to have an address that another agent has.
+/// Interval of attempts to listen on an address that is in use.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The listener of the agent that ran before, or one of our own. Neither where somebody else listens: the agent before,
-/// at an address that overlaps this one (`[::]:8182` with `127.0.0.1:8182`), or one that drains and hands over no more.
-/// That is no reason to keep pods from their credentials.
+/// Returns the listener of the previous agent, or a new one. Returns `None` if the address is in use: by a previous
+/// agent with an overlapping address (`[::]:8182` and `127.0.0.1:8182`), or by one that drains and passes no more
+/// sockets. The agent then serves pods without the admin port until the address is free.
 ///
 /// # Errors
-/// The node has no such address.
+/// Fails if the address cannot be bound for any other reason, such as an address that the node does not have.
 pub(super) fn listen(
     address: SocketAddr,
     predecessor: Option<&mut Predecessor>,
@@ -37,17 +37,17 @@ pub(super) fn listen(
     match std::net::TcpListener::bind(address) {
         Ok(listener) => Ok(Some(listener)),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            warn!(%address, "--admin-address: somebody else listens there, metrics and health are served when it is free");
+            warn!(%address, "--admin-address is in use: the agent serves metrics and health once it is free");
             Ok(None)
         }
-        Err(error) => Err(error).with_context(|| format!("--admin-address {address}: cannot listen there")),
+        Err(error) => Err(error).with_context(|| format!("--admin-address {address}: cannot listen on it")),
     }
 }
 
-/// Serves whenever that is this agent's duty.
+/// Serves the admin port while this agent has that role.
 ///
 /// # Errors
-/// The listener cannot be used.
+/// Fails if the listener cannot be configured.
 pub(super) async fn serve(
     admin: Admin,
     address: SocketAddr,
@@ -59,15 +59,15 @@ pub(super) async fn serve(
             listener.set_nonblocking(true)?;
             TcpListener::from_std(listener)?
         }
-        None => freed(address).await,
+        None => bind_when_free(address).await,
     };
     BUFFERS.apply(&listener).context("cannot limit the socket buffers of the admin port")?;
     roles.run_while(Role::Admin, || admin.serve(&listener)).await;
     Ok(())
 }
 
-/// Returns when nobody else listens there any more.
-async fn freed(address: SocketAddr) -> TcpListener {
+/// Retries until no other process listens on the address.
+async fn bind_when_free(address: SocketAddr) -> TcpListener {
     loop {
         match TcpListener::bind(address).await {
             Ok(listener) => {
@@ -79,23 +79,23 @@ async fn freed(address: SocketAddr) -> TcpListener {
     }
 }
 
-/// Serves in every role, since the requests there are meant for this process.
+/// Serves the admin socket, independent of this agent's role: requests on it are about this process.
 ///
 /// # Errors
-/// There can be no such socket.
+/// Fails if the socket cannot be created at this path.
 pub(super) fn serve_local(
     admin: Admin,
     path: &Path,
 ) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
     let listen = || {
-        // Of a process that was killed.
+        // A process that was killed leaves its socket behind.
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         UnixListener::bind(path)
     };
-    let listener = listen().with_context(|| format!("--admin-socket {}: cannot listen there", path.display()))?;
+    let listener = listen().with_context(|| format!("--admin-socket {}: cannot listen on it", path.display()))?;
     Ok(async move {
         admin.serve_local(&listener).await;
         Ok(())
