@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Build kirsa's image (Dockerfile) with buildah or docker into target/image/kirsa.tar and print its size.
-#   IMAGE=localhost/kirsa:0.1.0   the name in the archive
-#   KIRSA_BINARY=PATH             a static binary that exists already, instead of building one
-#   PROFILE=release|quick         cargo's; quick compiles in a fraction of the time and is for trying, not for shipping
-#   ENGINE=buildah|docker         default: the first that is there
-#   LIMIT=10000000                bytes, compressed; more is an error
+#   IMAGE=localhost/kirsa:0.1.0   name in the archive
+#   KIRSA_BINARY=PATH             an existing static binary, instead of building one
+#   PROFILE=release|quick         cargo profile; quick compiles in a fraction of the time, for tests only
+#   ENGINE=buildah|docker         default: the first that is installed
+#   LIMIT=10000000                maximum compressed size in bytes
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 work=$repo/target/image root=$repo/target/image/rootfs
@@ -15,7 +15,7 @@ profile=${PROFILE:-release}
 say() { echo "image: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-# What the rules need: DNAT and its matches, the mark of kirsa's own check, the comments that name the rules.
+# Plugins that the rules need: DNAT and its matches, the mark of the self-test, the comments that identify the rules.
 plugins='libxt_DNAT libxt_NAT libxt_addrtype libxt_comment libxt_conntrack libxt_mark libxt_MARK libxt_socket
   libxt_standard libxt_tcp libipt_REJECT libip6t_REJECT'
 
@@ -29,7 +29,7 @@ binary() {
   echo "$repo/target/$triple/$profile/kirsa"
 }
 
-# A file to the place where it is here, once; links become files, folders are merged into /usr as Debian does.
+# Copies a file to the same path in the image, once; links become files, directories are merged into /usr as Debian does.
 take() { # file [name]
   local at=${2:-$1}
   case $at in /lib/* | /lib64/*) at=/usr$at ;; esac
@@ -37,7 +37,7 @@ take() { # file [name]
   echo "$1" >>"$work/taken"
 }
 libraries() { ldd "$1" | sed -nE 's/^\s*(\S+ => )?(\/\S+) \(0x.*/\2/p'; }
-program() { # file: with every library that it loads
+program() { # file; also takes every library that it loads
   take "$1"
   local lib; for lib in $(libraries "$1"); do take "$lib"; done
 }
@@ -50,10 +50,10 @@ stage() {
   program "$(command -v nft || echo /usr/sbin/nft)"
   program /usr/sbin/xtables-nft-multi
   program /usr/sbin/xtables-legacy-multi
-  # Plugins are dlopened by name, so ldd cannot find them.
+  # The tools dlopen plugins by name, so ldd cannot find them.
   local dir plugin; dir=$(dirname "$(dpkg -L iptables | grep -m1 '/xtables/libxt_tcp.so$')")
   for plugin in $plugins; do program "$dir/$plugin.so"; done
-  # Links as Debian's alternatives make them, but to the legacy kind: where nf_tables is there, nft is used.
+  # Same links as Debian's alternatives, but to legacy iptables: where nf_tables exists, the agent uses nft.
   local family verb kind
   for family in iptables ip6tables; do for verb in '' -restore -save; do
     for kind in nft legacy; do ln -s "xtables-$kind-multi" "$root/usr/sbin/$family-$kind$verb"; done
@@ -65,7 +65,7 @@ stage() {
   echo 'root:x:0:' >"$root/etc/group"
   take /etc/os-release
 
-  # Whose files these are: for scanners, and for the licences that ask to be passed on.
+  # Records the packages of these files: for scanners, and for licenses that must be distributed.
   local file package
   while read -r file; do dpkg -S "$(readlink -f "$file")" "$file" "${file#/usr}" 2>/dev/null || true; done \
     < <(sort -u "$work/taken") | sed 's/: .*//' | sort -u >"$work/packages"
@@ -77,13 +77,13 @@ stage() {
   find "$root" -type d -exec chmod 755 {} +
 }
 
-# One compressed layer per COPY; both archives hold an OCI layout, whose blobs are what a registry would store.
+# Makes one compressed layer per COPY; both archives hold an OCI layout, whose blobs are what a registry would store.
 build() {
   local engine=${ENGINE:-}
   [ -n "$engine" ] || engine=$(command -v buildah || command -v docker) || die "needs buildah or docker"
   case $(basename "$engine") in
     buildah)
-      # A store of its own on plain directories: works in containers and leaves nothing behind.
+      # Uses its own store on plain directories, which works in containers and leaves nothing behind.
       local b="buildah --root $work/store --runroot $work/storerun --storage-driver vfs"
       $b build -q --isolation chroot --timestamp "${SOURCE_DATE_EPOCH:-0}" --build-arg "VERSION=$version" \
         -f "$repo/Dockerfile" -t "$image" "$work" >/dev/null
@@ -96,7 +96,7 @@ build() {
   esac
 }
 
-size() { # bytes of the archive's blobs, gzip-compressed where the engine left them plain
+size() { # prints the bytes of the archive's blobs, gzip-compressed where the engine did not compress them
   local dir; dir=$(mktemp -d)
   tar -xf "$work/kirsa.tar" -C "$dir"
   local total=0 blob
