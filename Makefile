@@ -48,9 +48,9 @@ soak: ## Run a busy node: 250 pods come, go and send requests like SDKs; verify 
 	@$(CARGO) build --quiet --package kirsa --package lab --bins
 	@target/debug/soak --minutes $(or $(MINUTES),5)
 
-simulate: ## Simulate the load of 5,000 nodes on STS and the API server. NODES=, LIVES=, PODS=, ACCOUNTS=, STS_MILLIS=, SESSION=, WINDOW=
-	NODES=$(NODES) LIVES=$(LIVES) PODS=$(PODS) ACCOUNTS=$(ACCOUNTS) STS_MILLIS=$(STS_MILLIS) SESSION=$(SESSION) WINDOW=$(WINDOW) \
-		$(CARGO) test --lib -- --ignored --exact --nocapture node::simulation::report::simulate
+simulate: ## Simulate the load of 5,000 nodes on STS and the API server. NODES=, RUNS=, PODS=, ACCOUNTS=, STS_MILLIS=, SESSION=, WINDOW=
+	NODES=$(NODES) RUNS=$(RUNS) PODS=$(PODS) ACCOUNTS=$(ACCOUNTS) STS_MILLIS=$(STS_MILLIS) SESSION=$(SESSION) WINDOW=$(WINDOW) \
+		$(CARGO) test --lib -- --ignored --exact --nocapture agent::simulation::report::print_table
 
 e2e: ## Deploy the image on a one-node cluster of real parts and run the scenarios (needs root). KEEP=1 leaves it running.
 	@tests/setup.sh e2e

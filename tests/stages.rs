@@ -10,7 +10,7 @@ const SHARED: [&str; 4] = ["clock", "connections", "observe", "refusal"];
 /// These may name the API-server client, which knows no stage.
 const ASK_KUBERNETES: [&str; 2] = ["attribute", "authorize"];
 /// These see every stage.
-const WIRING: [&str; 5] = ["agent", "node", "config", "doctor", "fuzz"];
+const WIRING: [&str; 4] = ["agent", "config", "doctor", "fuzz"];
 /// Old names of things that have a term now; ARCHITECTURE.md has the glossary. One in CamelCase bans the type only.
 const OLD_WORDS: [&str; 16] = [
     "foresee",
