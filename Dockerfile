@@ -1,10 +1,10 @@
-# The image: a static kirsa, and the nft and iptables that it runs with just the libraries that these load.
+# The image contains a static kirsa, and the nft and iptables that it runs, with only the libraries that these load.
 #
-# FROM scratch and one COPY, because there is nothing to pull: no base image, no build stage, hence the same image
-# on a laptop, on a build machine without a registry, and under buildah as under docker. daemonset/image.sh prepares
-# the context (target/image/rootfs) from the build machine's Debian packages, builds the binary, runs this file and
-# prints the size. The package database entries of what was taken are in /var/lib/dpkg/status.d, where
-# vulnerability scanners look for them; the licences are in /usr/share/doc.
+# It is FROM scratch with one COPY, so the build pulls nothing: no base image and no build stage. The image is the same
+# on a laptop, on a build machine without a registry, and with buildah or docker. daemonset/image.sh prepares the context
+# (target/image/rootfs) from the build machine's Debian packages, builds the binary, runs this file and prints the size.
+# The package database entries of the copied files are in /var/lib/dpkg/status.d, where vulnerability scanners look for
+# them; the licenses are in /usr/share/doc.
 FROM scratch
 
 ARG VERSION=dev
@@ -15,8 +15,8 @@ LABEL org.opencontainers.image.title="kirsa" \
 
 COPY rootfs/ /
 
-# nft and iptables-restore are looked up here; there is no shell.
+# kirsa finds nft and iptables-restore in this PATH; there is no shell.
 ENV PATH=/usr/bin:/usr/sbin
-# Not a USER: the CNI records are root's, 0600. The DaemonSet drops every capability but one instead.
+# No USER: CNI records belong to root, with mode 0600. The DaemonSet drops all capabilities but two instead.
 ENTRYPOINT ["/usr/bin/kirsa"]
 CMD ["run"]
