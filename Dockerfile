@@ -1,4 +1,4 @@
-# The image: a static kirsa, and the nft and iptables that it runs with just the libraries that these load.
+# The image contains a static kirsa, and the nft and iptables that it runs, with only the libraries that these load.
 #
 # FROM scratch and one COPY: there is no base image to pull and nothing is executed, so every architecture is built the
 # same way, under buildah as under docker. release/rootfs.sh prepares rootfs/ from pinned Debian packages. Their database
@@ -15,8 +15,8 @@ LABEL org.opencontainers.image.title="kirsa" \
 
 COPY rootfs/ /
 
-# nft and iptables-restore are looked up here; there is no shell.
+# kirsa finds nft and iptables-restore in this PATH; there is no shell.
 ENV PATH=/usr/bin:/usr/sbin
-# Not a USER: the CNI records are root's, 0600. The DaemonSet drops every capability but one instead.
+# No USER: CNI records belong to root, with mode 0600. The DaemonSet drops all capabilities but two instead.
 ENTRYPOINT ["/usr/bin/kirsa"]
 CMD ["run"]

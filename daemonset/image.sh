@@ -37,7 +37,7 @@ build() {
   esac
 }
 
-size() { # bytes of the archive's blobs, gzip-compressed where the engine left them plain
+size() { # prints the bytes of the archive's blobs, gzip-compressed where the engine did not compress them
   local dir; dir=$(mktemp -d)
   tar -xf "$work/kirsa.tar" -C "$dir"
   local total=0 blob

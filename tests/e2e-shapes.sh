@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Each shape of a pod's network with each mode of kube-proxy: a cluster of its own, where the scenarios that depend on
-# the way of a packet are run. Ends with a table and, like each of the runs, without a trace. Needs root.
-#   CHURN=20                  seconds of address reuse
+# Runs each type of pod network with each mode of kube-proxy, each on its own cluster, with the scenarios that depend on
+# the path of a packet. Prints a table at the end and, like each of the runs, leaves nothing behind. Needs root.
+#   CHURN=20                  seconds of IP reuse
 #   SHAPES="ptp bridge routed" PROXY_MODES="nftables iptables"
 #   BIN=, PROFILE=, KIRSA_BINARY=, DUAL_STACK=   as in e2e.sh
 set -euo pipefail
@@ -13,7 +13,7 @@ failed=0 table='' scenarios=(smoke newcomer reuse removal)
 for cni in ${SHAPES:-ptp bridge routed}; do
   for proxy_mode in ${PROXY_MODES:-nftables iptables}; do
     echo "=== CNI $cni, kube-proxy $proxy_mode"
-    # In the background, so that a signal is not kept waiting; it ends by the same signal.
+    # Runs in the background, so that a signal is handled at once and forwarded to it.
     CNI=$cni PROXY_MODE=$proxy_mode CHURN=${CHURN:-20} "$repo/tests/e2e.sh" "${scenarios[@]}" > >(tee -i "$log") 2>&1 &
     run=$!
     trap 'kill -TERM $run; wait $run; exit 143' INT TERM

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The agent on a real node: builds its image, starts a cluster (tests/cluster), applies daemonset/, runs the scenarios
-# (tests/lab/src/bin/e2e). Needs root; ends without a trace, also after a failure, Ctrl-C or SIGTERM.
-#   e2e.sh [SCENARIO...]      smoke, privileges, first-act, ...: all of them by default
-#   e2e.sh --possible         only says, by its exit code and in a line, whether it can run here
-#   KEEP=1                    leaves the cluster running and says how to enter
-#   FIRST_ACT=200 CHURN=300   pods of the first act, seconds of address reuse
+# Tests the agent on a real node: builds its image, starts a cluster (tests/cluster), applies daemonset/, runs the
+# scenarios (tests/lab/src/bin/e2e). Needs root; leaves nothing behind, also after a failure, Ctrl-C or SIGTERM.
+#   e2e.sh [SCENARIO...]      smoke, privileges, first-act, ...; default: all
+#   e2e.sh --possible         only reports, by exit code and in one line, whether it can run here
+#   KEEP=1                    leaves the cluster running and prints how to enter it
+#   FIRST_ACT=200 CHURN=300   number of pods of first-act, seconds of IP reuse
 #   CNI=, PROXY_MODE=, BIN=   as in tests/cluster/up.sh
 #   PROFILE=, KIRSA_BINARY=   as in daemonset/image.sh
-#   IMAGE_ARCHIVE=FILE        an image that was built before, instead of building one
-#   FORMER=FILE               the image of a former version by the name localhost/kirsa:former, for rollback
+#   IMAGE_ARCHIVE=FILE        an existing image, instead of building one
+#   FORMER=FILE               image of a former version, named localhost/kirsa:former, for rollback
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 export KIRSA_CLUSTER=${KIRSA_CLUSTER:-/tmp/kirsa-e2e.$$}
@@ -25,7 +25,7 @@ why=$(why_not)
 if [ "${1:-}" = --possible ]; then echo "$why"; [ -z "$why" ]; exit; fi
 [ -z "$why" ] || die "$why"
 
-# In a session of its own, and waited for: so that a signal is answered at once, and reaches all that the step started.
+# Runs a step in its own session and waits for it, so that a signal is handled at once and reaches all its processes.
 child=
 step() {
   setsid "$@" &
@@ -39,7 +39,7 @@ session_gone() { ! pgrep -s "$1"; }
 
 finish() {
   code=$?
-  # Also when nobody reads any more what is said.
+  # Cleans up also if the output is closed.
   trap '' INT TERM PIPE
   set +e
   if [ -n "$child" ]; then
@@ -53,8 +53,8 @@ finish() {
   export KIRSA_CLUSTER=$state
   tests/cluster/enter.sh kubectl get pods -A
   tests/cluster/enter.sh node1                       a shell on the node
-  tests/e2e-run.sh smoke                             a scenario again
-  tests/cluster/down.sh                              the end of it"
+  tests/e2e-run.sh smoke                             runs a scenario again
+  tests/cluster/down.sh                              ends the cluster"
   else
     "$cluster/down.sh" || code=1
   fi
@@ -64,11 +64,11 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# What a run left that was killed before it could clean up.
+# Removes what a killed run left behind.
 for old in /tmp/kirsa-e2e.*/; do
   old=${old%/}
   if [ -f "$old/settings" ] && [ ! -e "$old/kept" ] && [ ! -e "/proc/${old##*.}" ]; then
-    say "$old is a dead run's"
+    say "$old belongs to a dead run"
     KIRSA_CLUSTER=$old "$cluster/down.sh" || true
   fi
 done

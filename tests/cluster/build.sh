@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build the cluster's binaries from the Go modules that are pinned here.
+# Builds the cluster's binaries from the Go modules that are pinned here.
 #   build.sh [-o DIR] NAME...     DIR defaults to <repository>/target/cluster/bin
-# A binary is kept as long as the go.mod and go.sum that it came from stay the same.
+# A binary is rebuilt only if its go.mod or go.sum changes.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$here/../../target/cluster/bin
@@ -9,7 +9,7 @@ if [ "${1:-}" = -o ]; then out=$2; shift 2; fi
 [ $# -gt 0 ] || { echo "usage: build.sh [-o DIR] NAME..." >&2; exit 2; }
 mkdir -p "$out"; out=$(cd "$out" && pwd)
 
-# Two builders at a time would compile the same packages twice.
+# Takes a lock: two concurrent builds would compile the same packages twice.
 exec 9>"$out/.lock"; flock 9
 
 version=$(sed -n 's/^\s*k8s.io\/kubernetes v\([^ ]*\).*/\1/p' "$here/go.mod")
@@ -37,7 +37,7 @@ for name in "$@"; do
       build "$name" "$here/containerd" "github.com/containerd/containerd/v2/cmd/$name" "-s -w" ;;
     helm) build "$name" "$here/tools" helm.sh/helm/v4/cmd/helm "-s -w" ;;
     kustomize) build "$name" "$here/tools" sigs.k8s.io/kustomize/kustomize/v5 "-s -w" ;;
-    # Without its ways to discover targets, which are most of it.
+    # Leaves out service discovery, which is most of its code.
     promtool) build "$name" "$here/tools" github.com/prometheus/prometheus/cmd/promtool "-s -w" remove_all_sd ;;
     registry) build "$name" "$here/registry" github.com/distribution/distribution/v3/cmd/registry "-s -w" ;;
     *) echo "build.sh: no such binary: $name" >&2; exit 2 ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start the machine vpc: the network outside the nodes, and the control plane on it. up.sh calls it.
+# Starts the machine vpc: the network outside the nodes, with the control plane. up.sh calls it.
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
 address=10.250.0.254 services=10.96.0.0/16
@@ -10,7 +10,7 @@ on vpc ip link add vpc0 type bridge
 on vpc ip addr add $address/24 dev vpc0
 on vpc ip link set vpc0 up
 on vpc sysctl -qw net.ipv4.ip_forward=1
-# The metadata address of the network, as on EC2: beyond the node.
+# The metadata address is outside the node, as on EC2.
 on vpc ip addr add 169.254.169.254/32 dev lo
 if [ "$dual" = yes ]; then
   on vpc ip addr add fd00:250::254/64 dev vpc0 nodad

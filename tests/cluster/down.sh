@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# End the cluster, whatever state it is in, and leave nothing: no process, mount, namespace, cgroup, setting or file.
-# Looks whether that is so; exits with 1 and says what is left if not.
+# Ends the cluster in any state and leaves nothing behind: no process, mount, namespace, cgroup, setting or file.
+# Verifies this; otherwise prints what is left and exits with 1.
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
 [ -d "$state" ] || exit 0
 [ -f "$state/settings" ] || die "$state is no cluster's state"
 for dir in "$state"/*/; do [ ! -f "$dir/pid" ] || machine_stop "$(basename "$dir")"; done
-# A machine that was still being made.
+# Removes a machine that was not complete yet.
 pgrep -f "machine-init.sh $state/" | xargs -r kill -KILL 2>/dev/null || true
 cgroup_remove "$cgroup"
 

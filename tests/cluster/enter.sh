@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A shell or a command in the cluster.
+# Runs a shell or a command in the cluster.
 #   enter.sh node1 [COMMAND...]   in a node, or in vpc
 #   enter.sh kubectl ...          as its administrator
 set -euo pipefail

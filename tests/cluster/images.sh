@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Put images into a node's containerd: kirsa-box:1 (busybox; the sandbox of pods too), and every archive that is named.
+# Imports images into a node's containerd: kirsa-box:1 (busybox, also the pod sandbox) and the given archives.
 #   images.sh NODE [ARCHIVE...]
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"

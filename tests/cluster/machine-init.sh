@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The first process of a machine (machine.sh): makes its file system the machine's own, then reaps.
+# First process of a machine (machine.sh): gives the machine its own file system, then reaps children.
 #   machine-init.sh DIR NAME
 set -euo pipefail
 dir=$1 name=$2
-# The outer /proc is still mounted, so this is our number out there.
+# The outer /proc is still mounted, so this is our PID outside.
 read -r outside _ </proc/self/stat
 
 mount -t proc proc /proc
@@ -12,18 +12,18 @@ mkdir -p /run/lock /run/netns
 hostname "$name"
 ip link set lo up
 
-# Folders that this host may not have can be made here without making them there.
+# Directories that this host lacks can be created here without creating them on the host.
 for parent in /etc /var/lib; do
   mkdir -p "/run/over$parent/upper" "/run/over$parent/work"
   mount -t overlay overlay -o "lowerdir=$parent,upperdir=/run/over$parent/upper,workdir=/run/over$parent/work" "$parent"
 done
-# What a machine keeps on its disk, under the real paths: everything finds its files where it does on any node.
+# The machine's disk, under the real paths: programs find their files as on any node.
 for path in /var/lib/cni /var/lib/kirsa /var/lib/kubelet /var/lib/containerd /var/lib/etcd /var/log /etc/cni/net.d; do
   mkdir -p "$dir/disk$path" "$path"
   mount --bind "$dir/disk$path" "$path"
 done
 
-# kubelet wants these values and sets them for the whole kernel: show it that they are set.
+# The kubelet requires these values and would set them for the whole kernel: show it that they are set.
 tunable() {
   [ "$(cat "/proc/sys/$1")" = "$2" ] && return
   mkdir -p /run/tunables; echo "$2" >"/run/tunables/${1//\//.}"

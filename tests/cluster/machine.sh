@@ -1,6 +1,6 @@
 # Machines: sourced by the other scripts. A machine is a set of namespaces (mount, network, process,
-# UTS, IPC, time) with a first process of its own. When that one is killed the kernel ends everything that ever
-# started in there, unmounts and forgets: nothing is left to clean up by name, whatever happened before.
+# UTS, IPC, time) with a first process of its own. When that process is killed, the kernel kills everything that was
+# started in the machine, and unmounts and removes everything: nothing needs to be cleaned up by name.
 cluster=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 state=$(realpath -m "${KIRSA_CLUSTER:-/tmp/kirsa-cluster}")
 [ ! -f "$state/settings" ] || . "$state/settings"
@@ -8,7 +8,7 @@ state=$(realpath -m "${KIRSA_CLUSTER:-/tmp/kirsa-cluster}")
 say() { echo "cluster: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-# Asks until it is so, or says what was waited for.
+# Retries a command until it succeeds; on timeout, prints what it waited for.
 wait_for() { # seconds what command...
   local end=$((SECONDS + $1)) what=$2; shift 2
   until "$@" >/dev/null 2>&1; do
@@ -24,7 +24,7 @@ machine_start() { # name
   local dir=$state/$1 up
   mkdir -p "$dir"; rm -f "$dir/pid"
   read -r up _ </proc/uptime
-  # Booted now, by its own clock: so starting it again is a reboot, with what a reboot leaves behind.
+  # Its own clock says that it booted now, so starting it again is a reboot, with what a reboot leaves behind.
   setsid unshare --mount --net --pid --uts --ipc --time --boottime "-${up%.*}" --fork --kill-child \
     "$cluster/machine-init.sh" "$dir" "$1" </dev/null >>"$dir/init.log" 2>&1 &
   wait_for 30 "machine $1 (see $dir/init.log)" machine_runs "$1"
@@ -44,7 +44,7 @@ on() { # machine command...
   nsenter -t "$pid" --all -- "$@"
 }
 
-daemon() { # machine name command...: in the background, its output and its number (in the machine) kept
+daemon() { # machine name command...: runs in the background; keeps its output and its PID (in the machine)
   local machine=$1 name=$2; shift 2
   mkdir -p "$state/$machine/log"
   on "$machine" setsid bash -c 'echo $$ >"$1"; shift; exec "$@"' - "$state/$machine/$name.pid" "$@" \
@@ -60,13 +60,13 @@ daemon_gone() { ! on "$1" kill -0 "$2"; }
 
 kubectl() { on vpc "$bin/kubectl" --kubeconfig "$state/admin.kubeconfig" "$@"; }
 
-# What kubelet, kube-proxy and containerd like to set for a whole machine.
+# Settings that kubelet, kube-proxy and containerd change for a whole machine.
 tunables() {
   sysctl -a 2>/dev/null | grep -E \
     '^(vm\.(overcommit_memory|panic_on_oom)|kernel\.(panic|panic_on_oops|keys\.root_.*)|net\.ipv[46]\.(ip_forward|conf\.(all|default)\..*)|net\.bridge\..*) ='
 }
 
-# kubelet makes its cgroups below one of ours, in every hierarchy that there is.
+# The kubelet creates its cgroups below one of ours, in every hierarchy.
 cgroups() {
   if [ -e /sys/fs/cgroup/cgroup.controllers ]; then echo /sys/fs/cgroup; return; fi
   find /sys/fs/cgroup -mindepth 1 -maxdepth 1 -type d
@@ -91,7 +91,7 @@ cgroup_remove() { # path
   local top
   for top in $(cgroups); do
     [ -d "$top/$1" ] || continue
-    # A process that was killed leaves its cgroup a moment later than its namespace.
+    # A killed process leaves its cgroup slightly later than its namespace.
     wait_for 60 "empty cgroup $top/$1" cgroup_rmdir "$top/$1"
   done
 }

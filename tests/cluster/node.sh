@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Start the machine node<n>, or start it again: then its disk is what the last one left. up.sh calls it.
+# Starts the machine node<n>, or restarts it: then it keeps its disk. up.sh calls it.
 #   node.sh N
-#   TAINTS=, BOOT_RULES=    as it joins: taints to register with, nftables rules that a node image loads at boot
+#   TAINTS=, BOOT_RULES=    taints to register with, nftables rules that a node image loads at boot
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
 n=$1 name=node$1
@@ -10,8 +10,8 @@ taints=${TAINTS:-$taints}
 machine_start "$name"
 disk=$state/$name/disk
 
-# A cable to the network outside, made in the two machines and never in this one. After a crash the kernel is still
-# taking the old one down.
+# Connects to the network outside with a veth pair, created in the two machines and never on this host. After a crash the
+# kernel may still be removing the old one.
 on vpc ip link del "$name" 2>/dev/null || true
 ip link add eth0 netns "$(machine_pid "$name")" type veth peer name "$name" netns "$(machine_pid vpc)"
 on vpc ip link set "$name" master vpc0 up
@@ -30,7 +30,7 @@ if [ "$dual" = yes ]; then
   ranges+=",[{\"subnet\":\"fd00:244:$n::/64\"}]" routes+=',{"dst":"::/0"}'
 fi
 
-# What a node image may load before the kubelet starts.
+# Rules that a node image may load before the kubelet starts.
 [ -z "${BOOT_RULES:-}" ] || on "$name" nft -f "$BOOT_RULES"
 
 case $cni in
@@ -39,8 +39,8 @@ case $cni in
   routed) shape='"type":"routed"' ;;
   *) die "CNI=$cni: must be ptp, bridge or routed" ;;
 esac
-# What host-local remembers is lost with the machine, as on a node whose CNI keeps it in memory or in /run: after a
-# reboot addresses are dealt anew.
+# host-local loses its state with the machine, as on a node whose CNI keeps it in memory or in /run: after a reboot
+# addresses are assigned anew.
 cat >"$disk/etc/cni/net.d/10-pods.conflist" <<T
 {"cniVersion": "1.0.0", "name": "pods", "plugins": [{$shape,
   "ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [$ranges], "routes": [$routes]}}]}

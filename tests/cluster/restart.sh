@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Restart one program of a machine, with the command line that it has: restart.sh MACHINE containerd|kubelet|...
+# Restarts one program of a machine with the same command line: restart.sh MACHINE containerd|kubelet|...
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
 machine=$1 name=$2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start what stands in for AWS on the network outside the nodes: STS on 10.250.0.254:8080, which trusts this cluster's
-# service accounts, and the canary on the metadata address, which counts what reaches it.
+# Starts the AWS stand-ins on the network outside the nodes: STS on 10.250.0.254:8080, which trusts this cluster's
+# service accounts, and the canary on the metadata address, which counts the requests that reach it.
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
 lab=$(realpath "$cluster/../../target/debug")

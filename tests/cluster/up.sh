@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Start a cluster of real parts: etcd, kube-apiserver, controller-manager, scheduler; and per node kubelet, kube-proxy,
+# Starts a cluster of real parts: etcd, kube-apiserver, controller-manager, scheduler; and per node kubelet, kube-proxy,
 # containerd, runc, CNI plugins. Needs root; touches no network, mount or process of this machine outside its own
 # namespaces, and no packet leaves them.
-#   up.sh                        ends when every node is Ready; then: enter.sh, down.sh
-#   KIRSA_CLUSTER=DIR            where its state is (default /tmp/kirsa-cluster)
-#   NODES=1                      how many
+#   up.sh                        exits when every node is Ready; then: enter.sh, down.sh
+#   KIRSA_CLUSTER=DIR            state directory (default /tmp/kirsa-cluster)
+#   NODES=1                      number of nodes
 #   CNI=ptp|bridge|routed        routed: the host end of a pod's veth has no address, as with AWS VPC CNI and Calico
 #   PROXY_MODE=nftables|iptables
-#   DUAL_STACK=auto|no           IPv6 beside IPv4, where the kernel has it
+#   DUAL_STACK=auto|no           IPv6 in addition to IPv4, if the kernel supports it
 #   POD_MASK=24                  size of a node's pod network
 #   TAINTS=...                   kubelet's --register-with-taints
-#   BIN=DIR                      built binaries, instead of building them
+#   BIN=DIR                      existing binaries, instead of building them
 #
-#   machine vpc    10.250.0.254  control plane, STS stand-in; owns 169.254.169.254: what reaches it is a leak
+#   machine vpc    10.250.0.254  control plane, STS stand-in; owns 169.254.169.254: a request that reaches it is a leak
 #   machine node<n> 10.250.0.<n> pods 10.244.<n>.0/24
 set -euo pipefail
 . "$(dirname "$0")/machine.sh"
@@ -51,6 +51,6 @@ node_ready() { kubectl wait --for=condition=Ready "node/node$1" --timeout=5s; }
 for n in $(seq "$nodes"); do
   wait_for 120 "Ready node$n (see $state/node$n/log)" node_ready "$n"
 done
-# Until then no pod is admitted.
+# No pod is admitted before that.
 wait_for 60 "default service account" kubectl get serviceaccount default
 say "$nodes node(s) Ready: $cluster/enter.sh node1, $cluster/enter.sh kubectl get pods -A; $cluster/down.sh ends it"

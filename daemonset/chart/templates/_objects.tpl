@@ -1,9 +1,9 @@
 {{/*
-The chart has no objects of its own: files/ leads to the kustomize base and its components, so that there is one text
-of each. `helm package` puts them into the archive.
+The chart has no objects of its own: files/ links to the kustomize base and its components, so that each object has a
+single source. `helm package` puts them into the archive.
 */}}
 
-{{/* An object as this release has it: in its namespace, with its labels. */}}
+{{/* Renders an object with the namespace and labels of this release. */}}
 {{- define "kirsa.object" -}}
 {{- $object := .object -}}
 {{- $metadata := $object.metadata -}}
@@ -27,13 +27,13 @@ of each. `helm package` puts them into the archive.
 {{ toYaml $object }}
 {{- end -}}
 
-{{/* The text of a file of the base or a component. */}}
+{{/* Returns the text of a file of the base or a component. */}}
 {{- define "kirsa.file" -}}
 {{- required (printf "the chart lacks files/%s: files/ holds links, which this copy of the chart has lost" .file)
   (.root.Files.Get (printf "files/%s" .file)) -}}
 {{- end -}}
 
-{{/* All objects of a file. */}}
+{{/* Renders all objects of a file. */}}
 {{- define "kirsa.objects" -}}
 {{- range $document := splitList "\n---\n" (include "kirsa.file" .) }}
 ---
@@ -41,12 +41,12 @@ of each. `helm package` puts them into the archive.
 {{- end }}
 {{- end -}}
 
-{{/* The admin address if it differs from the agent's own default. */}}
+{{/* Returns the admin address if it differs from the agent's own default. */}}
 {{- define "kirsa.adminAddress" -}}
 {{- .Values.agent.adminAddress | default (ternary "[::]:8182" "" .Values.metrics.enabled) -}}
 {{- end -}}
 
-{{/* What a CEL expression compares an audience with. */}}
+{{/* Returns the CEL expression that checks the audiences. */}}
 {{- define "kirsa.audienceExpression" -}}
 {{- if eq (len .Values.audiences) 1 -}}
 object.spec.audiences == ['{{ first .Values.audiences }}']

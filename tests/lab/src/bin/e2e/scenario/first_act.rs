@@ -126,10 +126,10 @@ impl Figures {
         eprintln!("first act of {} pods, {AT_ONCE} at once; {late} were shown later than 800 ms", self.total());
         eprintln!("{}", head("ms before the first instruction"));
         eprintln!("{}", row("bound to the node", self.bound.clone()));
-        eprintln!("{}", row("credentials in hand", ready));
+        eprintln!("{}", row("credentials cached", ready));
         eprintln!("{}", row("CNI record written", record));
         eprintln!("{}", head("ms after the first instruction"));
-        eprintln!("{}", row("both answers there", self.answer.clone()));
+        eprintln!("{}", row("both responses received", self.answer.clone()));
         eprintln!("{}", row("address shown by the API server", self.shown.clone()));
         Ok(())
     }
