@@ -3,6 +3,8 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
+use proc_macro2::{TokenStream, TokenTree};
+
 /// From left to right, as in ARCHITECTURE.md.
 const STAGES: [&str; 6] = ["intercept", "attribute", "authorize", "exchange", "cache", "serve"];
 /// Every stage may name these; they name no stage.
@@ -91,10 +93,10 @@ fn old_words_are_no_identifiers() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let (mut seen, mut old) = (0, BTreeSet::new());
     for (room, text) in files(&src, None) {
-        for (line, identifier) in identifiers(&text) {
+        for identifier in identifiers(&text) {
             seen += 1;
             if OLD_WORDS.iter().any(|word| is_named_after(&identifier, word)) {
-                old.insert(format!("{identifier} ({room}, line {line})"));
+                old.insert(format!("{identifier} ({room})"));
             }
         }
     }
@@ -104,8 +106,7 @@ fn old_words_are_no_identifiers() {
 
 #[test]
 fn old_words_are_found() {
-    let found =
-        |text: &str| identifiers(text).iter().any(|(_, name)| OLD_WORDS.iter().any(|w| is_named_after(name, w)));
+    let found = |text: &str| identifiers(text).iter().any(|name| OLD_WORDS.iter().any(|w| is_named_after(name, w)));
     for text in
         ["fn told() {}", "let is_told = 1;", "struct TurnedAway;", "x: Arrival,", "DOUBTED", "let c = 'x'; knock"]
     {
@@ -134,37 +135,24 @@ fn is_named_after(identifier: &str, word: &str) -> bool {
     snake == word || snake.matches('_').count() < 3 && format!("_{snake}_").contains(&format!("_{word}_"))
 }
 
-/// The identifiers of a source file and their lines: not comments, not text in quotes, not the members after a dot,
-/// which may belong to another crate.
-fn identifiers(text: &str) -> Vec<(usize, String)> {
+/// Returns the identifiers of a source file, without members after a dot, which may belong to another crate.
+fn identifiers(text: &str) -> Vec<String> {
     let mut names = Vec::new();
-    let mut quoted = false;
-    for (number, line) in text.lines().enumerate() {
-        let mut rest = line;
-        while let Some(c) = rest.chars().next() {
-            let word: usize = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').map(char::len_utf8).sum();
-            let member = line[..line.len() - rest.len()].ends_with('.');
-            rest = match c {
-                '\\' if quoted => rest[1..].strip_prefix(|_: char| true).unwrap_or_default(),
-                '\'' if !quoted && rest.starts_with("'\"'") => &rest[3..],
-                '\'' if !quoted && rest.starts_with("'\\\"'") => &rest[4..],
-                '/' if !quoted && rest.starts_with("//") => "",
-                '"' => {
-                    quoted = !quoted;
-                    &rest[1..]
-                }
-                _ if word > 0 => {
-                    if !quoted && !member {
-                        names.push((number + 1, rest[..word].to_owned()));
-                    }
-                    &rest[word..]
-                }
-                _ => &rest[c.len_utf8()..],
-            };
-        }
-    }
-    assert!(!quoted, "the search lost count of the quotes");
+    collect_identifiers(text.parse().unwrap(), &mut names);
     names
+}
+
+fn collect_identifiers(tokens: TokenStream, names: &mut Vec<String>) {
+    let mut after_dot = false;
+    for token in tokens {
+        let is_dot = matches!(&token, TokenTree::Punct(punct) if punct.as_char() == '.');
+        match token {
+            TokenTree::Group(group) => collect_identifiers(group.stream(), names),
+            TokenTree::Ident(name) if !after_dot => names.push(name.to_string()),
+            _ => {}
+        }
+        after_dot = is_dot;
+    }
 }
 
 /// Returns the numbers of requirements in the comments of all source files of a folder.
