@@ -75,6 +75,8 @@ done
 
 IMAGE=localhost/kirsa:$(sed -n '/^\[package\]/,/^\[/s/^version = "\(.*\)"/\1/p' "$repo/Cargo.toml")
 export IMAGE
+# The limit is for images that are shipped; the quick profile optimizes less.
+[ "${PROFILE:-}" != quick ] || export LIMIT=${LIMIT:-12000000}
 archive=${IMAGE_ARCHIVE:-}
 if [ -z "$archive" ]; then step "$repo/daemonset/image.sh"; archive=$repo/target/image/kirsa.tar; fi
 # What the scenario `published` needs: no network reaches it.
