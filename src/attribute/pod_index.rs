@@ -1,5 +1,5 @@
-//! Address → pod, as a state machine: [`PodIndex::apply`] takes events, [`PodIndex::owner`] answers. It has no clock
-//! and no I/O, so tests can cover every order of events.
+//! Address → pod, as a state machine: [`PodIndex::apply`] takes events, [`PodIndex::owner`] answers. It decides who owns
+//! an address after IP reuse. It has no clock and no I/O, so tests can cover every order of events.
 //!
 //! The API server defines *which pods exist*, from their binding to this node on. *Which address a pod has* comes from
 //! the first of two sources: the pod's `podIPs`, or the CNI record that the container runtime writes before the pod
