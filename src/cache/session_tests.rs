@@ -303,7 +303,7 @@ async fn refusal_of_a_deleted_pod_is_forgotten() {
     assert_eq!(id(&entry).await, Ok("ASIA2".into()));
 }
 
-/// However long an outage was, a pod that waits is not kept waiting for the whole of a long pause after it.
+/// While a pod waits, the longest delay is 30 s / 6, however long the outage was. An exchange takes 10 ms here.
 #[tokio::test]
 async fn recovery_is_quick_while_a_pod_waits() {
     let script = Script::new((0..40).map(|_| (10, Some(Reason::StsUnavailable))));
@@ -314,7 +314,7 @@ async fn recovery_is_quick_while_a_pod_waits() {
     }
     let began = Instant::now();
     while id(&entry).await.is_err() {}
-    assert!(took(began) <= 5_000, "{} ms", took(began));
+    assert!(took(began) <= 5_010, "{} ms", took(began));
 }
 
 /// An API server that forbids tokens altogether is not asked in the name of every pod, again with every request.
