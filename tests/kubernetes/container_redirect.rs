@@ -147,7 +147,7 @@ fn eks_pod_identity_agent_is_reported() -> Result<()> {
     let agent = site.start()?;
     agent.wait_for_log(|entry| {
         field(entry, "level") == Some("WARN")
-            && field(entry, "message").is_some_and(|message| message.starts_with("the EKS Pod Identity agent listens"))
+            && field(entry, "message").is_some_and(|message| message.starts_with("an EKS Pod Identity agent listens"))
     })?;
     let output = Agent::doctor(&site.node, &site.options, &["--output", "json", "--no-exchange"])?;
     let report = String::from_utf8_lossy(&output.stdout);

@@ -51,7 +51,7 @@ fn doctor_reports_unguarded_bridge_ports() -> Result<()> {
     let unguarded = finding()?;
     ensure!(unguarded["verdict"] == "warning", "{unguarded}");
     let detail = unguarded["detail"].as_str().unwrap_or_default();
-    ensure!(detail.contains("2 ports of cni0 belong to pods, and nothing guards them"), "{unguarded}");
+    ensure!(detail.contains("2 ports of cni0 belong to pods and are not guarded"), "{unguarded}");
     let agent = bridge.start("guarded")?;
     ensure!(finding()?["verdict"] == "ok", "{}", finding()?);
     node.netns().shell("nft delete table netdev kirsa_ingress")?;
