@@ -72,7 +72,7 @@ fn html_page(status: StatusCode) -> &'static str {
         StatusCode::FORBIDDEN => "<html>\n<title>403 - Forbidden</title>\n</html>\n",
         StatusCode::NOT_FOUND => "<html>\n<title>404 - Not Found</title>\n</html>\n",
         StatusCode::METHOD_NOT_ALLOWED => "<html>\n<title>405 - Method Not Allowed</title>\n</html>\n",
-        _ => "<html>\n<title>503 - MetadataService Unavailable</title>\n</html>\n",
+        _ => "<html>\n<title>503 - Service Unavailable</title>\n</html>\n",
     }
 }
 
@@ -82,7 +82,7 @@ fn text_line(status: StatusCode) -> &'static str {
         StatusCode::FORBIDDEN => "Access Denied\n",
         StatusCode::NOT_FOUND => "there is no such path, or no role for this pod\n",
         StatusCode::METHOD_NOT_ALLOWED => "Method Not Allowed\n",
-        _ => "MetadataService Unavailable\n",
+        _ => "Service Unavailable\n",
     }
 }
 

@@ -50,7 +50,10 @@ fn busy_connections_are_kept_and_more_get_503() -> Result<()> {
     }
     // Now the connections are idle, and one can be evicted.
     site.sts.heal();
-    poll("the role", TIMEOUT, || get(&greedy, CREDENTIALS_PATH).is_ok_and(|list| list.status == 200).then_some(()))?;
+    poll("the session", TIMEOUT, || {
+        agent.admin("/debug/sessions").is_ok_and(|page| page.body.matches("\"ASIA").count() == 2).then_some(())
+    })?;
+    ensure!(get(&greedy, CREDENTIALS_PATH)?.status == 200);
     ensure!(agent.metric("kirsa_connections_closed_total", &[("reason", "per_source")])? >= 1.0);
     ensure!(open.iter().filter(|wire| wire.is_open()).count() >= 2);
     agent.stop()

@@ -95,7 +95,7 @@ impl NodeImds {
         {
             return Ok(token.clone());
         }
-        // SourceQuota the error of an attempt that ended while this one waited for the lock: each may take the whole timeout.
+        // Share the error of an attempt that ended while this one waited for the lock: each may take the whole timeout.
         if let Some((at, error)) = &state.failed
             && since < *at
         {
