@@ -60,7 +60,9 @@ fn sdk_call_survives_two_503s() -> Result<()> {
     // A waiting request shortens the retry delay, so that the SDK's retries succeed deterministically.
     ensure!(get(&cold, &credentials("cold"))?.status == 200);
     ensure!(sdk.wait(TIMEOUT)?.success(), "{:?}", sdk.lines());
-    let output: serde_json::Value = serde_json::from_str(sdk.lines().last().context("a line")?)?;
+    // The process has ended, but its output may still be in the pipe.
+    let line = poll("the SDK's output", TIMEOUT, || sdk.lines().last().cloned())?;
+    let output: serde_json::Value = serde_json::from_str(&line)?;
     let session = site.sts.session(output["access_key_id"].as_str().context("a key")?).context("a session")?;
     ensure!(session.role_arn == site.arn("cold") && output["arn"] == session.arn, "{output} {session:?}");
     agent.stop()
