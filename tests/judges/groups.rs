@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use lab::clients::Installed;
-use lab::site::Site;
+use lab::site::{POLLED_BY_GROUPS, Site};
 use serde_json::{Value, json};
 
 use super::{Lab, python::last_line, run};
@@ -13,17 +13,7 @@ const TAG: &str = "workers";
 /// Starts a node with metadata in each group, and an agent that may read these groups.
 fn start(groups: &'static str) -> Result<Lab> {
     let mut site = Site::new(env!("CARGO_BIN_EXE_kirsa"))?;
-    site.polled = vec![
-        "/latest/meta-data/autoscaling/target-lifecycle-state",
-        "/latest/meta-data/block-device-mapping/",
-        "/latest/meta-data/events/",
-        "/latest/meta-data/instance-life-cycle",
-        "/latest/meta-data/mac",
-        "/latest/meta-data/network/interfaces/macs/",
-        "/latest/meta-data/outpost-arn",
-        "/latest/meta-data/spot/",
-        "/latest/meta-data/tags/instance/",
-    ];
+    site.polled = POLLED_BY_GROUPS.to_vec();
     let interface = format!("network/interfaces/macs/{MAC}");
     for (path, document) in [
         ("mac", MAC),

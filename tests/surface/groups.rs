@@ -6,7 +6,7 @@ use lab::http::TOKEN;
 use lab::imds::{Instance, NODE_ROLE};
 use lab::net::Pod;
 use lab::poll::poll;
-use lab::site::Site;
+use lab::site::{POLLED_BY_GROUPS, Site};
 
 use super::{TIMEOUT, get, get_with, no_upstream_calls_except_sts, site};
 
@@ -19,17 +19,7 @@ const ALL: &str = "default,vpc,tags,lifecycle";
 /// Returns a site whose node has the metadata of an EKS worker with two interfaces and two volumes.
 fn worker() -> Result<Site> {
     let mut site = site()?;
-    site.polled = vec![
-        "/latest/meta-data/autoscaling/target-lifecycle-state",
-        "/latest/meta-data/block-device-mapping/",
-        "/latest/meta-data/events/",
-        "/latest/meta-data/instance-life-cycle",
-        "/latest/meta-data/mac",
-        "/latest/meta-data/network/interfaces/macs/",
-        "/latest/meta-data/outpost-arn",
-        "/latest/meta-data/spot/",
-        "/latest/meta-data/tags/instance/",
-    ];
+    site.polled = POLLED_BY_GROUPS.to_vec();
     for (path, document) in [
         ("mac", MAC),
         ("block-device-mapping/ami", "/dev/xvda"),

@@ -39,6 +39,19 @@ const NODE_METADATA: [&str; 11] = [
 /// Longer than the agent takes to read the workloads file.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Paths and folders that an agent polls for the groups `vpc`, `tags` and `lifecycle`.
+pub const POLLED_BY_GROUPS: [&str; 9] = [
+    "/latest/meta-data/autoscaling/target-lifecycle-state",
+    "/latest/meta-data/block-device-mapping/",
+    "/latest/meta-data/events/",
+    "/latest/meta-data/instance-life-cycle",
+    "/latest/meta-data/mac",
+    "/latest/meta-data/network/interfaces/macs/",
+    "/latest/meta-data/outpost-arn",
+    "/latest/meta-data/spot/",
+    "/latest/meta-data/tags/instance/",
+];
+
 #[derive(Debug)]
 pub struct Site {
     pub node: Node,
@@ -48,7 +61,7 @@ pub struct Site {
     pub options: Options,
     /// The paths that its agents may read at the node's own metadata service; a test that allows others says so here.
     pub node_metadata: Vec<&'static str>,
-    /// What it reads there again and again, with a slash at the end of folders: that of the groups that a test allows.
+    /// Paths that its agents poll there; a folder ends with a slash. A test that allows groups sets [`POLLED_BY_GROUPS`].
     pub polled: Vec<&'static str>,
     canaries: Vec<Canary>,
     entries: Mutex<Vec<Workload>>,
