@@ -39,10 +39,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 pub enum MintMode {
     /// The mode that the agent has permission for; impersonation if it has both.
     Auto,
-    /// By impersonating this node (constrained impersonation, Kubernetes >= 1.36), so that the API server rejects tokens for
+    /// Impersonates this node (constrained impersonation, Kubernetes >= 1.36), so that the API server rejects tokens for
     /// pods of other nodes: <https://github.com/kubernetes/enhancements/issues/5284>.
     Impersonation,
-    /// As the agent itself, limited by a ValidatingAdmissionPolicy.
+    /// Mints as the agent itself, limited by a ValidatingAdmissionPolicy.
     Direct,
 }
 

@@ -27,7 +27,7 @@ pub struct ReasonInfo {
     pub status: u16,
     pub retry: RetryPolicy,
     pub level: Level,
-    /// What an operator should check or change.
+    /// Advice: the check or change that an operator should make.
     pub advice: &'static str,
 }
 

@@ -322,7 +322,7 @@ impl Run {
         workload
     }
 
-    /// As the authorizer makes it at this moment.
+    /// Returns the grant that the authorizer would make now.
     fn grant(&self, slot: usize) -> Grant {
         let account = slot % ACCOUNTS;
         let role = role(account, self.model.model().roles[account]);

@@ -201,7 +201,7 @@ async fn idle_session_is_fetched_or_served_stale() {
 
 /// All SDKs but the most cautious take what has 21 minutes left, and few of them wait for 4 s.
 #[tokio::test]
-async fn sufficient_credential_is_served_when_sts_hangs() {
+async fn sufficient_credential_covers_a_hanging_sts() {
     let script = Script::new([(0, None), (10_000, None)]);
     let entry = entry(&script);
     entry.request_refresh(Priority::Prefetch);

@@ -31,7 +31,7 @@ pub(super) struct Finding {
     pub check: &'static str,
     pub verdict: Verdict,
     pub detail: String,
-    /// What the operator should check or change.
+    /// Advice: the check or change that the operator should make.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }

@@ -65,7 +65,7 @@ impl Server {
     /// Runs guards 4 and 5 for a pod that has passed [`Server::guard_pod`].
     ///
     /// # Errors
-    /// As for [`Server::authorize`]; `ImdsTokenRequired` if the service account requires IMDSv2.
+    /// The refusals of [`Server::authorize`]; `ImdsTokenRequired` if the service account requires IMDSv2.
     pub(super) async fn guard_grant(
         &self,
         workload: &Workload,
@@ -80,7 +80,7 @@ impl Server {
     /// Runs all guards. Returns the grant that the connection has cached if no generation has changed.
     ///
     /// # Errors
-    /// As for [`Server::guard_pod`] and [`Server::guard_grant`].
+    /// The refusals of [`Server::guard_pod`] and [`Server::guard_grant`].
     pub(super) async fn guard_credentials(
         &self,
         context: &RequestContext<'_>,

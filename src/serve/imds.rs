@@ -28,7 +28,7 @@ type HandlerResult = Result<Response<Full<Bytes>>, Refusal>;
 impl Server {
     /// Issues an IMDS token. Never waits: SDKs time out after a second at most, and some never fall back to IMDSv1.
     pub(super) fn issue_token(&self, context: &RequestContext<'_>) -> HandlerResult {
-        // As on EC2: an open reverse proxy must not be able to get a token (SSRF).
+        // EC2 does the same: an open reverse proxy must not be able to get a token (SSRF).
         if context.headers.contains_key("x-forwarded-for") {
             return Err(Reason::ForwardedToken.into());
         }

@@ -41,7 +41,7 @@ const TIME_LENGTH: usize = 5;
 /// tolerates: an SDK whose token is refused for its whole lifetime may never request another.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(300);
 
-/// What a token is bound to.
+/// The identity that a token is bound to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Binding {
     Pod = 1,

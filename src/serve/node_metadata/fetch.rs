@@ -28,7 +28,7 @@ const MAX_NAMES: usize = 128;
 /// Maximum length of a tag in bytes: 256 characters in UTF-8.
 const MAX_TAG_VALUE: usize = 1_024;
 
-/// What one schedule fetches.
+/// Paths and folders that one schedule fetches.
 #[derive(Debug)]
 pub(super) enum FetchTarget {
     Values(Vec<String>),

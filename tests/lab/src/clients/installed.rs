@@ -1,4 +1,4 @@
-//! What `tests/clients/install.sh` has put into `target/clients`: a folder for each program.
+//! Programs that `tests/clients/install.sh` installed into `target/clients`, one folder for each.
 
 use std::{
     env, fs,

@@ -14,7 +14,7 @@ use super::{Scale, smoke::own_credentials};
 use crate::cluster::Cluster;
 
 const OVERLAY: &str = "tests/cluster/overlay";
-/// As `tests/cluster/registry.sh` starts it, and a path in it.
+/// The registry that `tests/cluster/registry.sh` starts, and a path in it.
 const REGISTRY: &str = "10.250.0.254:5000/e2e";
 /// Without it the scripts ask git for the commit's date.
 const EPOCH: (&str, &str) = ("SOURCE_DATE_EPOCH", "1700000000");
