@@ -1,5 +1,5 @@
-//! Last stage: [`ClientConn`] and HTTP request → response. A request passes the rate limit, the router (`route`), the guards
-//! (`guards`) and the handler of its route (`imds`, `container`). `response` has the bytes of responses,
+//! Last stage: [`ClientConn`] and HTTP request → response. A request passes the rate limit, the router (`route`), the
+//! guards (`guards`) and the handler of its route (`imds`, `container`). `response` has the bytes of responses,
 //! [`crate::refusal`] the status of each refusal.
 //!
 //! No part of a request is ever forwarded, and nothing in it identifies the caller: paths are parsed, normalized and
